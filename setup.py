@@ -1,0 +1,55 @@
+"""Install accent_plugin."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1]
+    for line in (here / "accent_plugin/__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="accent_plugin",
+    version=version,
+    description="A SpeechBrain plugin and recipe that fine-tunes wav2vec 2.0 to tell English accents apart",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["accent_plugin", "accent_plugin.*"]),
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "torch>=2.6",
+        "torchaudio>=2.6",
+        "speechbrain>=1.1",
+        "transformers>=5.0",
+        "huggingface_hub",
+        "hyperpyyaml>=1.2.3",
+        "datasets>=4.0",
+        "pyarrow",
+        "numpy>=2.0",
+        "scipy",
+        "scikit-learn>=1.6",
+        "soundfile>=0.13",
+        "soxr>=0.5",
+        "matplotlib>=3.9",
+        "tqdm",
+    ],
+    extras_require={
+        # GPL-3.0: needed only to make the built-in synthetic corpus, loaded with ctypes, never bundled.
+        "synthetic": ["espeakng-loader>=0.2.4"],
+        "tensorboard": ["tensorboard"],
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "espeakng-loader>=0.2.4"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
