@@ -1,0 +1,421 @@
+"""Check all hyperparameters before anything is built: every problem of a run is named at once, within seconds.
+
+Only plain values are checked. They are read from the YAML's text with its references resolved, so that no object is
+made and no file written.
+"""
+
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+
+import yaml
+from hyperpyyaml import resolve_references
+from speechbrain.utils.run_opts import RunOptions
+
+from accent_plugin.errors import AccentPluginError, ConfigError
+
+# Checks of one value: a function that returns what is wanted where the value is not that, and None where it is.
+
+
+def _switch(value):
+    return None if isinstance(value, bool) else "True or False"
+
+
+def _whole(low):
+    def check(value):
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= low
+        return None if good else f"a whole number, at least {low}"
+
+    return check
+
+
+def _number(low=-math.inf, high=math.inf, above=False):
+    def check(value):
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        good = good and (low < value if above else low <= value) and value <= high
+        bounds = f"{'above' if above else 'at least'} {low:g}" if low > -math.inf else ""
+        bounds += f"{' and ' if bounds else ''}at most {high:g}" if high < math.inf else ""
+        return None if good else f"a number {bounds}".strip()
+
+    return check
+
+
+def _one_of(*choices):
+    return lambda value: None if value in choices else f"one of {', '.join(map(str, choices))}"
+
+
+def _text(value):
+    return None if isinstance(value, str) and value.strip() else "a text"
+
+
+def _mapping(value):
+    return None if isinstance(value, dict) else "a mapping such as {attention_dropout: 0.0}"
+
+
+def _range(low):
+    def check(value):
+        good = isinstance(value, list) and len(value) == 2 and not any(_number(low, above=True)(v) for v in value)
+        return None if good and value[0] <= value[1] else f"two numbers [from, to] above {low:g}, the smaller first"
+
+    return check
+
+
+def _accents(value):
+    good = isinstance(value, list) and len(value) >= 2 and not any(_text(v) for v in value)
+    return None if good and len(set(value)) == len(value) else "a list of at least two different accents"
+
+
+def _layers(value):
+    good = value == "all" or (isinstance(value, list) and value and not any(_whole(0)(v) for v in value))
+    return None if good else "all, or a list of layer numbers such as [3, 4, 5]"
+
+
+def _weights(value):
+    good = value == "balanced" or (isinstance(value, list) and not any(_number(0, above=True)(v) for v in value))
+    return None if good else "balanced, or a list with one weight per accent"
+
+
+def _or_nothing(check):
+    check_value = check
+
+    def check(value):
+        wanted = None if value is None else check_value(value)
+        return wanted and f"{wanted}, or null"
+
+    check.optional = True
+    return check
+
+
+_SHARE = _number(0, 1)
+_PRECISION = _one_of("fp32", "fp16", "bf16")
+
+# Every plain key of a YAML of this recipe.
+KEYS = {
+    "name": _text,
+    "seed": _whole(0),
+    "data_folder": _text,
+    "prepared_folder": _or_nothing(_text),
+    "output_folder": _text,
+    "save_folder": _text,
+    "train_log": _text,
+    "skip_prep": _switch,
+    "accents": _accents,
+    "balance": _one_of("downsample", "sampler", "none"),
+    "max_clips_per_client": _or_nothing(_whole(1)),
+    "min_seconds": _number(0),
+    "max_seconds": _number(0, above=True),
+    "max_unreadable_share": _SHARE,
+    "valid_fraction": _number(0, 0.5, above=True),
+    "test_fraction": _number(0, 0.5, above=True),
+    "accent_column": _or_nothing(_text),
+    "client_column": _or_nothing(_text),
+    "sentence_column": _or_nothing(_text),
+    "audio_column": _or_nothing(_text),
+    "prepare_workers": _or_nothing(_whole(1)),
+    "wav2vec2_hub": _text,
+    "wav2vec2_folder": _or_nothing(_text),
+    "freeze_wav2vec2": _switch,
+    "freeze_feature_extractor": _switch,
+    "freeze_layers": _whole(0),
+    "freeze_encoder_steps": _whole(0),
+    "num_layers": _or_nothing(_whole(1)),
+    "weighted_layers": _or_nothing(_layers),
+    "standardise_layers": _switch,
+    "attn_implementation": _or_nothing(_one_of("sdpa", "eager", "flash_attention_2")),
+    "config_overrides": _mapping,
+    "projector_size": _or_nothing(_whole(1)),
+    "projector_activation": _switch,
+    "pooling": _one_of("mean", "attentive", "attentive_statistics"),
+    "dropout": _number(0, 0.95),
+    "number_of_epochs": _whole(1),
+    "batch_seconds": _number(0, above=True),
+    "crop_seconds": _or_nothing(_number(0.1)),
+    "lr_encoder": _number(0, 1),
+    "lr_head": _number(0, 1, above=True),
+    "weight_decay": _number(0),
+    "warmup": _SHARE,
+    "decay": _one_of("linear", "cosine", "none"),
+    "max_grad_norm": _number(0, above=True),
+    "grad_accumulation_factor": _whole(1),
+    "label_smoothing": _number(0, 0.9),
+    "class_weights": _or_nothing(_weights),
+    "precision": _PRECISION,
+    "eval_precision": _PRECISION,
+    "early_stopping": _whole(0),
+    "num_workers": _whole(0),
+    "tensorboard": _switch,
+    "augment": _switch,
+    "augment_probability": _SHARE,
+    "augment_speed": _or_nothing(_range(0)),
+    "augment_noise_snr": _or_nothing(_range(-100)),
+    "augment_band": _or_nothing(_range(0)),
+    "augment_mask_seconds": _or_nothing(_number(0, above=True)),
+}
+
+# Given on the command line they start at the working directory; left at their default, at the project's root.
+PATHS = ("data_folder", "prepared_folder", "output_folder", "save_folder", "train_log", "wav2vec2_folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A checked configuration.
+
+    Attributes
+    ----------
+    hparams_file : str
+    run_opts : speechbrain.utils.run_opts.RunOptions
+    overrides : dict
+        For `load_hyperpyyaml`: what the command line changed, and every path made absolute.
+    values : dict
+        Every plain value of the YAML after the overrides.
+    """
+
+    hparams_file: str
+    run_opts: RunOptions
+    overrides: dict
+    values: dict
+
+    def with_values(self, **values):
+        """The same configuration with some values changed."""
+        return dataclasses.replace(self, overrides={**self.overrides, **values}, values={**self.values, **values})
+
+
+def read(argv, root):
+    """Read a command line and the YAML it names, and check all of it.
+
+    Arguments
+    ---------
+    argv : list of str
+        A YAML's path, then `--key value` for hyperparameters and SpeechBrain's run options.
+    root : Path
+        Where default paths start.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    ConfigError
+        With every problem, each on a line of its own.
+    """
+    hparams_file, own, others = _split(argv)
+    text = _read_yaml(hparams_file)
+    known = _plain(text, {})
+    run_opts, stray = _run_options(hparams_file, others)
+    problems = [_unknown(word, known) for word in stray]
+    overrides = {}
+    for key, words in own.items():
+        if key not in known or key not in KEYS:
+            problems.append(_unknown(f"--{key}", known))
+        elif not words:
+            problems.append(f"--{key} was given without a value")
+        else:
+            overrides[key] = _value(key, " ".join(words))
+    for key in PATHS:
+        if isinstance(overrides.get(key), str):
+            overrides[key] = str(Path.cwd() / Path(overrides[key]).expanduser())
+    values = _plain(text, overrides)
+    for key in PATHS:
+        if isinstance(values.get(key), str):
+            overrides[key] = values[key] = str(root / values[key])
+    for option in ("precision", "eval_precision", "grad_accumulation_factor", "max_grad_norm"):
+        if option in run_opts.overridden_args:
+            values[option] = getattr(run_opts, option)
+    problems += _wrong_values(values)
+    if not problems:
+        problems = _contradictions(values, run_opts)
+    _raise(problems, hparams_file)
+    return Settings(hparams_file, run_opts, overrides, values)
+
+
+def check_against_data(settings, available):
+    """Check what only the data can tell.
+
+    Arguments
+    ---------
+    settings : Settings
+    available : dict
+        Clips of each accent in the data.
+
+    Raises
+    ------
+    ConfigError
+        If an accent that is asked for does not occur.
+    """
+    problems = []
+    for accent in settings.values["accents"]:
+        if not available.get(accent):
+            close = difflib.get_close_matches(accent, available, n=1)
+            has = ", ".join(f"{name} ({count})" for name, count in sorted(available.items(), key=lambda x: -x[1]) if count)
+            problems.append(
+                f"accents lists {accent!r}, which the data does not have; it has {has or 'no known accent at all'}"
+                + (f" (did you mean {close[0]!r}?)" if close else "")
+            )
+    _raise(problems, settings.hparams_file)
+
+
+# Hyperparameters -> arguments of the preparation, where the names are not the same.
+_PREPARATION = (
+    "data_folder prepared_folder skip_prep accents balance max_clips_per_client min_seconds max_seconds seed "
+    "max_unreadable_share valid_fraction test_fraction accent_column client_column sentence_column audio_column"
+).split()
+
+
+def preparation(values):
+    """Arguments of `prepare_common_voice_accent` among the values of a YAML."""
+    return {key: values[key] for key in _PREPARATION} | {"workers": values["prepare_workers"]}
+
+
+def _raise(problems, hparams_file):
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError("\n  ".join([f"{count} in {hparams_file} and its command line", *problems]))
+
+
+def _split(argv):
+    """The YAML's path, words of each `--key` of ours, and SpeechBrain's options, whose flags may carry True or False."""
+    options = {field.name: field.default for field in dataclasses.fields(RunOptions)}
+    if not argv or argv[0].startswith("--"):
+        raise ConfigError("the first argument is a YAML of hyperparameters: train.py hparams/wav2vec2_base.yaml")
+    own, others, place = {}, [], 1
+    while place < len(argv):
+        word = argv[place]
+        place += 1
+        words = []
+        if word.startswith("--") and "=" in word:
+            word, value = word.split("=", 1)
+            words = [value]
+        else:
+            while word.startswith("--") and place < len(argv) and not argv[place].startswith("--"):
+                words.append(argv[place])
+                place += 1
+        name = word.removeprefix("--")
+        if not word.startswith("--"):
+            others.append(word)
+        elif name not in options:
+            own[name] = words
+        elif options[name] is False and words and words[0].lower() in ("true", "false"):
+            others += [word] * (words[0].lower() == "true") + words[1:]
+        else:
+            others += [word, *words]
+    return argv[0], own, others
+
+
+def _run_options(hparams_file, words):
+    try:
+        _, run_opts, rest = RunOptions.from_command_line_args([hparams_file, *words])
+    except SystemExit as error:
+        # argparse has already said on stderr which option is wrong.
+        raise ConfigError("a run option of SpeechBrain has a wrong value, see above") from error
+    return run_opts, rest.split()
+
+
+def _read_yaml(hparams_file):
+    try:
+        return Path(hparams_file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the hyperparameters {hparams_file} cannot be read: {error.strerror}") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads values and leaves out what a tag would build."""
+
+
+_PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _plain(text, overrides):
+    """Plain values of the YAML, references resolved and nothing built."""
+    try:
+        resolved = resolve_references(text, overrides).getvalue()
+        values = yaml.load(resolved, Loader=_PlainLoader)
+    except Exception as error:
+        # ruamel, PyYAML and HyperPyYAML each raise their own.
+        raise ConfigError(f"the YAML cannot be read: {error}") from error
+    return {key: _value(key, value) for key, value in values.items()}
+
+
+def _value(key, value):
+    """What a text stands for; 1e-5 is a number to people, and a text to YAML 1.1."""
+    if isinstance(value, str):
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+        if KEYS.get(key) in _TEXTS:
+            return None if parsed is None and value in ("null", "~", "None") else value
+        value = None if parsed == "None" else parsed
+    if isinstance(value, str) and key in KEYS:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+# Folders and names stay as they were typed, though YAML might see a number in them.
+_TEXTS = {KEYS[key] for key in KEYS if KEYS[key] is _text} | {
+    KEYS[key] for key in (*PATHS, "accent_column", "client_column", "sentence_column", "audio_column")
+}
+
+
+def _unknown(word, known):
+    name = word.removeprefix("--")
+    close = difflib.get_close_matches(name, [key for key in known if key in KEYS] + list(_OPTION_NAMES), n=1)
+    return f"{word!r} is no hyperparameter or run option" + (f" (did you mean --{close[0]}?)" if close else "")
+
+
+_OPTION_NAMES = tuple(field.name for field in dataclasses.fields(RunOptions))
+
+
+def _wrong_values(values):
+    problems = []
+    for key, check in KEYS.items():
+        if key not in values:
+            problems.append(f"{key} is missing")
+            continue
+        wanted = check(values[key])
+        if wanted:
+            problems.append(f"{key} is {values[key]!r}; it should be {wanted}")
+    return problems
+
+
+def _contradictions(values, run_opts):
+    """Pairs of values that are each right and do not go together, and folders that are not there."""
+    from accent_plugin.encoder import find_source
+
+    problems = []
+    if values["min_seconds"] >= values["max_seconds"]:
+        problems.append(f"min_seconds {values['min_seconds']:g} is not below max_seconds {values['max_seconds']:g}")
+    longest = min(values["max_seconds"], values["crop_seconds"] or math.inf)
+    if values["batch_seconds"] < longest:
+        problems.append(
+            f"batch_seconds {values['batch_seconds']:g} holds no clip of {longest:g} s, which max_seconds and "
+            "crop_seconds allow"
+        )
+    if isinstance(values["class_weights"], list) and len(values["class_weights"]) != len(values["accents"]):
+        problems.append(f"class_weights has {len(values['class_weights'])} values for {len(values['accents'])} accents")
+    if values["balance"] == "sampler" and values["class_weights"] == "balanced":
+        problems.append("balance sampler and class_weights balanced would correct the same imbalance twice")
+    if values["valid_fraction"] + values["test_fraction"] >= 1:
+        problems.append("valid_fraction and test_fraction leave nothing to train on")
+    if values["freeze_wav2vec2"] and (values["freeze_layers"] or values["freeze_encoder_steps"]):
+        problems.append("freeze_wav2vec2 freezes the whole encoder: freeze_layers and freeze_encoder_steps must be 0")
+    if values["num_layers"] is not None and values["freeze_layers"] > values["num_layers"]:
+        problems.append(f"freeze_layers {values['freeze_layers']} is more than num_layers {values['num_layers']}")
+    on_cpu = run_opts.device == "cpu"
+    if on_cpu and "fp16" in (values["precision"], values["eval_precision"]):
+        problems.append("fp16 does not work on a CPU; choose bf16 or fp32")
+    if values["skip_prep"] and values["prepared_folder"] is None:
+        problems.append("skip_prep is True, but prepared_folder does not say what to take")
+    if values["augment"] and not any(
+        values[f"augment_{kind}"] for kind in ("speed", "noise_snr", "band", "mask_seconds")
+    ):
+        problems.append("augment is True, but every augmentation is off")
+    try:
+        find_source(values["wav2vec2_hub"])
+    except AccentPluginError as error:
+        problems.append(f"wav2vec2_hub: {error}")
+    return problems

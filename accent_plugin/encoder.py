@@ -1,0 +1,559 @@
+"""Pretrained speech encoders whose output for a clip does not depend on the batch it is in.
+
+Three things make the usual lobes give a clip other frames when it is padded: normalising the padded waveform, a
+normalisation over time in the first convolutions, and padding that leaks through the positional convolutions. Here
+each is computed from the clip's own samples and frames, with the parameters and state-dict keys of Hugging Face's
+models, so that for one unpadded clip the output is Hugging Face's. A family enters `FAMILIES` only with a test of that.
+"""
+
+import contextlib
+import difflib
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from speechbrain.integrations.huggingface.huggingface import HFTransformersInterface
+from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers.utils import logging as transformers_logging
+
+from accent_plugin.errors import EncoderError
+
+logger = logging.getLogger(__name__)
+
+# Of Hugging Face's Wav2Vec2FeatureExtractor, so that a clip is normalised exactly as there.
+_NORMALISATION_FLOOR = 1e-7
+
+
+def sample_counts(wavs, wav_lens=None):
+    """True length of each clip of a padded batch, in samples.
+
+    Arguments
+    ---------
+    wavs : (batch, samples) torch.Tensor
+    wav_lens : (batch,) torch.Tensor
+        Length of each clip as a share of the longest, as SpeechBrain gives it; None where nothing is padded.
+
+    Returns
+    -------
+    (batch,) torch.Tensor of int64
+    """
+    if wav_lens is None:
+        return torch.full((wavs.shape[0],), wavs.shape[1], device=wavs.device)
+    return torch.round(wav_lens.double() * wavs.shape[1]).long().to(wavs.device)
+
+
+def _valid(counts, length):
+    """(batch, length) mask that is True in the first `counts` places of each row."""
+    return torch.arange(length, device=counts.device) < counts.unsqueeze(1)
+
+
+class MaskedGroupNorm(nn.GroupNorm):
+    """Group normalisation over the valid frames only, in float32; same parameters and keys as torch's.
+
+    `valid` is set by the encoder around each forward pass; None means that every frame counts.
+    """
+
+    valid = None
+
+    def forward(self, inputs):
+        """Normalise (batch, channels, frames); what stands in padded frames afterwards is finite and meaningless."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            inputs = inputs.float()
+            if self.valid is None:
+                return super().forward(inputs)
+            batch, channels, frames = inputs.shape
+            grouped = inputs.view(batch, self.num_groups, channels // self.num_groups, frames)
+            mask = self.valid[:, None, None, :].to(inputs.dtype)
+            count = mask.sum(dim=-1, keepdim=True) * grouped.shape[2]
+            mean = (grouped * mask).sum(dim=(2, 3), keepdim=True) / count
+            variance = ((grouped - mean) * mask).square().sum(dim=(2, 3), keepdim=True) / count
+            scale = self.weight.view(1, self.num_groups, -1, 1) * torch.rsqrt(variance + self.eps)
+            shift = self.bias.view(1, self.num_groups, -1, 1) - mean * scale
+            return torch.addcmul(shift, grouped, scale).view(batch, channels, frames)
+
+    @classmethod
+    def replacing(cls, norm):
+        """A masked copy that takes over the parameters of a torch.nn.GroupNorm."""
+        masked = cls(norm.num_groups, norm.num_channels, eps=norm.eps, affine=True)
+        masked.weight, masked.bias = norm.weight, norm.bias
+        return masked
+
+
+class InvariantEncoder:
+    """What all encoders share; a family says how many frames there are, which parts it has, and how to encode.
+
+    Mixed into a SpeechBrain lobe. The forward pass returns frames and a mask instead of frames alone. While `held` is
+    set, no gradient enters the pretrained model: it stands still without being frozen for good.
+    """
+
+    held = False
+
+    def _set_up(self, freeze, freeze_feature_extractor, freeze_layers, weighted_layers, standardise_layers):
+        """Freeze what is to be frozen, for good, and prepare the weighted sum over layers."""
+        depth = len(self.blocks)
+        if not 0 <= freeze_layers <= depth:
+            raise EncoderError(f"freeze_layers is {freeze_layers}, but this encoder has {depth} layers")
+        self.freeze = freeze
+        self.stem_is_frozen = freeze or freeze_feature_extractor or freeze_layers > 0
+        if freeze:
+            self._frozen_parts = [self.model]
+        else:
+            self._frozen_parts = [self.stem] if self.stem_is_frozen else []
+            if freeze_layers:
+                self._frozen_parts += [*self.front, *self.blocks[:freeze_layers]]
+        for part in self._frozen_parts:
+            part.requires_grad_(False)
+        if weighted_layers == "all":
+            weighted_layers = list(range(depth + 1))
+        self.weighted_layers = weighted_layers
+        self.standardise_layers = standardise_layers
+        if weighted_layers is not None:
+            wrong = [layer for layer in weighted_layers if not 0 <= layer <= depth]
+            if wrong or not weighted_layers:
+                raise EncoderError(
+                    f"weighted_layers is {weighted_layers}; this encoder has states 0 (before the first layer) to {depth}"
+                )
+            # The name and form of Hugging Face's use_weighted_layer_sum: softmax over one number per state.
+            self.layer_weights = nn.Parameter(torch.zeros(len(weighted_layers)))
+        self.train(self.training)
+
+    @property
+    def width(self):
+        """Features of a frame."""
+        return self.model.config.hidden_size
+
+    def train(self, mode=True):
+        """Set the mode; frozen parts stay in evaluation mode, or dropout would make them drift."""
+        super().train(mode)
+        for part in getattr(self, "_frozen_parts", ()):
+            part.eval()
+        return self
+
+    def forward(self, wavs, wav_lens=None):
+        """Encode waveforms.
+
+        Arguments
+        ---------
+        wavs : (batch, samples) torch.Tensor
+            16 kHz, padded at the end; what stands in the padding has no influence.
+        wav_lens : (batch,) torch.Tensor
+            Length of each clip as a share of the longest; None where nothing is padded.
+
+        Returns
+        -------
+        frames : (batch, frames, features) torch.Tensor
+        valid : (batch, frames) torch.Tensor
+            True where a frame belongs to the clip.
+        """
+        if self.weighted_layers is None:
+            return self._run(wavs, wav_lens, all_states=False)
+        states, valid = self._run(wavs, wav_lens, all_states=True)
+        weights = torch.softmax(self.layer_weights, dim=0)
+        chosen = (states[layer] for layer in self.weighted_layers)
+        if self.standardise_layers:
+            chosen = (nn.functional.layer_norm(state, state.shape[-1:]) for state in chosen)
+        return sum(weight * state for weight, state in zip(weights, chosen, strict=True)), valid
+
+    def hidden_states(self, wavs, wav_lens=None):
+        """Encode waveforms and keep every layer.
+
+        Returns
+        -------
+        states : tuple of (batch, frames, features) torch.Tensor
+            State 0 enters the first layer; state k leaves layer k.
+        valid : (batch, frames) torch.Tensor
+        """
+        return self._run(wavs, wav_lens, all_states=True)
+
+    def _run(self, wavs, wav_lens, all_states):
+        counts = sample_counts(wavs, wav_lens)
+        wavs = self._own_scale(wavs, counts)
+        short = self.minimum_samples - wavs.shape[1]
+        if short > 0:
+            wavs = nn.functional.pad(wavs, (0, short))
+        # A clip too short for the convolutions counts as if silence followed it, alone and in a batch.
+        counts = counts.clamp(min=self.minimum_samples)
+        # Where nothing is padded the model runs unmasked, so that the result is Hugging Face's to the last bit.
+        padded = wav_lens is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.freeze or self.held)):
+            output = self._encode(wavs, counts, padded, all_states)
+        valid = _valid(self.frame_counts(counts), output.last_hidden_state.shape[1])
+        return output.hidden_states if all_states else output.last_hidden_state, valid
+
+    def _own_scale(self, wavs, counts):
+        """Clear the padding and, where the encoder was trained so, bring each clip to zero mean and unit variance."""
+        with torch.autocast(wavs.device.type, enabled=False):
+            mask = _valid(counts, wavs.shape[1])
+            wavs = wavs.float().masked_fill(~mask, 0.0)
+            if not self.normalize_wav:
+                return wavs
+            counts = counts.unsqueeze(1)
+            mean = wavs.sum(dim=1, keepdim=True) / counts
+            centred = (wavs - mean).masked_fill(~mask, 0.0)
+            variance = centred.square().sum(dim=1, keepdim=True) / counts
+            return centred / torch.sqrt(variance + _NORMALISATION_FLOOR)
+
+    def _from_pretrained(self, source, save_path, cache_dir, device=None, **kwargs):
+        """Load from a local folder and insist on whole weights: the stock lobe draws missing ones at random."""
+        try:
+            model, info = AutoModel.from_pretrained(
+                source, config=self.config, dtype=torch.float32, output_loading_info=True, **kwargs
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise EncoderError(f"the encoder in {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        missing = [key for key in info["missing_keys"] if not self._may_be_missing(key)]
+        if missing:
+            raise EncoderError(
+                f"the weights in {source} lack {len(missing)} tensors of the encoder, {missing[0]} for one; "
+                "the folder holds another model or a damaged file"
+            )
+        self.model = model
+
+    def _may_be_missing(self, key):
+        # Drawn at random by Hugging Face where SpecAugment was never used; never used here either.
+        return key.endswith("masked_spec_embed")
+
+
+class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
+    """SpeechBrain's lobe for wav2vec 2.0, XLSR, HuBERT, WavLM and data2vec-audio, made independent of the batch.
+
+    Sources: Baevski et al. 2020 (wav2vec 2.0), Hsu et al. 2021 (HuBERT), Chen et al. 2022 (WavLM), Baevski et al. 2022
+    (data2vec). Arguments as in `make_encoder`.
+    """
+
+    def __init__(
+        self,
+        source,
+        save_path,
+        freeze=False,
+        freeze_feature_extractor=True,
+        freeze_layers=0,
+        num_layers=None,
+        weighted_layers=None,
+        standardise_layers=False,
+        config_overrides=None,
+        **kwargs,
+    ):
+        # The parent calls override_config while it is being built, so these come before it.
+        self._num_layers, self._config_overrides = num_layers, config_overrides or {}
+        with _quiet():
+            super().__init__(source, save_path, **kwargs)
+        if getattr(self.model, "adapter", None) is not None:
+            raise EncoderError(f"{source} has an adapter on top of its layers, which is not supported")
+        if getattr(self.config, "conv_pos_batch_norm", False):
+            raise EncoderError(f"{source} has a batch normalisation in its positional convolution: not supported")
+        if getattr(self.model, "masked_spec_embed", None) is not None:
+            # Trainable but unused without SpecAugment: distributed training would wait for its gradient for ever.
+            self.model.masked_spec_embed.requires_grad_(False)
+        self._masked_norm = None
+        first = self.model.feature_extractor.conv_layers[0]
+        if isinstance(first.layer_norm, nn.GroupNorm):
+            self._masked_norm = first.layer_norm = MaskedGroupNorm.replacing(first.layer_norm)
+        # data2vec-audio stacks positional convolutions, each of which carries padding into the next.
+        self._positional_layers = list(getattr(self.model.encoder.pos_conv_embed, "layers", ()))
+        self._set_up(freeze, freeze_feature_extractor, freeze_layers, weighted_layers, standardise_layers)
+        if self.stem_is_frozen:
+            # Without this Hugging Face marks the waveform as requiring a gradient and keeps the whole CNN in the graph.
+            self.model.feature_extractor._freeze_parameters()
+
+    def override_config(self, config):
+        """Apply the overrides before the model is built: dropout values are baked in at construction."""
+        return _overridden(config, self._config_overrides, self._num_layers, "num_hidden_layers")
+
+    @property
+    def stem(self):
+        """The convolutions on the waveform."""
+        return self.model.feature_extractor
+
+    @property
+    def front(self):
+        """What stands between the stem and the first transformer block."""
+        parts = [self.model.feature_projection, self.model.encoder.pos_conv_embed]
+        if not self.config.do_stable_layer_norm:
+            parts.append(self.model.encoder.layer_norm)
+        return parts
+
+    @property
+    def blocks(self):
+        """Transformer blocks."""
+        return self.model.encoder.layers
+
+    @property
+    def minimum_samples(self):
+        """Samples that give one frame."""
+        samples = 1
+        for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
+    def frame_counts(self, counts):
+        """Frames of clips of so many samples; both (batch,) torch.Tensor of int64."""
+        return self.model._get_feat_extract_output_lengths(counts).long()
+
+    def _encode(self, wavs, counts, padded, all_states):
+        if not padded:
+            return self.model(wavs, output_hidden_states=all_states)
+        with contextlib.ExitStack() as stack:
+            if self._masked_norm is not None:
+                kernel, stride = self.config.conv_kernel[0], self.config.conv_stride[0]
+                first_frames = (wavs.shape[1] - kernel) // stride + 1
+                self._masked_norm.valid = _valid((counts - kernel) // stride + 1, first_frames)
+                stack.callback(setattr, self._masked_norm, "valid", None)
+            if self._positional_layers:
+                frames = int(self.frame_counts(torch.tensor(wavs.shape[1])))
+                padding = ~_valid(self.frame_counts(counts), frames).unsqueeze(1)
+                for layer in self._positional_layers:
+                    hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].masked_fill(padding, 0.0),))
+                    stack.callback(hook.remove)
+            return self.model(wavs, attention_mask=_valid(counts, wavs.shape[1]), output_hidden_states=all_states)
+
+
+class MoonshineEncoder(InvariantEncoder, HFTransformersInterface):
+    """The encoder of Moonshine (Jeffries et al. 2024): raw waveform in, small enough for a CPU, trained on recognition.
+
+    Arguments as in `make_encoder`.
+    """
+
+    def __init__(
+        self,
+        source,
+        save_path,
+        freeze=False,
+        freeze_feature_extractor=True,
+        freeze_layers=0,
+        num_layers=None,
+        weighted_layers=None,
+        standardise_layers=False,
+        config_overrides=None,
+        **kwargs,
+    ):
+        self._num_layers, self._config_overrides = num_layers, config_overrides or {}
+        with _quiet():
+            super().__init__(source, save_path, **kwargs)
+        self.load_feature_extractor(source, cache_dir=save_path)
+        self.normalize_wav = self.feature_extractor.do_normalize
+        self.model = self.model.encoder
+        self._masked_norm = self.model.groupnorm = MaskedGroupNorm.replacing(self.model.groupnorm)
+        self._set_up(freeze, freeze_feature_extractor, freeze_layers, weighted_layers, standardise_layers)
+
+    def override_config(self, config):
+        """Apply the overrides before the model is built."""
+        return _overridden(config, self._config_overrides, self._num_layers, "encoder_num_hidden_layers")
+
+    def _may_be_missing(self, key):
+        # The decoder is dropped, so a folder may leave it out.
+        return not key.startswith("encoder.")
+
+    @property
+    def stem(self):
+        """The convolutions on the waveform."""
+        return nn.ModuleList([self.model.conv1, self.model.groupnorm, self.model.conv2, self.model.conv3])
+
+    @property
+    def front(self):
+        """What stands between the stem and the first transformer block: rotary embeddings, without parameters."""
+        return []
+
+    @property
+    def blocks(self):
+        """Transformer blocks."""
+        return self.model.layers
+
+    # (kernel, stride) of the three convolutions, which Hugging Face's configuration does not hold.
+    _CONVOLUTIONS = ((127, 64), (7, 3), (3, 2))
+    _HOP = 64 * 3 * 2
+    minimum_samples = 127 + ((7 - 1) + (3 - 1) * 3) * 64
+
+    def frame_counts(self, counts):
+        """Frames of clips of so many samples; both (batch,) torch.Tensor of int64."""
+        for kernel, stride in self._CONVOLUTIONS:
+            counts = (counts - kernel) // stride + 1
+        return counts
+
+    def _encode(self, wavs, counts, padded, all_states):
+        if not padded:
+            return self.model(wavs, output_hidden_states=all_states)
+        kernel, stride = self._CONVOLUTIONS[0]
+        length = int(self.frame_counts(torch.tensor(wavs.shape[1])))
+        # Hugging Face takes every 384th value of a mask over samples, which would count frames that reach into the
+        # padding: lay the mask out so that exactly the true frames are picked.
+        mask = torch.zeros(wavs.shape, dtype=torch.bool, device=wavs.device)
+        mask[:, :: self._HOP][:, :length] = _valid(self.frame_counts(counts), length)
+        self._masked_norm.valid = _valid((counts - kernel) // stride + 1, (wavs.shape[1] - kernel) // stride + 1)
+        try:
+            return self.model(wavs, attention_mask=mask, output_hidden_states=all_states)
+        finally:
+            self._masked_norm.valid = None
+
+
+# Hugging Face's model_type -> class. A family is listed only where a test shows that a clip's frames are the same
+# alone and in any batch.
+FAMILIES = {
+    "wav2vec2": Wav2Vec2Encoder,
+    "hubert": Wav2Vec2Encoder,
+    "wavlm": Wav2Vec2Encoder,
+    "data2vec-audio": Wav2Vec2Encoder,
+    "moonshine": MoonshineEncoder,
+}
+
+
+def make_encoder(
+    source,
+    save_path=None,
+    freeze=False,
+    freeze_feature_extractor=True,
+    freeze_layers=0,
+    num_layers=None,
+    weighted_layers=None,
+    standardise_layers=False,
+    config_overrides=None,
+    attn_implementation=None,
+):
+    """Load a pretrained encoder, from the Hub or a local folder, as the class of its family.
+
+    Arguments
+    ---------
+    source : str
+        A local folder (config.json, weights, preprocessor_config.json) or a name on the Hub.
+    save_path : str
+        Where downloads are kept; None for Hugging Face's own cache.
+    freeze : bool
+        Train nothing of the encoder (but the weights of `weighted_layers`).
+    freeze_feature_extractor : bool
+        Do not train the convolutions on the waveform, and do no backward work in them.
+    freeze_layers : int
+        Do not train the lowest so many transformer blocks, nor what stands before them.
+    num_layers : int
+        Keep only the lowest so many transformer blocks; None keeps all.
+    weighted_layers : list of int, or "all"
+        Return a learned weighted sum of these hidden states (0 enters the first block) instead of the last one.
+    standardise_layers : bool
+        Bring each frame of each summed state to zero mean and unit variance first (layer norm without parameters).
+    config_overrides : dict
+        Values of the Hugging Face configuration to change, such as `layerdrop` or `attention_dropout`.
+    attn_implementation : str
+        "sdpa", "eager" or "flash_attention_2", as in Hugging Face; None for what it takes by itself.
+
+    Returns
+    -------
+    InvariantEncoder
+        Its forward pass maps waveforms to frames and a mask of valid frames.
+
+    Raises
+    ------
+    EncoderError
+        If the folder is missing or incomplete, the Hub cannot be reached, or the family is not supported.
+    """
+    folder = _local_folder(source, save_path)
+    config = _read_config(folder)
+    if config.model_type not in FAMILIES:
+        raise EncoderError(
+            f"{source} is of the family {config.model_type!r}, whose output has not been shown to be independent of the "
+            f"batch; supported are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[config.model_type](
+        str(folder),
+        "",
+        freeze=freeze,
+        freeze_feature_extractor=freeze_feature_extractor,
+        freeze_layers=freeze_layers,
+        num_layers=num_layers,
+        weighted_layers=weighted_layers,
+        standardise_layers=standardise_layers,
+        config_overrides=config_overrides,
+        attn_implementation=attn_implementation,
+    )
+
+
+def find_source(source):
+    """Check that an encoder's source is a usable folder or a well-formed Hub name, without loading anything.
+
+    Raises
+    ------
+    EncoderError
+        If it is neither.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise EncoderError(f"the encoder's folder {source} has no config.json; give a Hugging Face model folder")
+        if not (folder / "preprocessor_config.json").is_file():
+            raise EncoderError(f"the encoder's folder {source} has no preprocessor_config.json beside its config.json")
+        if not (list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))):
+            raise EncoderError(f"the encoder's folder {source} has no weights (*.safetensors or *.bin)")
+        return folder
+    looks_local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1 or folder.exists()
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        looks_local = True
+    if looks_local:
+        raise EncoderError(f"there is no folder {source}; give a Hugging Face model folder, or a name on the Hub")
+    return None
+
+
+def _local_folder(source, save_path):
+    folder = find_source(source)
+    if folder is not None:
+        return folder
+    try:
+        return Path(
+            snapshot_download(
+                source, cache_dir=save_path, allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"]
+            )
+        )
+    except Exception as error:
+        # huggingface_hub raises a family of its own, httpx's and OSError for what is one thing to a user.
+        raise EncoderError(
+            f"{source} is neither a local folder nor to be had from the Hugging Face Hub "
+            f"({type(error).__name__}); without a network, give a folder that holds it, "
+            f"or fetch it first where there is one: hf download {source}"
+        ) from error
+
+
+def _read_config(folder):
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise EncoderError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _overridden(config, overrides, num_layers, depth_key):
+    for key, value in overrides.items():
+        if not hasattr(config, key):
+            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise EncoderError(f"config_overrides has {key!r}, which a {config.model_type} model does not have{hint}")
+        setattr(config, key, value)
+    if hasattr(config, "layerdrop") and "layerdrop" not in overrides:
+        # Dropped layers get no gradient, which distributed training takes for an error, and cost small runs accuracy.
+        config.layerdrop = 0.0
+    if num_layers is not None:
+        depth = getattr(config, depth_key)
+        if not 1 <= num_layers <= depth:
+            raise EncoderError(f"num_layers is {num_layers}, but this encoder has {depth} layers")
+        setattr(config, depth_key, num_layers)
+    return config
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep back Hugging Face's loading report and SpeechBrain's use of a deprecated call; errors still come through."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()

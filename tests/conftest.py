@@ -1,0 +1,91 @@
+"""Shared pieces: tiny encoders of every family with random weights, and where real data lie, if they do."""
+
+import os
+
+# Before numpy and torch start their thread pools: tests share the machine, and their arrays are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# No test may reach the Hub; what needs it is tested against its offline error.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def shared(*parts):
+    """A path of real data kept beside the checkout, or a skip where it is absent."""
+    path = ROOT.parent.joinpath("shared", *parts)
+    if not path.exists():
+        pytest.skip(f"real data are absent: there is no {'/'.join(('../shared', *parts))}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_speech():
+    """A DatasetDict of real speech."""
+    return shared("data", "speech_accent_archive")
+
+
+@pytest.fixture(scope="session")
+def real_moonshine():
+    """A pretrained Moonshine encoder."""
+    return shared("encoders", "moonshine_tiny")
+
+
+# Family -> the values that make it differ from the others; all tiny.
+TINY = {
+    "wav2vec2-group": ("Wav2Vec2", {"feat_extract_norm": "group"}),
+    "wav2vec2-layer": ("Wav2Vec2", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
+    "hubert-group": ("Hubert", {"feat_extract_norm": "group"}),
+    "hubert-layer": ("Hubert", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
+    "wavlm-group": ("WavLM", {"feat_extract_norm": "group"}),
+    "wavlm-layer": ("WavLM", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
+    "data2vec-audio": ("Data2VecAudio", {}),
+    "moonshine": ("Moonshine", {}),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    """Function: name of `TINY` -> folder of an encoder with random weights, as Hugging Face saves it."""
+    import torch
+    import transformers
+
+    made = {}
+
+    def make(name):
+        if name in made:
+            return made[name]
+        family, values = TINY[name]
+        if family == "Moonshine":
+            values = {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "encoder_num_hidden_layers": 3,
+                "decoder_num_hidden_layers": 1,
+                "encoder_num_attention_heads": 4,
+                "decoder_num_attention_heads": 4,
+                "vocab_size": 16,
+            }
+        else:
+            values = {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "conv_dim": [16] * 7,
+                "num_conv_pos_embedding_groups": 4,
+                **({"num_conv_pos_embeddings": 16} if family != "Data2VecAudio" else {}),
+                **values,
+            }
+        torch.manual_seed(7)
+        model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**values))
+        folder = tmp_path_factory.mktemp("encoders") / name
+        model.save_pretrained(folder)
+        transformers.Wav2Vec2FeatureExtractor(do_normalize=family != "Moonshine").save_pretrained(folder)
+        made[name] = folder
+        return folder
+
+    return make

@@ -1,0 +1,182 @@
+"""Batches: drawn anew each epoch, the same for a seed, within their limit; augmentation that depends on the clip alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accent_plugin import audio
+from accent_plugin.augment import Augmentation, add_noise, change_speed, limit_band, make_augmentation, mask_time
+from accent_plugin.batches import BucketBatchSampler, ClipDataset, collate, inverse_frequency, make_loader
+from accent_plugin.manifests import Clip
+
+LENGTHS = st.lists(st.floats(0.5, 20.0), min_size=1, max_size=200)
+
+
+def epoch(sampler, number):
+    sampler.set_epoch(number)
+    return [[index for index, _ in batch] for batch in sampler]
+
+
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS, st.integers(0, 5), st.booleans())
+def test_every_clip_comes_once_and_no_batch_is_too_large(lengths, seed, shuffle):
+    sampler = BucketBatchSampler(lengths, 30.0, shuffle=shuffle, seed=seed)
+    batches = epoch(sampler, 3)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert all(len(batch) * max(lengths[index] for index in batch) <= 30.0 for batch in batches)
+    assert len(sampler) == len(batches)
+
+
+def test_batches_differ_between_epochs_and_not_between_runs():
+    lengths = np.random.default_rng(0).uniform(1, 10, 300)
+    first, again = (BucketBatchSampler(lengths, 40.0, seed=1) for _ in range(2))
+    assert epoch(first, 1) == epoch(again, 1)
+    assert epoch(first, 2) == epoch(again, 2)
+    composition = [{frozenset(batch) for batch in epoch(first, number)} for number in (1, 2)]
+    assert len(composition[0] & composition[1]) < 0.1 * len(composition[0])
+
+
+def test_another_seed_gives_other_batches():
+    lengths = np.full(50, 4.0)
+    assert epoch(BucketBatchSampler(lengths, 16.0, seed=1), 1) != epoch(BucketBatchSampler(lengths, 16.0, seed=2), 1)
+
+
+def test_the_batch_with_the_most_audio_comes_first():
+    lengths = np.random.default_rng(0).uniform(1, 10, 300)
+    audio_in = [len(batch) * max(lengths[batch]) for batch in epoch(BucketBatchSampler(lengths, 40.0), 1)]
+    assert audio_in[0] == max(audio_in)
+
+
+def test_little_is_padding():
+    lengths = np.clip(np.random.default_rng(0).lognormal(1.6, 0.35, 5000), 1, 15)
+    batches = epoch(BucketBatchSampler(lengths, 60.0), 1)
+    padded = sum(len(batch) * max(lengths[batch]) for batch in batches)
+    assert 1 - lengths.sum() / padded < 0.08
+
+
+def test_weights_make_rare_clips_come_more_often():
+    labels = np.array([0] * 900 + [1] * 100)
+    weights = inverse_frequency(labels, 2)[labels]
+    drawn = [index for batch in epoch(BucketBatchSampler(np.full(1000, 4.0), 40.0, weights=weights), 1) for index in batch]
+    assert len(drawn) == 1000
+    assert 0.4 < np.mean(labels[drawn]) < 0.6
+
+
+# Reading
+
+
+@pytest.fixture
+def clips(tmp_path):
+    rng = np.random.default_rng(0)
+    made = []
+    for number, seconds in enumerate([1.0, 2.0, 2.0, 4.0]):
+        path = tmp_path / f"{number}.flac"
+        audio.write(path, rng.uniform(-0.5, 0.5, round(seconds * 16000)).astype(np.float32))
+        made.append(Clip(f"clip{number}", seconds, str(path), "ab"[number % 2], f"client{number}", "", ""))
+    return made
+
+
+def test_a_batch_is_padded_with_zeros_and_knows_its_lengths(clips):
+    dataset = ClipDataset(clips, ["a", "b"])
+    batch = collate([dataset[(0, 1)], dataset[(1, 1)]])
+    assert batch.wavs.shape == (2, 32000) and not batch.wavs[0, 16000:].any()
+    assert batch.wav_lens.tolist() == [0.5, 1.0]
+    assert batch.labels.tolist() == [0, 1] and batch.ids == ("clip0", "clip1")
+
+
+def test_clips_of_one_length_need_no_mask(clips):
+    dataset = ClipDataset(clips, ["a", "b"])
+    assert collate([dataset[(1, 1)], dataset[(2, 1)]]).wav_lens is None
+
+
+def test_labels_follow_the_order_of_accents(clips):
+    assert ClipDataset(clips, ["b", "a"])[(0, 1)][2] == 1
+
+
+def test_a_crop_is_a_stretch_of_the_clip_and_differs_between_epochs(clips):
+    dataset = ClipDataset(clips, ["a", "b"], crop_seconds=1.5)
+    whole = audio.read(clips[3].wav)
+    crops = [dataset[(3, number)][1] for number in (1, 2, 1)]
+    assert [len(crop) for crop in crops] == [24000] * 3
+    assert np.array_equal(crops[0], crops[2]) and not np.array_equal(crops[0], crops[1])
+    starts = np.lib.stride_tricks.sliding_window_view(whole, 24000)
+    assert any(np.array_equal(crops[0], window) for window in starts)
+    assert len(dataset[(0, 1)][1]) == 16000
+
+
+def test_what_is_drawn_does_not_depend_on_workers(clips):
+    augmentation = make_augmentation(True, 0.9, [0.9, 1.1], [5, 20], [2000, 8000], 0.3)
+    dataset = ClipDataset(clips * 1, ["a", "b"], crop_seconds=1.0, augmentation=augmentation, seed=4)
+    sampler = BucketBatchSampler(dataset.seconds(), 2.0)
+    sampler.set_epoch(2)
+    alone, parallel = (list(make_loader(dataset, sampler, num_workers=n)) for n in (0, 2))
+    for one, other in zip(alone, parallel, strict=True):
+        assert one.ids == other.ids and torch.equal(one.wavs, other.wavs)
+
+
+def test_no_clip_is_longer_than_announced(clips):
+    augmentation = make_augmentation(True, 1.0, [0.7, 1.3])
+    for crop in (None, 1.5):
+        dataset = ClipDataset(clips, ["a", "b"], crop_seconds=crop, augmentation=augmentation)
+        for index, limit in enumerate(dataset.seconds()):
+            for number in range(5):
+                assert len(dataset[(index, number)][1]) <= limit * 16000 + 1
+
+
+# Augmentation
+
+RATE = 16000
+
+
+def tone(frequency, seconds=1.0):
+    return np.sin(2 * np.pi * frequency * np.arange(int(seconds * RATE)) / RATE).astype(np.float32)
+
+
+def peak(samples):
+    return np.abs(np.fft.rfft(samples)).argmax() * RATE / len(samples)
+
+
+def test_speed_changes_length_and_pitch():
+    faster = change_speed(tone(1000), 1.25)
+    assert len(faster) == 12800
+    assert abs(peak(faster) - 1250) < 5
+
+
+def test_band_limit_removes_what_is_above_and_keeps_what_is_below():
+    limited = limit_band(tone(1000) + tone(5000), 3000, RATE)
+    assert np.allclose(limited, tone(1000), atol=1e-3)
+
+
+@pytest.mark.parametrize("snr", [0.0, 20.0])
+def test_noise_has_the_ratio_that_is_asked_for(snr):
+    clean = tone(440)
+    noise = add_noise(clean, snr, 0.5, np.random.default_rng(0)) - clean
+    assert abs(10 * np.log10(np.mean(clean**2) / np.mean(noise**2)) - snr) < 0.01
+
+
+def test_noise_leaves_silence_alone():
+    assert not add_noise(np.zeros(1000, np.float32), 10, 0.5, np.random.default_rng(0)).any()
+
+
+def test_a_mask_is_one_stretch_of_at_most_its_length():
+    clean = np.ones(RATE, np.float32)
+    for seed in range(20):
+        masked = mask_time(clean, 4000, np.random.default_rng(seed))
+        silent = np.flatnonzero(masked == 0)
+        assert len(silent) <= 4000
+        assert len(silent) == 0 or silent[-1] - silent[0] + 1 == len(silent)
+    assert clean.all()
+
+
+def test_a_clip_is_augmented_the_same_for_the_same_generator():
+    augmentation = Augmentation(RATE, 1.0, (0.9, 1.1), (5, 20), (2000, 8000), 0.3)
+    one, same, other = (augmentation(tone(440), np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
+    assert one.dtype == np.float32 and np.isfinite(one).all()
+
+
+def test_probability_zero_changes_nothing():
+    clean = tone(440)
+    assert np.array_equal(Augmentation(RATE, 0.0, (0.9, 1.1), (5, 20))(clean, np.random.default_rng(0)), clean)

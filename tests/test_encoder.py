@@ -1,0 +1,307 @@
+"""Encoders: the same frames alone and in any batch, Hugging Face's frames, and frozen parts that stay frozen."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoFeatureExtractor, AutoModel
+
+from accent_plugin.encoder import FAMILIES, MaskedGroupNorm, make_encoder
+from accent_plugin.errors import EncoderError
+from accent_plugin.model import AccentModel
+from conftest import TINY
+
+GROUP_NORM = [name for name in TINY if name.endswith("group") or name == "moonshine"]
+
+
+def waves(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [torch.from_numpy(rng.standard_normal(n).astype(np.float32) * 0.1 + 0.02) for n in lengths]
+
+
+def padded(clips, filler=0.0):
+    """A batch with `filler` in its padding, and relative lengths."""
+    longest = max(map(len, clips))
+    wavs = torch.full((len(clips), longest), filler)
+    for row, clip in zip(wavs, clips, strict=True):
+        row[: len(clip)] = clip
+    return wavs, torch.tensor([len(clip) / longest for clip in clips])
+
+
+def log_probabilities(model, clips, **batch):
+    with torch.no_grad():
+        return model(*padded(clips, **batch))
+
+
+@pytest.fixture
+def model(tiny_encoder):
+    def make(name, **arguments):
+        torch.manual_seed(3)
+        return AccentModel(make_encoder(str(tiny_encoder(name)), **arguments), ["a", "b", "c"]).eval()
+
+    return make
+
+
+def test_every_family_is_tested_here():
+    assert {name.removesuffix("-group").removesuffix("-layer") for name in TINY} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_scores_do_not_depend_on_the_batch(model, name):
+    model, clips = model(name), waves([16000, 9001, 4800, 12345, 3000])
+    batch = log_probabilities(model, clips)
+    for row, clip in enumerate(clips):
+        with torch.no_grad():
+            alone = model(clip[None])[0]
+        assert torch.allclose(alone, batch[row], atol=1e-5), f"clip {row}"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_stands_in_the_padding_has_no_influence(model, name):
+    model, clips = model(name), waves([9000, 4000])
+    assert torch.equal(log_probabilities(model, clips), log_probabilities(model, clips, filler=9.9))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_scores_do_not_depend_on_the_batch_in_bfloat16(model, name):
+    model, clips = model(name), waves([16000, 9001, 4800])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        batch = log_probabilities(model, clips).exp()
+        alone = torch.cat([model(clip[None]) for clip in clips]).exp()
+    assert (batch - alone).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_one_clip_gives_hugging_faces_frames(tiny_encoder, name):
+    folder, (clip,) = tiny_encoder(name), waves([8000])
+    reference = AutoModel.from_pretrained(folder).eval()
+    inputs = AutoFeatureExtractor.from_pretrained(folder)(clip.numpy(), sampling_rate=16000, return_tensors="pt")
+    encoder = make_encoder(str(folder)).eval()
+    with torch.no_grad():
+        expected = getattr(reference, "encoder" if name == "moonshine" else "forward")(
+            inputs.input_values, output_hidden_states=True
+        )
+        frames, valid = encoder(clip[None])
+        states, _ = encoder.hidden_states(clip[None])
+    assert valid.all()
+    assert torch.allclose(frames, expected.last_hidden_state, atol=1e-5)
+    for state, other in zip(states, expected.hidden_states, strict=True):
+        assert torch.allclose(state, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("samples", [1, 399, 400, 719, 720, 895, 896, 5000, 16001])
+def test_valid_frames_are_those_of_the_clip_alone(tiny_encoder, name, samples):
+    encoder = make_encoder(str(tiny_encoder(name))).eval()
+    with torch.no_grad():
+        alone, _ = encoder(waves([samples])[0][None])
+        frames, valid = encoder(*padded(waves([samples, 20000])))
+    assert valid[0].sum() == alone.shape[1] >= 1
+    assert valid[1].all() and valid.shape[1] == frames.shape[1]
+
+
+def test_a_clip_shorter_than_one_frame_gives_the_same_in_a_batch(model):
+    model, clips = model("wav2vec2-group"), waves([150, 16000])
+    with torch.no_grad():
+        assert torch.allclose(model(clips[0][None])[0], log_probabilities(model, clips)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", GROUP_NORM)
+def test_without_the_masked_norm_scores_would_depend_on_the_batch(model, name):
+    # Guards the tests above: they must be able to fail.
+    model, clips = model(name), waves([16000, 3000])
+    norm = next(m for m in model.modules() if isinstance(m, MaskedGroupNorm))
+    norm.forward = lambda inputs: torch.nn.GroupNorm.forward(norm, inputs)
+    with torch.no_grad():
+        assert not torch.allclose(model(clips[1][None])[0], log_probabilities(model, clips)[1], atol=1e-4)
+
+
+def test_masked_group_norm_by_hand():
+    norm = MaskedGroupNorm(1, 1, eps=0.0)
+    norm.valid = torch.tensor([[True, True, False]])
+    assert torch.allclose(norm(torch.tensor([[[1.0, 3.0, 1000.0]]]))[..., :2], torch.tensor([[[-1.0, 1.0]]]))
+
+
+# Freezing
+
+
+def graph_of(tensor):
+    """Names of all backward nodes behind a tensor."""
+    seen, stack = set(), [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return [node.name() for node in seen]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_frozen_cnn_does_no_backward_work(tiny_encoder, name):
+    encoder = make_encoder(str(tiny_encoder(name)), freeze_feature_extractor=True).train()
+    outputs = []
+    encoder.stem.requires_grad_(False)
+    last = list(encoder.stem.modules())[-1] if name == "moonshine" else encoder.stem
+    last.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    frames, _ = encoder(*padded(waves([4000, 3000])))
+    assert frames.requires_grad
+    assert all(output.grad_fn is None and not output.requires_grad for output in outputs)
+    free = make_encoder(str(tiny_encoder(name)), freeze_feature_extractor=False).train()
+    convolutions = [sum("Convolution" in n for n in graph_of(e(*padded(waves([4000, 3000])))[0])) for e in (encoder, free)]
+    stem = sum(isinstance(m, torch.nn.Conv1d) for m in free.stem.modules())
+    assert convolutions[1] - convolutions[0] == stem
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_frozen_encoder_is_deterministic_while_training(tiny_encoder, name):
+    encoder = make_encoder(str(tiny_encoder(name)), freeze=True).train()
+    batch = padded(waves([4000, 3000]))
+    frames, _ = encoder(*batch)
+    assert not frames.requires_grad
+    assert torch.equal(frames, encoder(*batch)[0])
+
+
+@pytest.mark.parametrize("name", ["wav2vec2-group", "wav2vec2-layer", "moonshine"])
+def test_frozen_layers_get_no_gradient_and_the_others_do(tiny_encoder, name):
+    encoder = make_encoder(str(tiny_encoder(name)), freeze_layers=2).train()
+    encoder(*padded(waves([4000, 3000])))[0].square().sum().backward()
+    with_gradient = [any(p.grad is not None for p in block.parameters()) for block in encoder.blocks]
+    assert with_gradient == [False, False, True]
+    assert not any(p.grad is not None for part in (encoder.stem, *encoder.front) for p in part.parameters())
+    assert not any(block.training for block in encoder.blocks[:2])
+
+
+def test_a_held_encoder_is_released_again(model):
+    model = model("wav2vec2-group").train()
+    model.wav2vec2.held = True
+    model(waves([4000])[0][None]).sum().backward()
+    assert all(p.grad is None for p in model.encoder_parameters())
+    model.wav2vec2.held = False
+    model(waves([4000])[0][None])[0, 0].backward()
+    assert any(p.grad is not None for p in model.encoder_parameters())
+
+
+# Layers
+
+
+def test_a_weighted_sum_starts_as_the_mean_of_the_states(tiny_encoder):
+    (clip,) = waves([8000])
+    encoder = make_encoder(str(tiny_encoder("wav2vec2-group")), weighted_layers=[1, 3]).eval()
+    with torch.no_grad():
+        frames, _ = encoder(clip[None])
+        states, _ = encoder.hidden_states(clip[None])
+    assert torch.allclose(frames, (states[1] + states[3]) / 2, atol=1e-6)
+
+
+def test_all_states_can_be_summed_and_their_weights_are_trained(tiny_encoder):
+    encoder = make_encoder(str(tiny_encoder("moonshine")), freeze=True, weighted_layers="all").train()
+    encoder(waves([8000])[0][None])[0].square().sum().backward()
+    assert encoder.layer_weights.shape == (4,) and encoder.layer_weights.grad.abs().sum() > 0
+
+
+def test_standardised_states_have_one_scale(tiny_encoder):
+    encoder = make_encoder(str(tiny_encoder("moonshine")), weighted_layers=[2], standardise_layers=True).eval()
+    with torch.no_grad():
+        frames, _ = encoder(waves([8000])[0][None])
+    assert torch.allclose(frames.std(dim=-1, correction=0), torch.ones(frames.shape[:2]), atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["wav2vec2-group", "moonshine"])
+def test_the_lowest_layers_can_be_kept_alone(tiny_encoder, name):
+    (clip,) = waves([8000])
+    whole, cut = (make_encoder(str(tiny_encoder(name)), num_layers=n).eval() for n in (None, 2))
+    with torch.no_grad():
+        assert torch.equal(whole.hidden_states(clip[None])[0][1], cut.hidden_states(clip[None])[0][1])
+    assert len(cut.blocks) == 2
+
+
+def test_the_width_is_read_from_the_model(tiny_encoder):
+    assert make_encoder(str(tiny_encoder("hubert-group"))).width == 32
+
+
+def test_configuration_overrides_reach_the_model(tiny_encoder):
+    encoder = make_encoder(str(tiny_encoder("wav2vec2-group")), config_overrides={"hidden_dropout": 0.37})
+    assert encoder.blocks[0].dropout.p == 0.37
+    assert encoder.config.layerdrop == 0.0
+
+
+# What cannot be used
+
+
+def test_unknown_configuration_override(tiny_encoder):
+    with pytest.raises(EncoderError, match="did you mean 'hidden_dropout'"):
+        make_encoder(str(tiny_encoder("wav2vec2-group")), config_overrides={"hiden_dropout": 0.1})
+
+
+def test_unsupported_family(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder("wav2vec2-group"), tmp_path / "sew")
+    config = json.loads((tmp_path / "sew/config.json").read_text())
+    (tmp_path / "sew/config.json").write_text(json.dumps({**config, "model_type": "sew"}))
+    with pytest.raises(EncoderError, match="family 'sew'.*supported are wav2vec2"):
+        make_encoder(str(tmp_path / "sew"))
+
+
+def test_missing_folder():
+    with pytest.raises(EncoderError, match="there is no folder ./nowhere"):
+        make_encoder("./nowhere")
+
+
+def test_a_hub_name_without_a_network():
+    with pytest.raises(EncoderError, match="hf download facebook/wav2vec2-base"):
+        make_encoder("facebook/wav2vec2-base")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_incomplete_folder(tiny_encoder, tmp_path, missing):
+    shutil.copytree(tiny_encoder("wav2vec2-group"), tmp_path / "part")
+    (tmp_path / "part" / missing).unlink()
+    with pytest.raises(EncoderError, match="has no " + ("weights" if missing.startswith("model") else missing)):
+        make_encoder(str(tmp_path / "part"))
+
+
+def test_weights_of_another_model(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder("wav2vec2-group"), tmp_path / "mixed")
+    shutil.copy(tiny_encoder("moonshine") / "model.safetensors", tmp_path / "mixed/model.safetensors")
+    with pytest.raises(EncoderError, match="lack .* tensors"):
+        make_encoder(str(tmp_path / "mixed"))
+
+
+def test_damaged_weights(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder("wav2vec2-group"), tmp_path / "cut")
+    weights = tmp_path / "cut/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(EncoderError, match="cannot be loaded"):
+        make_encoder(str(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("arguments", [{"num_layers": 9}, {"freeze_layers": 9}, {"weighted_layers": [0, 9]}])
+def test_layers_that_do_not_exist(tiny_encoder, arguments):
+    with pytest.raises(EncoderError, match="this encoder has"):
+        make_encoder(str(tiny_encoder("wav2vec2-group")), **arguments)
+
+
+# Real speech
+
+
+@pytest.mark.parametrize("name", [*TINY, "real"])
+def test_thirty_real_clips_alone_and_in_batches_of_eight(real_speech, model, request, name):
+    import io
+
+    import pyarrow as pa
+    import soundfile
+
+    table = pa.ipc.open_stream(next((real_speech / "test").glob("*.arrow"))).read_all()
+    cells = [cell["bytes"] for cell in table["audio"].slice(0, 30).to_pylist()]
+    clips = [torch.from_numpy(soundfile.read(io.BytesIO(cell), dtype="float32")[0]) for cell in cells]
+    if name == "real":
+        model = AccentModel(make_encoder(str(request.getfixturevalue("real_moonshine"))), ["a", "b", "c"]).eval()
+    else:
+        model = model(name)
+    with torch.no_grad():
+        alone = torch.cat([model(clip[None]) for clip in clips])
+        order = np.random.default_rng(1).permutation(len(clips))
+        for rows in np.array_split(order, 4):
+            batch = log_probabilities(model, [clips[row] for row in rows])
+            assert torch.allclose(batch, alone[rows], atol=1e-5)

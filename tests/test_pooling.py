@@ -1,0 +1,78 @@
+"""Pooling: numbers worked out by hand, and what holds for all of them."""
+
+import pytest
+import torch
+
+from accent_plugin.errors import ConfigError
+from accent_plugin.pooling import POOLINGS, AttentiveStatisticsPooling, MeanPooling, make_pooling
+
+FRAMES = torch.tensor([[[1.0, 10.0], [3.0, 20.0], [99.0, -99.0]]])
+VALID = torch.tensor([[True, True, False]])
+
+
+def with_scores(pooling, scores):
+    """Replace the attention's scores by numbers of ours."""
+    pooling.attention.score.forward = lambda hidden: torch.tensor(scores)[None, :, None]
+    return pooling
+
+
+def test_mean_by_hand():
+    assert torch.equal(MeanPooling(2)(FRAMES, VALID), torch.tensor([[2.0, 15.0]]))
+
+
+def test_attention_by_hand():
+    pooling = with_scores(make_pooling("attentive", 2), [0.0, torch.log(torch.tensor(3.0)).item(), 50.0])
+    assert torch.allclose(pooling(FRAMES, VALID), torch.tensor([[0.25 * 1 + 0.75 * 3, 0.25 * 10 + 0.75 * 20]]))
+
+
+def test_attentive_statistics_by_hand():
+    pooling = with_scores(AttentiveStatisticsPooling(2), [0.0, 0.0, 50.0])
+    assert torch.allclose(pooling(FRAMES, VALID), torch.tensor([[2.0, 15.0, 1.0, 5.0]]))
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_padding_has_no_influence_even_when_it_is_not_finite(name):
+    pooling, frames = make_pooling(name, 2), FRAMES.clone()
+    expected = pooling(FRAMES[:, :2], VALID[:, :2])
+    frames[:, 2] = torch.nan
+    assert torch.allclose(pooling(frames, VALID), expected)
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_one_frame_gives_finite_values_and_gradients(name):
+    pooling, frames = make_pooling(name, 2), torch.tensor([[[1.0, 2.0]]], requires_grad=True)
+    pooled = pooling(frames, torch.tensor([[True]]))
+    pooled.sum().backward()
+    assert torch.isfinite(pooled).all() and torch.isfinite(frames.grad).all()
+    assert torch.allclose(pooled[:, :2], frames[0])
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_pooling_twice_gives_the_same_and_draws_no_random_numbers(name):
+    pooling, state = make_pooling(name, 2).eval(), None
+    state = torch.get_rng_state()
+    assert torch.equal(pooling(FRAMES, VALID), pooling(FRAMES, VALID))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_bfloat16_frames_are_summed_in_float32(name):
+    torch.manual_seed(0)
+    pooling = make_pooling(name, 4)
+    frames = torch.randn(2, 3000, 4) + 5
+    valid = torch.ones(2, 3000, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = pooling(frames.bfloat16(), valid)
+    assert pooled.dtype == torch.float32
+    assert torch.allclose(pooled, pooling(frames, valid), atol=0.02)
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_the_width_that_is_announced_is_the_width_that_comes(name):
+    pooling = make_pooling(name, 2)
+    assert pooling(FRAMES, VALID).shape == (1, pooling.out_features)
+
+
+def test_unknown_pooling():
+    with pytest.raises(ConfigError, match="pooling 'stats' is unknown; choose one of mean, attentive"):
+        make_pooling("stats", 2)
