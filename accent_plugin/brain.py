@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def learning_rate_factor(progress, warmup, decay):
         return progress / warmup
     left = (1 - progress) / (1 - warmup) if warmup < 1 else 0.0
     left = min(max(left, 0.0), 1.0)
-    return {"linear": left, "cosine": 0.5 * (1 - np.cos(np.pi * left)), "none": 1.0}[decay]
+    return {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "none": 1.0}[decay]
 
 
 class AccentBrain(sb.Brain):
@@ -220,7 +221,7 @@ class AccentBrain(sb.Brain):
                 meta={SELECTION: figures[SELECTION], "epoch": epoch}, max_keys=[SELECTION]
             )
         if hasattr(self.hparams.epoch_counter, "update_metric"):
-            self.hparams.epoch_counter.update_metric(figures[SELECTION])
+            self.hparams.epoch_counter.update_metric(1 - figures[SELECTION])
 
     def _remember(self, epoch, figures):
         """Add the epoch to the history; a resumed run replaces what it does again."""
@@ -265,7 +266,8 @@ def make_epoch_counter(number_of_epochs, patience):
     """SpeechBrain's epoch counter; stops after `patience` epochs without a better figure, 0 for never."""
     if not patience:
         return EpochCounter(number_of_epochs)
-    return EpochCounterWithStopper(number_of_epochs, limit_to_stop=patience, limit_warmup=0, direction="max")
+    # It is given an error to minimise: its "max" takes an equal figure for an improvement and never stops.
+    return EpochCounterWithStopper(number_of_epochs, limit_to_stop=patience, limit_warmup=0, direction="min")
 
 
 def make_tensorboard_logger(enabled, folder):

@@ -6,6 +6,7 @@ made and no file written.
 
 import dataclasses
 import difflib
+import functools
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import yaml
 from hyperpyyaml import resolve_references
 from speechbrain.utils.run_opts import RunOptions
 
+from accent_plugin import manifests
 from accent_plugin.errors import AccentPluginError, ConfigError
 
 # Checks of one value: a function that returns what is wanted where the value is not that, and None where it is.
@@ -61,11 +63,6 @@ def _range(low):
     return check
 
 
-def _accents(value):
-    good = isinstance(value, list) and len(value) >= 2 and not any(_text(v) for v in value)
-    return None if good and len(set(value)) == len(value) else "a list of at least two different accents"
-
-
 def _layers(value):
     good = value == "all" or (isinstance(value, list) and value and not any(_whole(0)(v) for v in value))
     return None if good else "all, or a list of layer numbers such as [3, 4, 5]"
@@ -76,15 +73,20 @@ def _weights(value):
     return None if good else "balanced, or a list with one weight per accent"
 
 
-def _or_nothing(check):
-    check_value = check
+def _list_of(check, what):
+    def check_all(value):
+        good = isinstance(value, list) and value and not any(check(v) for v in value) and len(set(value)) == len(value)
+        return None if good else what
 
-    def check(value):
-        wanted = None if value is None else check_value(value)
+    return check_all
+
+
+def _or_nothing(check):
+    def check_or_nothing(value):
+        wanted = None if value is None else check(value)
         return wanted and f"{wanted}, or null"
 
-    check.optional = True
-    return check
+    return check_or_nothing
 
 
 _SHARE = _number(0, 1)
@@ -94,14 +96,21 @@ _PRECISION = _one_of("fp32", "fp16", "bf16")
 KEYS = {
     "name": _text,
     "seed": _whole(0),
+    "seeds": _or_nothing(_list_of(_whole(0), "a list of different whole numbers such as 1,2,3")),
+    "data_seed": _whole(0),
     "data_folder": _text,
     "prepared_folder": _or_nothing(_text),
     "output_folder": _text,
     "save_folder": _text,
     "train_log": _text,
     "skip_prep": _switch,
-    "accents": _accents,
-    "balance": _one_of("downsample", "sampler", "none"),
+    "accents": _list_of(_text, "a list of different accents"),
+    "split": _one_of(*manifests.SPLIT_KINDS),
+    "n_folds": _whole(0),
+    "fold": _or_nothing(_whole(1)),
+    "source_splits": _or_nothing(_list_of(_text, "a list of splits such as [train, validation]")),
+    "disjoint_sentences": _switch,
+    "balance": _one_of(*manifests.BALANCES),
     "max_clips_per_client": _or_nothing(_whole(1)),
     "min_seconds": _number(0),
     "max_seconds": _number(0, above=True),
@@ -167,21 +176,31 @@ class Settings:
     run_opts : speechbrain.utils.run_opts.RunOptions
     overrides : dict
         For `load_hyperpyyaml`: what the command line changed, and every path made absolute.
-    values : dict
-        Every plain value of the YAML after the overrides.
+    root : Path
+        Where default paths start.
     """
 
     hparams_file: str
     run_opts: RunOptions
     overrides: dict
-    values: dict
+    root: Path
 
-    def with_values(self, **values):
-        """The same configuration with some values changed."""
-        return dataclasses.replace(self, overrides={**self.overrides, **values}, values={**self.values, **values})
+    @functools.cached_property
+    def values(self):
+        """Every plain value of the YAML after the overrides."""
+        values = _plain(_read_yaml(self.hparams_file), self.overrides)
+        return values | {key: getattr(self.run_opts, key) for key in _SHARED & self.run_opts.overridden_args}
+
+    def but(self, **changes):
+        """The same configuration with some values changed, and what refers to them."""
+        return dataclasses.replace(self, overrides={**self.overrides, **changes})
 
 
-def read(argv, root):
+# Run options of SpeechBrain that have their default in the YAML.
+_SHARED = {"precision", "eval_precision", "grad_accumulation_factor", "max_grad_norm"}
+
+
+def read(argv, root, look_at_data=True):
     """Read a command line and the YAML it names, and check all of it.
 
     Arguments
@@ -190,6 +209,8 @@ def read(argv, root):
         A YAML's path, then `--key value` for hyperparameters and SpeechBrain's run options.
     root : Path
         Where default paths start.
+    look_at_data : bool
+        Also check what only the data can tell, such as whether they have the accents; nothing is decoded.
 
     Returns
     -------
@@ -201,8 +222,7 @@ def read(argv, root):
         With every problem, each on a line of its own.
     """
     hparams_file, own, others = _split(argv)
-    text = _read_yaml(hparams_file)
-    known = _plain(text, {})
+    known = _plain(_read_yaml(hparams_file), {})
     run_opts, stray = _run_options(hparams_file, others)
     problems = [_unknown(word, known) for word in stray]
     overrides = {}
@@ -216,62 +236,61 @@ def read(argv, root):
     for key in PATHS:
         if isinstance(overrides.get(key), str):
             overrides[key] = str(Path.cwd() / Path(overrides[key]).expanduser())
-    values = _plain(text, overrides)
     for key in PATHS:
-        if isinstance(values.get(key), str):
-            overrides[key] = values[key] = str(root / values[key])
-    for option in ("precision", "eval_precision", "grad_accumulation_factor", "max_grad_norm"):
-        if option in run_opts.overridden_args:
-            values[option] = getattr(run_opts, option)
-    problems += _wrong_values(values)
-    if not problems:
-        problems = _contradictions(values, run_opts)
-    _raise(problems, hparams_file)
-    return Settings(hparams_file, run_opts, overrides, values)
+        # One after the other: a path that refers to one before it becomes absolute with it, and is left alone.
+        default = _plain(_read_yaml(hparams_file), overrides).get(key)
+        if isinstance(default, str) and not Path(default).is_absolute():
+            overrides[key] = str(root / default)
+    if overrides.get("seeds") and "output_folder" not in own:
+        # One folder per seed below it, where a single run with that seed would be.
+        overrides["output_folder"] = str(Path(overrides["output_folder"]).parent)
+    settings = Settings(hparams_file, run_opts, overrides, Path(root))
+    wrong = _wrong_values(settings.values)
+    if not wrong and settings.values["prepared_folder"] is None:
+        settings = settings.but(prepared_folder=_default_prepared_folder(settings.values, root))
+    problems += wrong.values()
+    if not wrong:
+        problems += _contradictions(settings.values, run_opts)
+    if look_at_data and not wrong.keys() & {*_PREPARATION.values(), "skip_prep", "prepared_folder", "data_folder"}:
+        problems += _trouble_with_data(settings.values)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = "\n".join(problems).replace("\n", "\n  ")
+        raise ConfigError(f"{count} in {hparams_file} and its command line\n  {lines}")
+    return settings
 
 
-def check_against_data(settings, available):
-    """Check what only the data can tell.
-
-    Arguments
-    ---------
-    settings : Settings
-    available : dict
-        Clips of each accent in the data.
-
-    Raises
-    ------
-    ConfigError
-        If an accent that is asked for does not occur.
-    """
-    problems = []
-    for accent in settings.values["accents"]:
-        if not available.get(accent):
-            close = difflib.get_close_matches(accent, available, n=1)
-            has = ", ".join(f"{name} ({count})" for name, count in sorted(available.items(), key=lambda x: -x[1]) if count)
-            problems.append(
-                f"accents lists {accent!r}, which the data does not have; it has {has or 'no known accent at all'}"
-                + (f" (did you mean {close[0]!r}?)" if close else "")
-            )
-    _raise(problems, settings.hparams_file)
+def _default_prepared_folder(values, root):
+    if values["skip_prep"]:
+        return None
+    try:
+        return str(manifests.default_folder(values["data_folder"], root / "data" / "prepared", **preparation(values)))
+    except AccentPluginError:
+        # There are no such data, which is said with the other problems.
+        return None
 
 
-# Hyperparameters -> arguments of the preparation, where the names are not the same.
-_PREPARATION = (
-    "data_folder prepared_folder skip_prep accents balance max_clips_per_client min_seconds max_seconds seed "
-    "max_unreadable_share valid_fraction test_fraction accent_column client_column sentence_column audio_column"
-).split()
+def _trouble_with_data(values):
+    try:
+        if values["skip_prep"]:
+            if values["prepared_folder"] is not None:
+                manifests.load(values["prepared_folder"])
+        else:
+            # Where there is no prepared folder yet, there are no data to name one after.
+            folder = values["prepared_folder"] or values["data_folder"]
+            manifests.check(values["data_folder"], folder, **preparation(values))
+    except AccentPluginError as error:
+        return [str(error)]
+    return []
+
+
+# Field of accent_plugin.manifests.Choices -> hyperparameter.
+_PREPARATION = {field.name: field.name for field in dataclasses.fields(manifests.Choices)} | {"seed": "data_seed"}
 
 
 def preparation(values):
-    """Arguments of `prepare_common_voice_accent` among the values of a YAML."""
-    return {key: values[key] for key in _PREPARATION} | {"workers": values["prepare_workers"]}
-
-
-def _raise(problems, hparams_file):
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError("\n  ".join([f"{count} in {hparams_file} and its command line", *problems]))
+    """Arguments of `accent_plugin.manifests.prepare` among the values of a YAML."""
+    return {field: values[key] for field, key in _PREPARATION.items()}
 
 
 def _split(argv):
@@ -344,21 +363,21 @@ def _value(key, value):
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
             return value
-        if KEYS.get(key) in _TEXTS:
+        if key in _TEXTS:
             return None if parsed is None and value in ("null", "~", "None") else value
         value = None if parsed == "None" else parsed
     if isinstance(value, str) and key in KEYS:
         try:
-            return float(value)
+            return [int(part) for part in value.split(",")] if key == "seeds" else float(value)
         except ValueError:
             return value
+    if key == "seeds" and isinstance(value, int) and not isinstance(value, bool):
+        return [value]
     return value
 
 
 # Folders and names stay as they were typed, though YAML might see a number in them.
-_TEXTS = {KEYS[key] for key in KEYS if KEYS[key] is _text} | {
-    KEYS[key] for key in (*PATHS, "accent_column", "client_column", "sentence_column", "audio_column")
-}
+_TEXTS = {"name", "wav2vec2_hub", "accent_column", "client_column", "sentence_column", "audio_column", *PATHS}
 
 
 def _unknown(word, known):
@@ -371,14 +390,13 @@ _OPTION_NAMES = tuple(field.name for field in dataclasses.fields(RunOptions))
 
 
 def _wrong_values(values):
-    problems = []
+    """Key -> problem."""
+    problems = {}
     for key, check in KEYS.items():
         if key not in values:
-            problems.append(f"{key} is missing")
-            continue
-        wanted = check(values[key])
-        if wanted:
-            problems.append(f"{key} is {values[key]!r}; it should be {wanted}")
+            problems[key] = f"{key} is missing"
+        elif wanted := check(values[key]):
+            problems[key] = f"{key} is {values[key]!r}; it should be {wanted}"
     return problems
 
 
@@ -387,6 +405,12 @@ def _contradictions(values, run_opts):
     from accent_plugin.encoder import find_source
 
     problems = []
+    if len(values["accents"]) < 2:
+        problems.append(f"accents is {values['accents']}; there is nothing to tell apart")
+    if values["n_folds"] in (1, 2):
+        problems.append(f"n_folds is {values['n_folds']}; give 0 for none, or at least 3: one part tests, one validates")
+    if values["fold"] is not None and values["fold"] > values["n_folds"]:
+        problems.append(f"fold {values['fold']} was asked for, but n_folds is {values['n_folds']}")
     if values["min_seconds"] >= values["max_seconds"]:
         problems.append(f"min_seconds {values['min_seconds']:g} is not below max_seconds {values['max_seconds']:g}")
     longest = min(values["max_seconds"], values["crop_seconds"] or math.inf)

@@ -4,7 +4,8 @@
     python train.py hparams/wav2vec2_base.yaml --data_folder DATASET
 
 prepares the data (a DatasetDict on disk), trains, and writes a report on the test split. Every hyperparameter of the
-YAML can be changed on the command line; `--test_only True` evaluates a finished run again.
+YAML can be changed on the command line; `--test_only True` evaluates a finished run again, `--n_folds 5` tests every
+speaker once, `--seeds 1,2,3` trains three times.
 """
 
 import errno
@@ -27,8 +28,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 FOLDER_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 
 
-def run(settings, command):
-    """Prepare, train and evaluate once."""
+def run(settings, command, fold=None):
+    """Prepare, train and evaluate once; return predictions and metrics of the test split."""
     values = settings.values
     if settings.run_opts.test_only:
         experiment.require_checkpoint(values["save_folder"])
@@ -37,11 +38,11 @@ def run(settings, command):
         hyperparams_to_save=settings.hparams_file,
         overrides=settings.overrides,
     )
-    prepared = prepare_common_voice_accent(**config.preparation(values))
+    prepared = prepare(values)
 
     with open(settings.hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, settings.overrides, overrides_must_match=False)
-    loaders = experiment.make_loaders(prepared.paths(), hparams)
+    loaders = experiment.make_loaders(prepared.paths(fold), hparams)
 
     brain = AccentBrain(
         modules=hparams["modules"],
@@ -52,7 +53,45 @@ def run(settings, command):
         history_file=Path(hparams["save_folder"]) / "history.json",
     )
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
-    experiment.write_report(brain, loaders, prepared, hparams, command)
+    return experiment.write_report(brain, loaders, prepared, hparams, command, fold)
+
+
+def prepare(values):
+    """Make clips and manifests, unless they are there."""
+    return prepare_common_voice_accent(
+        prepared_folder=values["prepared_folder"],
+        data_folder=values["data_folder"],
+        skip_prep=values["skip_prep"],
+        workers=values["prepare_workers"],
+        **config.preparation(values),
+    )
+
+
+def run_folds(settings, command):
+    """Run once, or once per fold with a report on all of them; return the metrics."""
+    values = settings.values
+    if not values["n_folds"]:
+        return run(settings, command)[1]
+    chosen = [values["fold"]] if values["fold"] else range(1, values["n_folds"] + 1)
+    output = Path(values["output_folder"])
+    folds = [run(settings.but(output_folder=str(output / f"fold_{fold}")), command, fold) for fold in chosen]
+    if values["fold"]:
+        return folds[0][1]
+    return experiment.write_pooled_report(output, folds, prepare(values), command)
+
+
+def run_seeds(settings, command):
+    """Run once, or once per seed with a summary of all of them."""
+    values = settings.values
+    if not values["seeds"]:
+        run_folds(settings, command)
+        return
+    output = Path(values["output_folder"])
+    runs = {}
+    for seed in values["seeds"]:
+        folder = output / str(seed)
+        runs[str(folder)] = run_folds(settings.but(seed=seed, output_folder=str(folder)), command)
+    experiment.write_seeds(output, runs)
 
 
 def main(argv):
@@ -60,8 +99,7 @@ def main(argv):
     try:
         if "RANK" in os.environ:
             raise ConfigError("training on several processes is not supported yet: start python train.py, not torchrun")
-        settings = config.read(argv, PROJECT)
-        run(settings, shlex.join(["python", "train.py", *argv]))
+        run_seeds(config.read(argv, PROJECT), shlex.join(["python", "train.py", *argv]))
     except AccentPluginError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

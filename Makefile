@@ -1,0 +1,43 @@
+# make demo      a first run from nothing: environment, built-in corpus, training, report
+# make test      the tests a newcomer runs (under 10 minutes on two cores)
+# make test-all  all tests, slow ones too
+# make lint      ruff
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := data/demo
+
+.PHONY: help env demo test test-all lint
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+# The stamp is newer than everything the environment is made from, so that a second call has nothing to do.
+env: $(VENV)/.done
+
+$(VENV)/.done: setup.py constraints.txt
+	@echo "Making the environment in $(VENV) (about 4.5 GB with PyTorch)."
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; choose another: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test]' ruff
+	@touch $@
+
+demo: env
+	@echo "1/2  The built-in corpus of synthetic speech and a tiny encoder with random weights, in $(DEMO)."
+	$(BIN)/python -m accent_plugin.synthetic --out $(DEMO)/corpus --encoder $(DEMO)/encoder
+	@echo "2/2  Training and evaluation with the recipe; a finished run is only evaluated again."
+	$(BIN)/python recipes/CommonVoiceAccent/train.py hparams/wav2vec2_base.yaml $(DEMO_OVERRIDES)
+	@echo "The report is results/demo/1986/report/report.md (or report.html in a browser)."
+
+DEMO_OVERRIDES = --name demo --data_folder $(DEMO)/corpus --wav2vec2_hub $(DEMO)/encoder
+
+test: env
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .

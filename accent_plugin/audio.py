@@ -1,0 +1,368 @@
+"""The only place that touches samples on disk: decode, resample, check, read, write.
+
+Samples are ``(samples,) np.ndarray`` of float32, mono. Everything after preparation is at ``SAMPLE_RATE``. Decoding is
+libsndfile's (wav, flac, mp3, ogg-vorbis, opus), so neither FFmpeg nor torch is needed.
+"""
+
+import contextlib
+import hashlib
+import io
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import stat
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from accent_plugin.errors import AudioError
+
+SAMPLE_RATE = 16_000
+
+UNDECODABLE = "undecodable"
+EMPTY = "empty"
+TOO_SHORT = "too short"
+TOO_LONG = "too long"
+NON_FINITE = "non-finite"
+SILENT = "silent"
+
+# Three steps of 16-bit audio, peak to peak: a constant offset is silence too.
+_SILENCE = 3 / 32768
+# A header may announce any number of frames or channels: memory grows with what is really there, block by block.
+_BLOCK_VALUES = 1 << 21
+_RATES = range(1_000, 384_001)
+
+
+@dataclass(frozen=True)
+class Sound:
+    """Decoded mono samples and their rate in hertz."""
+
+    samples: np.ndarray
+    sample_rate: int
+
+    @property
+    def seconds(self):
+        """Duration in seconds."""
+        return len(self.samples) / self.sample_rate
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip to convert: what it is called, where it is (bytes or path), where it goes, and how long it may be."""
+
+    id: str
+    source: bytes | str
+    target: str
+    min_seconds: float
+    max_seconds: float
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of one job: a file of ``frames`` samples and ``size`` bytes, or a ``reason`` why there is none."""
+
+    id: str
+    frames: int = 0
+    size: int = 0
+    digest: str = ""
+    reason: str = ""
+    message: str = ""
+
+
+def decode(source, max_seconds=None):
+    """Decode one clip to mono, at the rate it has.
+
+    Arguments
+    ---------
+    source : bytes, str, Path or binary file object
+        The clip: wav, flac, mp3, ogg or opus, any number of channels (their mean is taken).
+    max_seconds : float, optional
+        Refuse longer clips, from the header, without decoding them. An MP3's header may lie: it is decoded up to here.
+
+    Returns
+    -------
+    Sound
+
+    Raises
+    ------
+    AudioError
+        "undecodable", "empty" or "too long".
+    """
+    name = "clip" if isinstance(source, bytes) else str(getattr(source, "name", source))
+    try:
+        with _open(source, name) as sound:
+            return _decode(sound, name, max_seconds)
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
+        if _nothing_in(source):
+            raise AudioError(EMPTY, f"{name} holds no bytes") from None
+        raise AudioError(UNDECODABLE, f"{name} cannot be decoded: {_why(error)}") from None
+
+
+def resample(samples, sample_rate, target=SAMPLE_RATE):
+    """Resample to ``target`` hertz (soxr, HQ); samples already there are returned as they are."""
+    if sample_rate == target:
+        return samples
+    return soxr.resample(samples, sample_rate, target, quality="HQ").astype(np.float32, copy=False)
+
+
+def check(samples, sample_rate=SAMPLE_RATE, min_seconds=0.0, max_seconds=None):
+    """Refuse a clip that nothing can be learned from.
+
+    Raises
+    ------
+    AudioError
+        "empty", "too short", "too long", "non-finite" or "silent".
+    """
+    seconds = len(samples) / sample_rate
+    if not len(samples):
+        raise AudioError(EMPTY, "the clip holds no samples")
+    if seconds < min_seconds:
+        raise AudioError(TOO_SHORT, f"the clip lasts {seconds:.2f} s, the least is {min_seconds:g} s")
+    if max_seconds is not None and seconds > max_seconds:
+        raise AudioError(TOO_LONG, f"the clip lasts {seconds:.1f} s, the most is {max_seconds:g} s")
+    if not np.isfinite(samples).all():
+        raise AudioError(NON_FINITE, f"{int((~np.isfinite(samples)).sum())} samples of the clip are NaN or infinite")
+    if np.ptp(samples) <= _SILENCE:
+        raise AudioError(SILENT, "the clip is silent: its samples do not differ")
+
+
+def load(source, min_seconds=0.0, max_seconds=None):
+    """Decode, check and resample one clip of any kind.
+
+    Returns
+    -------
+    (samples,) np.ndarray
+        float32 at ``SAMPLE_RATE``.
+
+    Raises
+    ------
+    AudioError
+        With the reason to count it by.
+    """
+    sound = decode(source, max_seconds)
+    check(sound.samples, sound.sample_rate, min_seconds, max_seconds)
+    return resample(sound.samples, sound.sample_rate)
+
+
+def read(path, start=0, frames=-1):
+    """Read a stretch of a prepared clip.
+
+    Arguments
+    ---------
+    path : str or Path
+        A mono file at ``SAMPLE_RATE``, as ``write`` makes it.
+    start : int
+        First sample.
+    frames : int
+        Number of samples; -1 reads to the end, and a stretch beyond the end is cut there.
+
+    Returns
+    -------
+    (samples,) np.ndarray
+
+    Raises
+    ------
+    AudioError
+        Unreadable, at another rate, not mono, or ``start`` not inside the clip.
+    """
+    try:
+        with _open(path, str(path)) as sound:
+            if sound.samplerate != SAMPLE_RATE or sound.channels != 1:
+                raise AudioError(
+                    UNDECODABLE,
+                    f"{path} has {sound.channels} channel(s) at {sound.samplerate} Hz, prepared clips have one at "
+                    f"{SAMPLE_RATE} Hz: prepare the data again, or read it with accent_plugin.audio.load",
+                )
+            if not 0 <= start < sound.frames:
+                raise AudioError(EMPTY, f"{path} has {sound.frames} samples: nothing to read from {start} on")
+            sound.seek(start)
+            return sound.read(frames, dtype="float32")
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
+        raise AudioError(UNDECODABLE, f"{path} cannot be read: {_why(error)}") from None
+
+
+def quantise(samples):
+    """Float samples as 16-bit steps, clipped at full scale; a clip that was 16-bit comes back bit by bit."""
+    return np.clip(np.rint(np.asarray(samples) * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def write(path, samples):
+    """Write 16-bit FLAC at ``SAMPLE_RATE``; the file is whole or absent.
+
+    Arguments
+    ---------
+    path : str or Path
+        Where to; its folder exists.
+    samples : (samples,) np.ndarray
+        16-bit steps, or floats in [-1, 1], which are quantised.
+
+    Raises
+    ------
+    OSError
+        A full disk, no permission, ...
+    """
+    path = Path(path)
+    steps = samples if samples.dtype == np.int16 else quantise(samples)
+    # Encoded in memory, because libsndfile hides the system's errno when a disk is full.
+    encoded = io.BytesIO()
+    soundfile.write(encoded, steps, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(encoded.getbuffer())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def convert(jobs, workers=1):
+    """Decode, check, resample and write many clips.
+
+    Arguments
+    ---------
+    jobs : iterator of Job
+        Drawn as they are needed, so that no more clips are in memory than there are workers.
+    workers : int
+        Processes; below 2 the work is done in this one. They import neither torch nor the main script.
+
+    Yields
+    ------
+    Converted
+        One for each job, in the order they are done. A process that dies costs the clip that it held.
+
+    Raises
+    ------
+    OSError
+        When a file cannot be written.
+    """
+    return _in_processes(jobs, workers) if workers > 1 else (_convert(job) for job in jobs)
+
+
+def _open(source, name):
+    if isinstance(source, bytes):
+        return soundfile.SoundFile(io.BytesIO(source))
+    if hasattr(source, "read"):
+        return soundfile.SoundFile(io.BytesIO(source.read()) if not source.seekable() else source)
+    # Without O_NONBLOCK a FIFO would wait for its writer. By a name, soundfile would judge the format of some files.
+    descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise AudioError(UNDECODABLE, f"{name} is not a regular file")
+    # libsndfile closes the descriptor, also when it fails.
+    return soundfile.SoundFile(descriptor, closefd=True)
+
+
+def _decode(sound, name, max_seconds):
+    rate = sound.samplerate
+    if rate not in _RATES:
+        raise AudioError(UNDECODABLE, f"{name} announces a sample rate of {rate} Hz")
+    limit = None if max_seconds is None else int(max_seconds * rate)
+    if limit is not None and sound.frames > limit and sound.format != "MP3":
+        raise AudioError(TOO_LONG, f"{name} lasts {sound.frames / rate:.1f} s, the most is {max_seconds:g} s")
+    blocks, total = [], 0
+    while True:
+        wanted = _BLOCK_VALUES // sound.channels
+        if limit is not None:
+            wanted = min(wanted, limit + 1 - total)
+        block = sound.read(wanted, dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
+        total += len(block)
+        if limit is not None and total > limit:
+            raise AudioError(TOO_LONG, f"{name} lasts more than {max_seconds:g} s")
+    if not total:
+        raise AudioError(EMPTY, f"{name} holds no samples")
+    return Sound(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], rate)
+
+
+def _why(error):
+    """The library's own words, without the Python object that it prefixes."""
+    return getattr(error, "error_string", error)
+
+
+def _nothing_in(source):
+    if isinstance(source, bytes):
+        return not source
+    try:
+        return not hasattr(source, "read") and os.path.getsize(source) == 0
+    except (OSError, ValueError):
+        return False
+
+
+def _convert(job):
+    try:
+        steps = quantise(load(job.source, job.min_seconds, job.max_seconds))
+    except AudioError as error:
+        return Converted(job.id, reason=error.reason, message=str(error))
+    write(job.target, steps)
+    digest = hashlib.blake2b(steps.tobytes(), digest_size=16).hexdigest()
+    return Converted(job.id, len(steps), os.stat(job.target).st_size, digest)
+
+
+def _serve(pipe):
+    """Convert what comes through the pipe until None does; runs in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while (job := pipe.recv()) is not None:
+            try:
+                pipe.send(_convert(job))
+            except OSError as error:
+                pipe.send(error)
+
+
+def _in_processes(jobs, count):
+    """Yield outcomes from ``count`` processes as they come; no process holds more than one clip."""
+    processes, busy = {}, {}
+
+    def start():
+        ours, theirs = context.Pipe()
+        processes[ours] = context.Process(target=_serve, args=(theirs,), daemon=True)
+        with _main_hidden():
+            processes[ours].start()
+        theirs.close()
+        return ours
+
+    context = multiprocessing.get_context("spawn")
+    idle = [start() for _ in range(count)]
+    try:
+        while True:
+            # Zip asks for a job only when a process is idle.
+            for pipe, job in zip(idle, jobs, strict=False):
+                pipe.send(job)
+                busy[pipe] = job.id
+            if not busy:
+                return
+            idle = []
+            for pipe in multiprocessing.connection.wait(list(busy)):
+                id_ = busy.pop(pipe)
+                try:
+                    answer = pipe.recv()
+                except (EOFError, ConnectionError):
+                    processes[pipe].join()
+                    message = f"the process that decoded it died (exit code {processes[pipe].exitcode})"
+                    answer, pipe = Converted(id_, reason=UNDECODABLE, message=message), start()
+                if isinstance(answer, OSError):
+                    raise answer
+                idle.append(pipe)
+                yield answer
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.join()
+
+
+@contextlib.contextmanager
+def _main_hidden():
+    """A spawned process imports its parent's main script: train.py would bring torch and SpeechBrain into each."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,1014 @@
+"""A DatasetDict on disk -> 16 kHz clips, CSV manifests and ``prepare.json``; and back.
+
+What is made, in ``prepared_folder``::
+
+    audio/3f/3f...e1.flac    one clip: 16 kHz, mono, 16 bit
+    train.csv valid.csv test.csv, or with folds fold_1/train.csv ... fold_5/test.csv
+    prepare.json             arguments, source, counts, what was left out and why; written last
+    audio.jsonl              what became of each clip that was decoded; lets an interrupted run go on
+
+The columns of the CSV files are ``COLUMNS``; ``wav`` begins with ``$data_root/``, which stands for ``prepared_folder``.
+SpeechBrain would replace any other ``$word``: so ``%``, ``$``, line breaks and NUL in other cells are written as ``%``
+and two hexadecimal digits, and ``read`` undoes it.
+
+Nothing here imports torch, and ``datasets`` only when there is something to do.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import difflib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from accent_plugin import audio, labels, splits
+from accent_plugin.errors import ConfigError, DataError, ManifestError
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("ID", "duration", "wav", "accent", "client_id", "gender", "age")
+DATA_ROOT = "$data_root"
+PREPARE_JSON = "prepare.json"
+CARD_JSON = "accent_plugin.json"
+FORMAT_VERSION = 1
+
+BALANCES = ("downsample", "sampler", "none")
+SPLIT_KINDS = ("speaker", "random")
+
+NO_CLIENT_IDS = "no client ids: splits may share speakers"
+RANDOM_SPLIT = "split at random by clip: speakers are shared between splits, accuracies flatter"
+
+# Reasons of this module; those of one clip's sound are audio's, those of its accent cell are labels'.
+OTHER_ACCENT = "other accent"
+NO_CLIENT = "no client id"
+CONTRADICTING = "contradicting accents"
+DUPLICATE = "duplicate"
+CLIENT_CAP = "client cap"
+BALANCE = "balance"
+UNREADABLE = (audio.UNDECODABLE, audio.EMPTY, audio.NON_FINITE)
+
+_AUDIO = "audio"
+_JOURNAL = "audio.jsonl"
+_LISTING = "dataset_dict.json"
+_STATE = "state.json"
+_SPLIT_NAMES = {"train": "train", "validation": "valid", "valid": "valid", "dev": "valid", "test": "test"}
+_COLUMN_NAMES = {
+    "audio": ("audio",),
+    "accent": ("accent", "accents", "label"),
+    "client": ("client_id", "speaker_id"),
+    "sentence": ("sentence",),
+    "gender": ("gender",),
+    "age": ("age",),
+    "path": ("path",),
+}
+_EXAMPLES = 20
+# Starting a process costs as much as decoding this many clips.
+_CLIPS_PER_WORKER = 100
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a preparation is asked to make; together with the source it decides every byte of the result.
+
+    Arguments
+    ---------
+    accents : sequence of str
+        Canonical labels to keep. Names outside ``labels`` are taken as they are.
+    seed : int
+        Decides every draw.
+    balance : str
+        "downsample": each accent of train has as many clips as the rarest; "sampler" and "none" keep all.
+    max_clips_per_client : int or None
+        Cap in every split.
+    min_seconds, max_seconds : float
+        Shorter and longer clips are left out.
+    max_unreadable_share : float
+        Above this share of undecodable, empty or non-finite clips, preparation stops.
+    split : str
+        "speaker": no client in two splits; "random": by clip, ignoring the source's splits, leaky on purpose.
+    n_folds : int
+        0, or the number of folds that the pooled source is cut into.
+    valid_fraction, test_fraction : float
+        Share of clients taken for splits that the source lacks; in folds, share of training clients for valid.
+    disjoint_sentences : bool
+        Leave sentences of test out of train and valid, and those of valid out of train.
+    source_splits : sequence of str or None
+        Splits of the source to use; None uses all.
+    accent_column, client_column, sentence_column, audio_column : str or None
+        Names of columns; None finds them.
+    """
+
+    accents: tuple[str, ...]
+    seed: int
+    balance: str = "downsample"
+    max_clips_per_client: int | None = 30
+    min_seconds: float = 1.0
+    max_seconds: float = 30.0
+    max_unreadable_share: float = 0.05
+    split: str = "speaker"
+    n_folds: int = 0
+    valid_fraction: float = 0.1
+    test_fraction: float = 0.1
+    disjoint_sentences: bool = True
+    source_splits: tuple[str, ...] | None = None
+    accent_column: str | None = None
+    client_column: str | None = None
+    sentence_column: str | None = None
+    audio_column: str | None = None
+
+    def __post_init__(self):
+        """Refuse values that cannot be meant, all at once."""
+        accents, cap, valid, test = self.accents, self.max_clips_per_client, self.valid_fraction, self.test_fraction
+        listed = not isinstance(accents, str) and all(isinstance(a, str) and a and _escape(a) == a for a in accents)
+        shortest, longest, share = self.min_seconds, self.max_seconds, self.max_unreadable_share
+        checks = (
+            (
+                listed and 0 < len(accents) == len(set(accents)),
+                f"accents is {accents!r}; give a list of distinct names",
+            ),
+            (self.balance in BALANCES, f"balance {self.balance!r} is unknown; choose {', '.join(BALANCES)}"),
+            (self.split in SPLIT_KINDS, f"split {self.split!r} is unknown; choose {' or '.join(SPLIT_KINDS)}"),
+            (cap is None or cap >= 1, f"max_clips_per_client is {cap}; give 1 or more, or None for no cap"),
+            (0 <= shortest < longest, f"min_seconds {shortest} and max_seconds {longest} leave no clip"),
+            (0 <= share <= 1, f"max_unreadable_share is {share}; give 0 to 1"),
+            (self.n_folds == 0 or self.n_folds > 1, f"n_folds is {self.n_folds}; give 0 for none, or 2 or more"),
+            (0 < valid < 1, f"valid_fraction is {valid}; give more than 0 and less than 1"),
+            (0 < test < 1 - valid, f"test_fraction is {test}; give more than 0, and less than 1 with valid_fraction"),
+        )
+        if problems := [text for right, text in checks if not right]:
+            raise ConfigError("\n".join(problems))
+
+    def as_json(self):
+        """Plain values, accents sorted: their order decides indices in the model, nothing here."""
+        plain = dataclasses.asdict(self) | {"accents": sorted(self.accents)}
+        return json.loads(json.dumps(plain))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One row of a manifest; ``wav`` is an absolute path, ``duration`` in seconds."""
+
+    id: str
+    duration: float
+    wav: str
+    accent: str
+    client_id: str
+    gender: str
+    age: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a prepared folder holds.
+
+    Arguments
+    ---------
+    folder : Path
+        The prepared folder; ``$data_root`` of the manifests.
+    name : str
+        Name of the data set.
+    synthetic : bool
+        Whether its speech is synthetic.
+    speakers_disjoint : bool or None
+        False for a random split; None where the data has no client ids.
+    splits : dict
+        Split -> CSV path; empty when there are folds.
+    folds : tuple of dict
+        The same for each fold; empty when there are none.
+    counts : dict
+        Split -> accent -> {"clips", "speakers", "seconds"}; with folds, "fold_<k>" -> such a dictionary.
+    dropped : dict
+        Reason -> number of clips left out (what single folds leave out is in prepare.json).
+    warnings : tuple of str
+        To repeat in the report.
+    fingerprint : str
+        Of source and arguments.
+    arguments : dict
+        Of ``Choices``.
+    """
+
+    folder: Path
+    name: str
+    synthetic: bool
+    speakers_disjoint: bool | None
+    splits: dict
+    folds: tuple[dict, ...]
+    counts: dict
+    dropped: dict
+    warnings: tuple[str, ...]
+    fingerprint: str
+    arguments: dict
+
+    def paths(self, fold=None):
+        """Split -> CSV path, of one fold (counted from 1) where there are folds."""
+        if not self.folds and fold is None:
+            return self.splits
+        if fold not in range(1, len(self.folds) + 1):
+            what = f"folds 1 to {len(self.folds)}" if self.folds else "no folds"
+            raise ManifestError(f"fold {fold} was asked for; {self.folder} has {what}")
+        return self.folds[fold - 1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row(splits.Item):
+    """An item, and where in the source its audio is."""
+
+    gender: str = ""
+    age: str = ""
+    split: str = ""
+    row: int = 0
+
+
+def prepare(data_folder, prepared_folder, *, workers=None, progress=True, **choices):
+    """Turn a DatasetDict on disk into clips and manifests; when they are there already, do nothing.
+
+    An interrupted run goes on where it was. With other arguments than those in ``prepared_folder`` it is refused.
+
+    Arguments
+    ---------
+    data_folder : str or Path
+        A DatasetDict saved with ``save_to_disk``; splits that it lacks are made here, by client. Only read.
+    prepared_folder : str or Path
+        Where to write; see ``default_folder``.
+    workers : int, optional
+        Processes that decode; None takes the machine's cores, or none for a few clips.
+    progress : bool
+        Whether to draw a progress bar on stderr.
+    **choices
+        Fields of ``Choices``; ``accents`` and ``seed`` are required.
+
+    Returns
+    -------
+    Prepared
+
+    Raises
+    ------
+    DataError
+        When the data cannot be used.
+    ManifestError
+        When ``prepared_folder`` was made from something else.
+    """
+    choices = Choices(**choices)
+    data_folder, folder = Path(data_folder).absolute(), Path(prepared_folder).absolute()
+    header = {"arguments": choices.as_json(), "source": _source(data_folder), "data_folder": str(data_folder)}
+    if folder.resolve().is_relative_to(data_folder.resolve()):
+        raise DataError(f"prepared_folder {folder} is inside data_folder, which is only read: choose another")
+    if done := _finished(folder, header):
+        return done
+    with _writing(folder), _locked(folder):
+        if done := _finished(folder, header):
+            return done
+        return _prepare(data_folder, folder, choices, header, workers, progress)
+
+
+def check(data_folder, prepared_folder, **choices):
+    """Refuse what ``prepare`` with the same arguments would refuse, before it writes anything.
+
+    Raises
+    ------
+    DataError
+        When the data cannot be used.
+    ManifestError
+        When ``prepared_folder`` was made from something else.
+    """
+    choices, data_folder = Choices(**choices), Path(data_folder).absolute()
+    header = {"arguments": choices.as_json(), "source": _source(data_folder), "data_folder": str(data_folder)}
+    if not _finished(Path(prepared_folder).absolute(), header):
+        _plan(data_folder, choices, _Notes())
+
+
+def fingerprint(data_folder, **choices):
+    """Digest of a source and the arguments, from the names, sizes and times of files, not their contents."""
+    return _digest({"arguments": Choices(**choices).as_json(), "source": _source(Path(data_folder))})
+
+
+def default_folder(data_folder, root="data/prepared", **choices):
+    """Where ``prepare`` with these arguments writes unless told otherwise."""
+    return Path(root) / fingerprint(data_folder, **choices)
+
+
+def load(prepared_folder):
+    """Read a prepared folder back, and check that it is whole.
+
+    Raises
+    ------
+    ManifestError
+        When it is not finished, damaged, or of another version.
+    """
+    folder = Path(prepared_folder).absolute()
+    made = _read_json(folder / PREPARE_JSON)
+    try:
+        if made["format_version"] != FORMAT_VERSION:
+            raise ManifestError(
+                f"{folder / PREPARE_JSON} has format_version {made['format_version']}, {FORMAT_VERSION} is understood: "
+                "prepare the data again into a new folder"
+            )
+        for name, size in made["files"].items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                raise ManifestError(f"{folder / name} is missing or was changed since it was prepared: prepare again")
+        present = sum(name.endswith(".flac") for _, _, names in os.walk(folder / _AUDIO) for name in names)
+        if present < made["audio_files"]:
+            raise ManifestError(f"{folder / _AUDIO} holds {present} clips of {made['audio_files']}: prepare again")
+        count = made["arguments"]["n_folds"]
+        return Prepared(
+            folder=folder,
+            name=made["name"],
+            synthetic=made["synthetic"],
+            speakers_disjoint=made["speakers_disjoint"],
+            splits={} if count else _csv_paths(folder),
+            folds=tuple(_csv_paths(folder / f"fold_{k + 1}") for k in range(count)),
+            counts=made["counts"],
+            dropped=made["dropped"],
+            warnings=tuple(made["warnings"]),
+            fingerprint=made["fingerprint"],
+            arguments=made["arguments"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(f"{folder / PREPARE_JSON} is damaged ({error!r}): remove it and prepare again") from None
+
+
+def read(csv_path, data_root=None):
+    """Read one manifest.
+
+    Arguments
+    ---------
+    csv_path : str or Path
+    data_root : str or Path, optional
+        What ``$data_root`` stands for; None takes the folder that holds prepare.json: the CSV's own or the one above.
+
+    Returns
+    -------
+    tuple of Clip
+
+    Raises
+    ------
+    ManifestError
+    """
+    path = Path(csv_path).absolute()
+    if data_root is None:
+        data_root = path.parent.parent if (path.parent.parent / PREPARE_JSON).exists() else path.parent
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (table.fieldnames or ())]
+            if missing:
+                raise ManifestError(f"{path} lacks column(s) {', '.join(missing)}; it has {table.fieldnames}")
+            clips = tuple(_clip(row, data_root) for row in table)
+    except (OSError, ValueError, csv.Error, AttributeError, TypeError) as error:
+        raise ManifestError(f"{path} cannot be read as a manifest: {error}") from None
+    if len({clip.id for clip in clips}) < len(clips):
+        twice = Counter(clip.id for clip in clips).most_common(1)[0][0]
+        raise ManifestError(f"{path} has the ID {twice} more than once")
+    return clips
+
+
+# ------------------------------------------------------------------------------------------------- the way through
+
+
+def _prepare(data_folder, folder, choices, header, workers, progress):
+    notes = _Notes()
+    loaded, columns, layouts, has_clients = _plan(data_folder, choices, notes)
+    logger.info("columns of %s: %s", data_folder, next(iter(columns.values())))
+    if not has_clients:
+        notes.warnings.append(NO_CLIENT_IDS)
+    if choices.split == "random":
+        notes.warnings.append(RANDOM_SPLIT)
+    for warning in notes.warnings:
+        logger.warning(warning)
+
+    journal = _Journal(folder / _JOURNAL, header)
+    wanted = {row.id: row for layout in layouts for items in layout.values() for row in items}
+    with journal:
+        outcomes = _decode(wanted, loaded, columns, data_folder, folder, choices, journal, workers, progress)
+    layouts = _without_failures(layouts, outcomes, choices, notes)
+    _require_filled(layouts, choices, notes)
+    return _write(folder, data_folder, layouts, outcomes, choices, header, columns, notes, has_clients)
+
+
+def _plan(data_folder, choices, notes):
+    """Choose clips by what the table says of them: all that can be refused before a file is read or written."""
+    loaded = _open(data_folder, choices, notes)
+    columns = {split: _columns(split, data, data_folder, choices) for split, data in loaded.items()}
+    rows, has_clients = _rows(data_folder, loaded, columns, choices, notes)
+    layouts = _lay_out(rows, list(loaded), choices, notes)
+    _require_filled(layouts, choices, notes)
+    return loaded, columns, layouts, has_clients
+
+
+class _Notes:
+    """What was left out and why, as it is found."""
+
+    def __init__(self):
+        self.dropped = Counter()
+        self.folds = defaultdict(Counter)
+        self.examples = []
+        self.warnings = []
+
+    def drop(self, reason, count=1, example=None, fold=None):
+        counts = self.dropped if fold is None else self.folds[fold]
+        counts[reason] += count
+        if example and sum(e["reason"] == reason for e in self.examples) < 5:
+            self.examples.append({"reason": reason} | example)
+
+
+def _rows(data_folder, loaded, columns, choices, notes):
+    """Clips of the wanted accents, without duplicates and doubtful clients."""
+    own_names = {accent: accent for accent in choices.accents}
+    found, unknown, accents_of = Counter(), Counter(), defaultdict(set)
+    candidates, nameless = [], set()
+    for split, data in loaded.items():
+        for number, cells in enumerate(_cells(data, columns[split])):
+            parsed = labels.parse(cells["accent"], own_names)
+            if parsed.label is None:
+                unknown[cells["accent"]] += 1
+                where = {"id": f"{split}:{number}", "message": f"the accent is given as '{cells['accent']}'"}
+                notes.drop(parsed.reason, example=where)
+                continue
+            found[parsed.label] += 1
+            if cells["client"]:
+                accents_of[cells["client"]].add(parsed.label)
+            if parsed.label not in choices.accents:
+                notes.drop(OTHER_ACCENT)
+                continue
+            # Interned, because a release has millions of rows and thousands of clients.
+            client, gender, age = (sys.intern(cells[role]) for role in ("client", "gender", "age"))
+            id_ = _digest([client, cells["path"], cells["sentence"]])
+            sentence = splits.normalise_sentence(cells["sentence"])
+            candidates.append(_Row(id_, parsed.label, client, sentence, gender, age, split, number))
+            if not cells["path"] and not cells["sentence"]:
+                nameless.add(id_)
+    _require_accents(data_folder, choices.accents, found, unknown)
+
+    same_name = Counter(row.id for row in candidates)
+    rows = {}
+    for row in candidates:
+        if accents_of and not row.client:
+            notes.drop(NO_CLIENT)
+            continue
+        if row.client and len(accents_of[row.client]) > 1:
+            named = " and ".join(sorted(accents_of[row.client]))
+            notes.drop(CONTRADICTING, example={"id": row.client, "message": f"this client has clips of {named}"})
+            continue
+        if same_name[row.id] > 1 or row.id in nameless:
+            content = _content(loaded[row.split], columns[row.split], row.row)
+            row = dataclasses.replace(row, id=_digest([row.id, content]))
+        if row.id in rows:
+            message = f"row {row.row} of {row.split} repeats another"
+            notes.drop(DUPLICATE, example={"id": row.id, "message": message})
+            row = min(row, rows[row.id], key=_precedence)
+        rows[row.id] = row
+    return list(rows.values()), bool(accents_of)
+
+
+def _lay_out(rows, names, choices, notes):
+    """One dictionary of splits, or one for each fold; train balanced."""
+    given = {_canonical(name): [row for row in rows if row.split == name] for name in names}
+    keep_given = len(given) > 1 and choices.split == "speaker" and not choices.n_folds
+    if keep_given:
+        splits.require_disjoint(given)
+    capped = splits.cap(rows, choices.max_clips_per_client, choices.seed)
+    notes.drop(CLIENT_CAP, len(capped.dropped))
+    fractions = {"valid_fraction": choices.valid_fraction, "test_fraction": choices.test_fraction}
+    if choices.n_folds:
+        by = "client" if choices.split == "speaker" else "clip"
+        fraction = choices.valid_fraction
+        layouts = splits.folds(capped.kept, choices.n_folds, valid_fraction=fraction, seed=choices.seed, by=by)
+    elif choices.split == "random":
+        layouts = (splits.at_random(capped.kept, seed=choices.seed, **fractions),)
+    elif not keep_given:
+        layouts = (splits.by_client(capped.kept, seed=choices.seed, **fractions),)
+    else:
+        parts = {name: tuple(r for r in capped.kept if _canonical(r.split) == name) for name in given}
+        for name in {splits.VALID, splits.TEST} - parts.keys():
+            only = {"valid_fraction": 0, "test_fraction": 0} | {f"{name}_fraction": fractions[f"{name}_fraction"]}
+            parts |= splits.by_client(parts[splits.TRAIN], seed=choices.seed, **only)
+        layouts = (parts,)
+
+    made = []
+    for number, parts in enumerate(layouts, 1):
+        fold = number if choices.n_folds else None
+        if choices.split == "speaker":
+            splits.require_disjoint(parts)
+            if choices.disjoint_sentences:
+                parts, lost = splits.drop_sentences(parts)
+                for (split, because), items in lost.items():
+                    notes.drop(f"sentence in {because}", len(items), fold=fold)
+                    if items:
+                        logger.info("%d of %s's clips read a sentence of %s: left out", len(items), split, because)
+        made.append(_balanced(parts, choices, notes, fold))
+    return made
+
+
+def _balanced(parts, choices, notes, fold):
+    if choices.balance != "downsample":
+        return parts
+    choice = splits.downsample(parts[splits.TRAIN], choices.seed)
+    notes.drop(BALANCE, len(choice.dropped), fold=fold)
+    return parts | {splits.TRAIN: choice.kept}
+
+
+def _without_failures(layouts, outcomes, choices, notes):
+    """Take out what could not be decoded and what sounds the same as another clip, then trim train again."""
+    # In folds every clip is tested once, so none has precedence.
+    place_of = {r.id: len(layouts) == 1 and _PLACES[name] for parts in layouts for name in parts for r in parts[name]}
+    out, heard, failures = set(), {}, []
+    # Test before valid before train: a clip that is heard twice stays where it is tested.
+    for id_ in sorted(place_of, key=lambda id_: (place_of[id_], id_)):
+        outcome = outcomes[id_]
+        if outcome.reason:
+            out.add(id_)
+            notes.dropped[outcome.reason] += 1
+            failures.append({"reason": outcome.reason, "id": id_, "message": outcome.message})
+        elif outcome.digest in heard:
+            out.add(id_)
+            notes.drop(DUPLICATE, example={"id": id_, "message": f"sounds exactly like {heard[outcome.digest]}"})
+        else:
+            heard[outcome.digest] = id_
+    notes.examples = (failures + notes.examples)[:_EXAMPLES]
+    if not out:
+        return layouts
+    kept = [{name: tuple(r for r in items if r.id not in out) for name, items in parts.items()} for parts in layouts]
+    return [_balanced(p, choices, notes, k if choices.n_folds else None) for k, p in enumerate(kept, 1)]
+
+
+def _write(folder, data_folder, layouts, outcomes, choices, header, columns, notes, has_clients):
+    counts, files = {}, {}
+    for number, parts in enumerate(layouts, 1):
+        below = f"fold_{number}" if choices.n_folds else ""
+        (folder / below).mkdir(exist_ok=True)
+        for split, path in _csv_paths(folder / below).items():
+            _write_csv(path, parts[split], outcomes)
+            files[path.relative_to(folder).as_posix()] = path.stat().st_size
+        counts[below] = {split: _count(parts[split], outcomes) for split in splits.SPLITS}
+    card = _card(data_folder)
+    made = {
+        "format_version": FORMAT_VERSION,
+        "name": str(card.get("name") or data_folder.name),
+        "synthetic": bool(card.get("synthetic", False)),
+        "speakers_disjoint": False if choices.split == "random" else True if has_clients else None,
+        "fingerprint": _digest({key: header[key] for key in ("arguments", "source")}),
+        **header,
+        "columns": columns,
+        "counts": counts if choices.n_folds else counts[""],
+        "dropped": {reason: n for reason, n in notes.dropped.most_common() if n},
+        "dropped_in_folds": {f"fold_{k}": {r: n for r, n in c.items() if n} for k, c in sorted(notes.folds.items())},
+        "examples": notes.examples[:_EXAMPLES],
+        "warnings": notes.warnings,
+        "files": files,
+        "audio_files": len({row.id for parts in layouts for items in parts.values() for row in items}),
+    }
+    with _replacing(folder / PREPARE_JSON) as file:
+        json.dump(made, file, indent=1)
+    done = load(folder)
+    logger.info("prepared %s in %s: %s", done.name, folder, _in_words(layouts))
+    logger.info("left out: %s", ", ".join(f"{reason} {n}" for reason, n in done.dropped.items()) or "nothing")
+    return done
+
+
+# ------------------------------------------------------------------------------------------------------- the source
+
+
+def _source(data_folder):
+    """What identifies the data without reading it: names, sizes and times of the files of each split."""
+    if not data_folder.is_dir():
+        raise DataError(
+            f"there is no folder {data_folder}\n"
+            "data_folder is a DatasetDict saved with save_to_disk; to make one from your clips, see the README\n"
+            "to try the built-in synthetic corpus instead: make demo"
+        )
+    listing = data_folder / _LISTING
+    if not listing.is_file():
+        if (data_folder / _STATE).is_file():
+            raise DataError(
+                f"{data_folder} holds a Dataset (or one split), not a DatasetDict\n"
+                "wrap it: datasets.DatasetDict(train=datasets.load_from_disk(OLD)).save_to_disk(NEW)\n"
+                "a single split is then split by client here"
+            )
+        raise DataError(
+            f"{data_folder} holds no DatasetDict: it has no dataset_dict.json\n"
+            "data_folder is a DatasetDict saved with save_to_disk; to try the built-in synthetic corpus: make demo"
+        )
+    found = {}
+    for split in sorted(_read_json(listing, DataError).get("splits", ())):
+        state = _read_json(data_folder / split / _STATE, DataError)
+        stats = {path.name: path.stat() for path in sorted((data_folder / split).glob("*.arrow"))}
+        files = {name: [entry.st_size, entry.st_mtime_ns] for name, entry in stats.items()}
+        found[split] = {"fingerprint": state.get("_fingerprint"), "files": files}
+    if not found:
+        raise DataError(f"{listing} names no split: train, validation and test are expected, or one of them")
+    return {"splits": found, "card": _card(data_folder)}
+
+
+def _card(data_folder):
+    """What the maker of the data says about it, or nothing."""
+    path = data_folder / CARD_JSON
+    return _read_json(path, DataError) if path.is_file() else {}
+
+
+def _open(data_folder, choices, notes):
+    """Name in the source -> Dataset in Arrow format, which decodes nothing, of the splits that are used."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(data_folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{data_folder} cannot be read as a DatasetDict: {error}") from None
+    asked = choices.source_splits
+    if missing := [name for name in asked or () if name not in loaded and name not in map(_canonical, loaded)]:
+        raise DataError(f"source_splits names {', '.join(missing)}; {data_folder} has {', '.join(loaded)}")
+    used = {name: data for name, data in loaded.items() if not asked or name in asked or _canonical(name) in asked}
+    if len(used) > 1:
+        used = {name: data for name, data in used.items() if _canonical(name) in splits.SPLITS}
+        if len({_canonical(name) for name in used}) < len(used) or splits.TRAIN not in map(_canonical, used):
+            raise DataError(
+                f"{data_folder} has the splits {', '.join(loaded)}: which of them are train, validation and test?\n"
+                "rename them, or name those to use in source_splits"
+            )
+    for name in loaded.keys() - used.keys():
+        notes.warnings.append(f"split '{name}' of the source was not used ({len(loaded[name])} clips)")
+    # Once, not for each clip: it copies the features.
+    return {name: data.with_format("arrow") for name, data in used.items()}
+
+
+def _canonical(name):
+    return _SPLIT_NAMES.get(name.lower(), name)
+
+
+def _columns(split, data, data_folder, choices):
+    """Role -> name of the column, None where there is none."""
+    given = {
+        "audio": choices.audio_column,
+        "accent": choices.accent_column,
+        "client": choices.client_column,
+        "sentence": choices.sentence_column,
+    }
+    where, listed = data_folder / split, f"columns are {', '.join(data.column_names)}"
+    found = {}
+    for role, names in _COLUMN_NAMES.items():
+        if given.get(role) and given[role] not in data.column_names:
+            raise ManifestError(f"{role}_column is '{given[role]}', which {where} does not have: {listed}")
+        found[role] = given.get(role) or next((name for name in names if name in data.column_names), None)
+    if not found["audio"]:
+        sounds = [name for name, kind in data.features.items() if type(kind).__name__ == "Audio"]
+        found["audio"] = sounds[0] if len(sounds) == 1 else None
+    for role in ("audio", "accent"):
+        if not found[role]:
+            raise ManifestError(
+                f"no {role} column in {where}: {listed}\npass --{role}_column NAME if yours is called differently"
+            )
+    kind = data.features.arrow_schema.field(found["audio"]).type
+    fields = {kind.field(i).name for i in range(kind.num_fields)}
+    if not ({"bytes", "path"} <= fields or str(kind) in ("string", "large_string")):
+        raise DataError(
+            f"column '{found['audio']}' of {where} holds {kind}, not audio: an Audio feature, {{bytes, path}} or paths"
+        )
+    accent = data.features[found["accent"]]
+    if getattr(accent, "names", None) is None and "int" in str(getattr(accent, "dtype", "")):
+        raise DataError(
+            f"column '{found['accent']}' of {where} holds numbers without names: cast it to ClassLabel(names=[...])"
+        )
+    return found
+
+
+def _cells(data, columns):
+    """Yield the text of one row at a time, never its audio."""
+    import pyarrow.compute
+
+    names = {role: getattr(data.features[name], "names", None) for role, name in columns.items() if name}
+    for start in range(0, len(data), 1000):
+        table = data[start : start + 1000]
+        texts = {role: table[columns[role]].to_pylist() for role in names if role != "audio"}
+        cells = {role: [_text(value, names[role]) for value in column] for role, column in texts.items()}
+        if "path" not in cells:
+            sound = table[columns["audio"]]
+            if "string" not in str(sound.type)[:12]:
+                sound = pyarrow.compute.struct_field(sound, "path")
+            cells["path"] = [_text(value) for value in sound.to_pylist()]
+        for i in range(len(table)):
+            yield {role: cells[role][i] if role in cells else "" for role in _COLUMN_NAMES if role != "audio"}
+
+
+def _text(value, names=None):
+    if value is None or value != value or (names and value == -1):
+        return ""
+    if names:
+        return names[value]
+    return "|".join(map(_text, value)) if isinstance(value, list) else str(value).strip()
+
+
+def _sound(data, columns, number):
+    """One clip's bytes, or its path where none are embedded."""
+    cell = data[number : number + 1][columns["audio"]][0].as_py()
+    cell = cell if isinstance(cell, dict) else {"bytes": None, "path": cell}
+    return cell["bytes"] if cell["bytes"] is not None else cell["path"] or b""
+
+
+def _content(data, columns, number):
+    sound = _sound(data, columns, number)
+    return hashlib.blake2b(sound if isinstance(sound, bytes) else sound.encode()).hexdigest()
+
+
+def _require_accents(data_folder, accents, found, unknown):
+    """Refuse when the data has no clip of an accent that is asked for."""
+    missing = [accent for accent in accents if not found[accent]]
+    if not missing:
+        return
+    has = ", ".join(f"{name} {n}" for name, n in found.most_common()) or "none that is known"
+    lines = []
+    for accent in missing:
+        close = difflib.get_close_matches(accent, found, 1) or [labels.parse(accent).label]
+        hint = f" (did you mean '{close[0]}'?)" if close[0] in found else ""
+        lines.append(f"no clip of '{accent}' in {data_folder}; it has {has}{hint}")
+    unknown.pop("", None)
+    if unknown:
+        lines.append("not understood: " + ", ".join(f"'{value}' {n}" for value, n in unknown.most_common(10)))
+    raise DataError("\n".join(lines))
+
+
+def _require_filled(layouts, choices, notes):
+    """Refuse a split without a clip of one of the accents."""
+    for number, parts in enumerate(layouts, 1):
+        where = f" of fold {number}" if choices.n_folds else ""
+        empty = {name: sorted(set(choices.accents) - {r.accent for r in parts[name]}) for name in splits.SPLITS}
+        if any(empty.values()):
+            reasons = notes.dropped + notes.folds[number]
+            raise DataError(
+                "; ".join(f"split {name}{where} has no clip of {', '.join(a)}" for name, a in empty.items() if a)
+                + f"\nleft out were: {', '.join(f'{r} {n}' for r, n in reasons.most_common() if n) or 'none'}"
+                + "\nleave the accent out, add data, or loosen the choice that took them"
+                + "\n(sentence in ...: where every speaker reads the same text, give disjoint_sentences False)"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------- decoding
+
+
+class _Journal:
+    """Which clips are finished, in a file that survives an interruption at any byte."""
+
+    def __init__(self, path, header):
+        self.path, self.outcomes = path, {}
+        if not path.exists():
+            with _replacing(path) as file:
+                file.write(json.dumps(header) + "\n")
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+            with contextlib.suppress(ValueError, TypeError):
+                outcome = audio.Converted(**json.loads(line))
+                self.outcomes[outcome.id] = outcome
+
+    def __enter__(self):
+        self._file = open(self.path, "a", encoding="utf-8")
+        # Ends a line that was cut short.
+        self._file.write("\n")
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def add(self, outcome):
+        # Failures are tried again: a disk that was not mounted may be.
+        if not outcome.reason:
+            self._file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+            self._file.flush()
+
+
+def _decode(wanted, loaded, columns, data_folder, folder, choices, journal, workers, progress):
+    """Decode what is not there yet; id -> outcome for all of ``wanted``."""
+    from tqdm import tqdm
+
+    outcomes = {id_: o for id_, o in journal.outcomes.items() if id_ in wanted and _still_there(folder, o)}
+    waiting = sorted((r for r in wanted.values() if r.id not in outcomes), key=lambda r: (r.split, r.row))
+    if outcomes:
+        logger.info("%d of %d clips are there from before", len(outcomes), len(wanted))
+    for leftover in (folder / _AUDIO).glob("*/.*.tmp"):
+        leftover.unlink(missing_ok=True)
+    for prefix in sorted({row.id[:2] for row in waiting}):
+        (folder / _AUDIO / prefix).mkdir(parents=True, exist_ok=True)
+
+    def jobs():
+        for row in waiting:
+            sound = _sound(loaded[row.split], columns[row.split], row.row)
+            sound = sound if isinstance(sound, bytes) else str(data_folder / sound)
+            yield audio.Job(row.id, sound, str(folder / _wav(row.id)), choices.min_seconds, choices.max_seconds)
+
+    allowed, unreadable = choices.max_unreadable_share * len(wanted), []
+    converted = audio.convert(jobs(), _worker_count(workers, len(waiting)))
+    bar = tqdm(total=len(waiting), desc="preparing", unit="clip", disable=not progress or not waiting)
+    with bar, contextlib.closing(converted):
+        for outcome in converted:
+            outcomes[outcome.id] = outcome
+            journal.add(outcome)
+            bar.update()
+            unreadable += [outcome] if outcome.reason in UNREADABLE else []
+            if len(unreadable) > allowed:
+                break
+    if len(unreadable) > allowed:
+        shown = "\n".join(f"  {o.id}: {o.reason}: {o.message}" for o in unreadable[:5])
+        raise DataError(
+            f"{len(unreadable)} of {len(wanted)} clips cannot be read: more than max_unreadable_share"
+            f" {choices.max_unreadable_share:g} allows\n{shown}\n"
+            "check the data; to go on without them, prepare into another folder with a larger max_unreadable_share"
+        )
+    return outcomes
+
+
+def _still_there(folder, outcome):
+    with contextlib.suppress(OSError):
+        return (folder / _wav(outcome.id)).stat().st_size == outcome.size
+    return False
+
+
+def _worker_count(workers, clips):
+    if workers is not None:
+        return min(workers, clips)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, clips // _CLIPS_PER_WORKER)
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def _finished(folder, header):
+    """The prepared folder when it is what is asked for, None when there is work to do; refused when it is another."""
+    finished, started = folder / PREPARE_JSON, folder / _JOURNAL
+    if finished.is_file():
+        made = _read_json(finished)
+    elif started.is_file():
+        made = _read_json(started, first_line=True)
+    elif any((folder / name).exists() for name in (_AUDIO, "train.csv", "fold_1")):
+        raise ManifestError(f"{folder} holds audio or manifests made by something else: choose another prepared_folder")
+    else:
+        return None
+    if differences := _differences(made, header):
+        raise ManifestError(
+            f"{folder} was prepared {'' if finished.is_file() else '(in part) '}from something else:\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nchoose another prepared_folder, give the old values, or remove that folder"
+        )
+    if not finished.is_file():
+        return None
+    try:
+        return load(folder)
+    except ManifestError as error:
+        logger.warning("%s: mending it", error)
+        return None
+
+
+def _differences(made, header):
+    """One line for each argument or split that differs, old -> new."""
+    lines = []
+    for key, new in header["arguments"].items():
+        old = made.get("arguments", {}).get(key)
+        if old != new:
+            lines.append(f"{key}: {_shown(old)} -> {_shown(new)}")
+    if made.get("source") != header["source"]:
+        old, new = made.get("data_folder"), header["data_folder"]
+        if old != new:
+            lines.append(f"data_folder: {old} -> {new}")
+        else:
+            before, now = made.get("source", {}).get("splits", {}), header["source"]["splits"]
+            changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+            lines.append(f"contents of {new}: changed since ({', '.join(changed) or CARD_JSON})")
+    return lines
+
+
+def _shown(value):
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _write_csv(path, rows, outcomes):
+    with _replacing(path) as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(COLUMNS)
+        for row in rows:
+            duration = f"{outcomes[row.id].frames / audio.SAMPLE_RATE:.4f}"
+            cells = map(_escape, (row.accent, row.client, row.gender, row.age))
+            table.writerow((row.id, duration, f"{DATA_ROOT}/{_wav(row.id)}", *cells))
+
+
+def _clip(row, data_root):
+    wav = row["wav"]
+    if not wav.startswith(DATA_ROOT + "/"):
+        raise ValueError(f"wav '{wav}' does not begin with {DATA_ROOT}/")
+    return Clip(
+        id=row["ID"],
+        duration=float(row["duration"]),
+        wav=str(Path(data_root).absolute() / wav[len(DATA_ROOT) + 1 :]),
+        accent=_unescape(row["accent"]),
+        client_id=_unescape(row["client_id"]),
+        gender=_unescape(row["gender"]),
+        age=_unescape(row["age"]),
+    )
+
+
+def _escape(text):
+    return re.sub(r"[%$\r\n\0]", lambda match: f"%{ord(match[0]):02X}", text)
+
+
+def _unescape(text):
+    return re.sub(r"%(25|24|0D|0A|00)", lambda match: chr(int(match[1], 16)), text)
+
+
+def _wav(id_):
+    # Folders of some thousand files at most, also for a whole release.
+    return f"{_AUDIO}/{id_[:2]}/{id_}.flac"
+
+
+def _csv_paths(folder):
+    return {split: folder / f"{split}.csv" for split in splits.SPLITS}
+
+
+def _count(rows, outcomes):
+    by_accent = defaultdict(list)
+    for row in rows:
+        by_accent[row.accent].append(row)
+    return {
+        accent: {
+            "clips": len(members),
+            "speakers": len({row.client for row in members} - {""}),
+            "seconds": round(sum(outcomes[row.id].frames for row in members) / audio.SAMPLE_RATE, 2),
+        }
+        for accent, members in sorted(by_accent.items())
+    }
+
+
+def _in_words(layouts):
+    sizes = [", ".join(f"{name} {len(items)}" for name, items in parts.items()) for parts in layouts]
+    return "; ".join(f"fold {k}: {size}" for k, size in enumerate(sizes, 1)) if len(sizes) > 1 else f"clips: {sizes[0]}"
+
+
+def _precedence(row):
+    return _PLACES.get(_canonical(row.split), 0), row.accent, row.gender, row.age, row.split, row.row
+
+
+_PLACES = {splits.TEST: 0, splits.VALID: 1, splits.TRAIN: 2, "": 0}
+
+
+def _digest(value):
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def _read_json(path, error=ManifestError, first_line=False):
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.loads(file.readline() if first_line else file.read())
+        if not isinstance(value, dict):
+            raise ValueError("it holds no mapping")
+        return value
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from None
+    except ValueError as problem:
+        raise error(f"{path} is damaged ({problem}): remove it, or make it again") from None
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """A file under a temporary name that takes its own when it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(folder):
+    """Turn what the system says about ``folder`` into what to do about it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        remedy = "choose another prepared_folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "make room and run the same command again: finished clips are kept"
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}\n{remedy}") from error
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    """Let one process at a time work in ``folder``; the lock goes with the process."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process prepares %s: waiting for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): do not prepare into it twice at once", folder, error)
+        yield

@@ -1,0 +1,246 @@
+"""Splits, folds, balance and caps: pure functions on frozen records.
+
+Every draw is ordered by a seeded hash of names, so results do not depend on the order of the rows, and no random state
+is used. An item is anything frozen with ``id`` (unique), ``accent``, ``client`` ("" where unknown) and ``sentence``
+(normalised, "" where unknown). Splits are a dictionary from the names in ``SPLITS`` to tuples of items, sorted by id.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from accent_plugin.errors import DataError
+
+TRAIN, VALID, TEST = SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One clip, as far as splitting is concerned."""
+
+    id: str
+    accent: str
+    client: str = ""
+    sentence: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Items kept and items left out, both sorted by id."""
+
+    kept: tuple
+    dropped: tuple
+
+
+def by_client(items, *, valid_fraction, test_fraction, seed):
+    """Split one pool so that no client is in two splits, stratified by accent.
+
+    Clients of each accent are put in the order of a seeded hash: the first go to test, the next to valid. A fraction
+    above zero takes at least one client. Items without a client stand for themselves.
+
+    Arguments
+    ---------
+    items : iterable of Item
+    valid_fraction : float
+        Share of the clients of each accent; 0 leaves valid out.
+    test_fraction : float
+        Likewise for test.
+    seed : int
+
+    Returns
+    -------
+    dict
+        Split -> items, for train and each split with a fraction above zero.
+
+    Raises
+    ------
+    DataError
+        When an accent has too few clients.
+    """
+    return _split(items, _client_of, "client(s)", valid_fraction, test_fraction, seed)
+
+
+def at_random(items, *, valid_fraction, test_fraction, seed):
+    """Split one pool by clip: clients are shared between splits, so accuracies measured on it flatter. On purpose."""
+    return _split(items, _id_of, "clip(s)", valid_fraction, test_fraction, seed)
+
+
+def folds(items, count, *, valid_fraction, seed, by="client"):
+    """Cut one pool into folds by client, stratified by accent; each client is in test of exactly one.
+
+    Arguments
+    ---------
+    items : iterable of Item
+    count : int
+        Number of folds, 2 or more.
+    valid_fraction : float
+        Share of each fold's training clients, by accent, that become its valid; at least one client.
+    seed : int
+    by : str
+        "client", or "clip" for folds that leak speakers on purpose.
+
+    Returns
+    -------
+    tuple of dict
+        One dictionary of train, valid and test per fold.
+    """
+    unit_of, noun = (_client_of, "client(s)") if by == "client" else (_id_of, "clip(s)")
+    if count < 2:
+        raise DataError(f"{count} fold(s) cannot be made: choose 2 or more, 5 is usual")
+    pool = _units(items, unit_of)
+    fold_of, offset = {}, 0
+    for accent, units in pool.items():
+        least = max(count, 4 if count == 2 else 3)
+        if len(units) < least:
+            raise DataError(
+                f"{accent} has {len(units)} {noun}, {count} folds need {least}: choose fewer folds or leave it out"
+            )
+        # Accents continue where the last one stopped, so that remainders do not pile up in the first folds.
+        for place, unit in enumerate(_in_order(units, seed, "fold")):
+            fold_of[accent, unit] = (place + offset) % count
+        offset += len(units)
+    made = []
+    for fold in range(count):
+        parts = {split: [] for split in SPLITS}
+        for accent, units in pool.items():
+            rest = [unit for unit in units if fold_of[accent, unit] != fold]
+            valid = set(_in_order(rest, seed, f"valid {fold}")[: _share(valid_fraction, len(rest))])
+            for unit, members in units.items():
+                split = TEST if fold_of[accent, unit] == fold else VALID if unit in valid else TRAIN
+                parts[split].extend(members)
+        made.append(_sorted(parts))
+    return tuple(made)
+
+
+def cap(items, limit, seed):
+    """Keep at most ``limit`` clips of each client; None keeps all, and clips without a client are not counted."""
+    if limit is None:
+        return Choice(_by_id(items), ())
+    counts, kept, dropped = Counter(), [], []
+    for item in _drawn(items, seed):
+        counts[item.client] += bool(item.client)
+        (dropped if counts[item.client] > limit else kept).append(item)
+    return Choice(_by_id(kept), _by_id(dropped))
+
+
+def downsample(items, seed):
+    """Leave every accent as many clips as the rarest has, drawn as evenly over its clients as they allow."""
+    counts = Counter(item.accent for item in items)
+    least = min(counts.values(), default=0)
+    # Every client's first clip comes before anybody's second.
+    turns, queue = Counter(), []
+    for place, item in enumerate(_drawn(items, seed)):
+        unit = _client_of(item)
+        turns[unit] += 1
+        queue.append((turns[unit], place, item))
+    taken, kept, dropped = Counter(), [], []
+    for _, _, item in sorted(queue, key=lambda entry: entry[:2]):
+        taken[item.accent] += 1
+        (kept if taken[item.accent] <= least else dropped).append(item)
+    return Choice(_by_id(kept), _by_id(dropped))
+
+
+def drop_sentences(parts):
+    """Take test's sentences out of train and valid, and valid's out of train.
+
+    Returns
+    -------
+    tuple
+        The splits, and what was dropped: ``{(split, because of split): items}``.
+    """
+    parts, dropped = dict(parts), {}
+    for source, targets in ((TEST, (VALID, TRAIN)), (VALID, (TRAIN,))):
+        taken = {item.sentence for item in parts.get(source, ())} - {""}
+        for target in targets:
+            if target in parts:
+                lost = tuple(item for item in parts[target] if item.sentence in taken)
+                parts[target] = tuple(item for item in parts[target] if item.sentence not in taken)
+                dropped[target, source] = lost
+    return parts, dropped
+
+
+def require_disjoint(parts):
+    """Refuse splits that share a client.
+
+    Raises
+    ------
+    DataError
+        Naming two such clients (where there are two) and the splits they are in.
+    """
+    found = defaultdict(set)
+    for split, items in parts.items():
+        for item in items:
+            if item.client:
+                found[item.client].add(split)
+    shared = sorted(client for client, where in found.items() if len(where) > 1)
+    if shared:
+        named = ", ".join(f"'{c}' (in {' and '.join(s for s in parts if s in found[c])})" for c in shared[:2])
+        raise DataError(
+            f"{len(shared)} client(s) are in more than one split: {named}\n"
+            "its scores would not be on unseen speakers: join the splits into one, and it is split by client here"
+        )
+
+
+def normalise_sentence(text):
+    """Letters and digits of a sentence in lower case, for comparing; "" where there are none."""
+    text = unicodedata.normalize("NFKC", text or "").casefold()
+    return " ".join(re.findall(r"\w+", text.replace("'", "").replace("\u2019", "")))
+
+
+def rank(seed, *names):
+    """A number in [0, 2**64) that depends on the seed and the names only."""
+    text = "\0".join((str(seed), *names)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def _split(items, unit_of, noun, valid_fraction, test_fraction, seed):
+    wanted = [split for split, fraction in ((TEST, test_fraction), (VALID, valid_fraction)) if fraction > 0]
+    parts = {split: [] for split in SPLITS if split == TRAIN or split in wanted}
+    for accent, units in _units(items, unit_of).items():
+        test, valid = _share(test_fraction, len(units)), _share(valid_fraction, len(units))
+        if len(units) <= test + valid:
+            raise DataError(
+                f"{accent} has {len(units)} {noun}, too few for {', '.join(parts)}: add data or leave this accent out"
+            )
+        for place, unit in enumerate(_in_order(units, seed, "split")):
+            split = TEST if place < test else VALID if place < test + valid else TRAIN
+            parts[split].extend(units[unit])
+    return _sorted(parts)
+
+
+def _share(fraction, count):
+    return max(1, round(fraction * count)) if fraction > 0 else 0
+
+
+def _client_of(item):
+    return item.client or item.id
+
+
+def _id_of(item):
+    return item.id
+
+
+def _units(items, unit_of):
+    """accent -> unit -> items; a client with several accents would be several units and is refused earlier."""
+    pool = defaultdict(lambda: defaultdict(list))
+    for item in items:
+        pool[item.accent][unit_of(item)].append(item)
+    return {accent: pool[accent] for accent in sorted(pool)}
+
+
+def _in_order(units, seed, purpose):
+    return sorted(units, key=lambda unit: (rank(seed, purpose, unit), unit))
+
+
+def _drawn(items, seed):
+    return sorted(items, key=lambda item: (rank(seed, "clip", item.id), item.id))
+
+
+def _by_id(items):
+    return tuple(sorted(items, key=_id_of))
+
+
+def _sorted(parts):
+    return {split: _by_id(items) for split, items in parts.items()}

@@ -1,0 +1,45 @@
+"""Prepares a DatasetDict of accented English, such as one made from Common Voice, for this recipe.
+
+The work is done by ``accent_plugin.manifests``, whose ``Choices`` document every argument.
+"""
+
+from pathlib import Path
+
+from accent_plugin import manifests
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def prepare_common_voice_accent(
+    data_folder, prepared_folder=None, skip_prep=False, workers=None, progress=True, **choices
+):
+    """Make 16 kHz clips and the CSV manifests of train, valid and test, unless they are there.
+
+    Arguments
+    ---------
+    data_folder : str or Path
+        A DatasetDict saved with ``save_to_disk``. Only read.
+    prepared_folder : str or Path, optional
+        Where clips and manifests go; None takes ``data/prepared/<fingerprint of source and arguments>`` of the project.
+    skip_prep : bool
+        Take ``prepared_folder`` as it is, whatever the other arguments say.
+    workers : int, optional
+        Processes that decode; None takes one per core.
+    progress : bool
+        Whether to draw a progress bar on stderr.
+    **choices
+        Fields of ``accent_plugin.manifests.Choices``: accents, seed, balance, ...
+
+    Returns
+    -------
+    accent_plugin.manifests.Prepared
+
+    Raises
+    ------
+    accent_plugin.errors.DataError
+        When the data cannot be used, or ``prepared_folder`` was made from something else.
+    """
+    if skip_prep:
+        return manifests.load(prepared_folder)
+    folder = prepared_folder or manifests.default_folder(data_folder, PROJECT / "data" / "prepared", **choices)
+    return manifests.prepare(data_folder, folder, workers=workers, progress=progress, **choices)

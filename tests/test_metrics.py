@@ -1,0 +1,505 @@
+"""The numbers of a report, against hand computations, scikit-learn and confidence-intervals."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from accent_plugin import metrics as m
+from accent_plugin.errors import ReportError
+
+LABELS = ("us", "england", "australia")
+
+
+def build(probabilities, truth, clients=None, labels=LABELS, **columns):
+    n = len(truth)
+    with np.errstate(divide="ignore"):
+        log_probabilities = np.log(np.asarray(probabilities, dtype=float))
+    columns = {"seconds": [5.0] * n, **columns}
+    ids = columns.pop("ids", [f"clip{i:04}" for i in range(n)])
+    return m.Predictions(ids, clients, np.array(truth), log_probabilities, labels, **columns)
+
+
+def simulate(speakers=30, clips=4, seed=0, labels=LABELS, skill=1.5, spread=1.0):
+    """Clips of speakers who are each easy or hard, so that clips of one speaker hang together."""
+    rng = np.random.default_rng(seed)
+    truth = np.repeat(np.arange(speakers) % len(labels), clips)
+    hard = np.repeat(rng.normal(scale=spread, size=(speakers, len(labels))), clips, axis=0)
+    z = rng.normal(size=(speakers * clips, len(labels))) + hard + skill * np.eye(len(labels))[truth]
+    return build(
+        np.exp(z) / np.exp(z).sum(axis=1, keepdims=True),
+        truth,
+        [f"s{i // clips:03}" for i in range(speakers * clips)],
+        labels=labels,
+        seconds=rng.gamma(5, 1, speakers * clips),
+        gender=[("male", "female", "")[i // clips % 3] for i in range(speakers * clips)],
+        age=[str(18 + 3 * (i // clips) % 60) for i in range(speakers * clips)],
+    )
+
+
+def permuted(p, order):
+    def pick(values):
+        return None if values is None else [values[i] for i in order]
+
+    return m.Predictions(
+        pick(p.ids), pick(p.client_ids), p.truth[order], p.log_probabilities[order], p.labels, p.seconds[order],
+        pick(p.gender), pick(p.age),
+    )  # fmt: skip
+
+
+def values(part):
+    return {name: v["value"] for name, v in part.items()}
+
+
+# ---- figures of a confusion matrix
+
+
+def test_average_recall_and_macro_f1_by_hand():
+    confusion = np.array([[8, 2, 0], [1, 3, 0], [2, 0, 0]])
+    assert m.recalls(confusion) == pytest.approx([0.8, 0.75, 0])
+    assert m.precisions(confusion) == pytest.approx([8 / 11, 3 / 5, 0])  # australia is never the answer
+    assert m.unweighted_average_recall(confusion) == pytest.approx((0.8 + 0.75) / 3)
+    assert m.f1s(confusion) == pytest.approx([16 / 21, 6 / 9, 0])
+    assert m.macro_f1(confusion) == pytest.approx((16 / 21 + 6 / 9) / 3)
+
+
+def test_an_absent_accent_is_left_out_of_averages_but_answering_it_is_wrong():
+    confusion = np.array([[3, 0, 1], [0, 4, 0], [0, 0, 0]])
+    assert m.unweighted_average_recall(confusion) == pytest.approx((0.75 + 1) / 2)
+    assert m.macro_f1(confusion) == pytest.approx((6 / 7 + 1) / 2)
+
+
+def test_figures_of_many_matrices_at_once_are_those_of_each():
+    stack = np.random.default_rng(0).integers(0, 9, (5, 3, 3))
+    assert m.macro_f1(stack) == pytest.approx([m.macro_f1(c) for c in stack])
+    assert m.unweighted_average_recall(stack) == pytest.approx([m.unweighted_average_recall(c) for c in stack])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))
+def test_figures_agree_with_scikit_learn(pairs):
+    truth, predicted = np.array(pairs).T
+    confusion = m.confusion_matrix(truth, predicted, 4)
+    assert (confusion == sk.confusion_matrix(truth, predicted, labels=range(4))).all()
+    present = sorted(set(truth.tolist()))
+    precision, recall, f1, _ = sk.precision_recall_fscore_support(truth, predicted, labels=range(4), zero_division=0)
+    assert m.precisions(confusion) == pytest.approx(precision)
+    assert m.recalls(confusion) == pytest.approx(recall)
+    assert m.f1s(confusion) == pytest.approx(f1)
+    assert m.unweighted_average_recall(confusion) == pytest.approx(recall[present].mean())
+    assert m.macro_f1(confusion) == pytest.approx(f1[present].mean())
+
+
+# ---- evaluate
+
+
+def by_hand():
+    """Two speakers of us, one of england; a's second clip outweighs his first."""
+    return build(
+        [[0.4, 0.6], [0.9, 0.1], [0.8, 0.2], [0.7, 0.3]],
+        [0, 0, 0, 1],
+        ["a", "a", "b", "c"],
+        labels=("us", "england"),
+    )
+
+
+def test_figures_by_clip_by_hand():
+    clip = values(m.evaluate(by_hand(), draws=20)["clip"])
+    assert clip["accuracy"] == pytest.approx(2 / 4)
+    assert clip["unweighted_average_recall"] == pytest.approx((2 / 3 + 0) / 2)
+    assert clip["macro_f1"] == pytest.approx((4 / 6 + 0) / 2)
+    assert clip["log_loss"] == pytest.approx(-np.log([0.4, 0.9, 0.8, 0.3]).mean())
+
+
+def test_figures_by_speaker_by_hand():
+    metrics = m.evaluate(by_hand(), draws=20)
+    us, england = np.sqrt(0.4 * 0.9), np.sqrt(0.6 * 0.1)  # geometric means of a's clips
+    assert metrics["confusion"] == {
+        "labels": ["us", "england"],
+        "clips": [[2, 1], [1, 0]],
+        "speakers": [[2, 0], [1, 0]],
+    }
+    speaker = values(metrics["speaker"])
+    assert speaker["accuracy"] == pytest.approx(2 / 3)
+    assert speaker["unweighted_average_recall"] == pytest.approx(1 / 2)
+    assert speaker["log_loss"] == pytest.approx(-np.log([us / (us + england), 0.8, 0.3]).mean())
+    rows = m.speakers(by_hand())
+    assert [(r["client_id"], r["answer"], r["right"], r["clips_right"], r["answers"]) for r in rows] == [
+        ("a", "us", True, 1, [1, 1]),
+        ("b", "us", True, 1, [1, 0]),
+        ("c", "us", False, 0, [1, 0]),
+    ]
+    assert rows[0]["probability"] == pytest.approx(us / (us + england))
+
+
+def test_expected_calibration_error_by_hand():
+    # Bin 9 is [0.6, 0.667): mean probability 0.62, half of it right. The last bin takes probability 1.
+    p = build([[0.61, 0.39], [0.37, 0.63], [1, 0]], [0, 0, 0], labels=("us", "england"))
+    assert m.evaluate(p, draws=5)["clip"]["expected_calibration_error"]["value"] == pytest.approx(2 / 3 * 0.12)
+    count, confidence, accuracy = m.calibration_bins(p.probabilities, p.truth)
+    assert count.tolist() == [0] * 9 + [2, 0, 0, 0, 0, 1]
+    assert (confidence[9], accuracy[9]) == (pytest.approx(0.62), 0.5)
+
+
+def test_calibration_error_is_that_of_the_diagram():
+    p = simulate()
+    count, confidence, accuracy = m.calibration_bins(p.probabilities, p.truth)
+    expected = (count * np.abs(confidence - accuracy)).sum() / count.sum()
+    assert m.evaluate(p, draws=5)["clip"]["expected_calibration_error"]["value"] == pytest.approx(expected)
+
+
+def test_an_impossible_answer_costs_much_but_not_everything():
+    p = build([[0.0, 1.0], [1.0, 0.0]], [0, 0], ["a", "b"], labels=("us", "england"))
+    metrics = m.evaluate(p, draws=5)
+    assert metrics["clip"]["log_loss"]["value"] == 350
+    assert np.isfinite(metrics["speaker"]["log_loss"]["value"])
+
+
+def test_structure_is_that_of_the_design():
+    metrics = m.evaluate(simulate(), draws=20)
+    assert list(metrics) == ["clip", "speaker", "per_accent", "confusion", "groups", "absent_accents", "notes"]
+    assert list(metrics["clip"]) == list(metrics["speaker"]) == list(m.FIGURES)
+    assert set(metrics["clip"]["accuracy"]) == {"value", "low", "high", "n"}
+    assert list(metrics["per_accent"]) == list(LABELS)
+    assert set(metrics["per_accent"]["us"]) == {"precision", "recall", "f1", "clips", "speakers"}
+    assert set(metrics["groups"]) == {"gender", "age", "duration"}
+    assert set(metrics["groups"]["gender"]["male"]) == {"unweighted_average_recall", "clips", "speakers", "small"}
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_n_counts_the_units_drawn():
+    metrics = m.evaluate(simulate(speakers=31), draws=20)
+    assert metrics["clip"]["accuracy"]["n"] == metrics["per_accent"]["us"]["f1"]["n"] == 31
+    assert metrics["per_accent"]["us"]["recall"]["n"] == metrics["per_accent"]["us"]["speakers"] == 11
+
+
+def test_absent_accent_is_named_and_left_out():
+    p = build([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]], [0, 1], ["a", "b"])
+    metrics = m.evaluate(p, draws=20)
+    assert metrics["absent_accents"] == ["australia"]
+    assert list(metrics["per_accent"]) == ["us", "england"]
+    assert metrics["clip"]["macro_f1"]["value"] == 1
+    assert any("australia" in note for note in metrics["notes"])
+
+
+def test_without_client_ids_nothing_is_by_speaker_and_a_note_says_so():
+    p = simulate()
+    metrics = m.evaluate(build(p.probabilities, p.truth), draws=20)
+    assert metrics["speaker"] is None and metrics["confusion"]["speakers"] is None
+    assert metrics["clip"]["accuracy"]["n"] == len(p.ids)
+    assert metrics["per_accent"]["us"]["speakers"] is None
+    assert "resample clips" in metrics["notes"][0]
+    assert m.speakers(build(p.probabilities, p.truth)) == []
+    assert build(p.probabilities, p.truth, [""] * len(p.ids)).client_ids is None
+
+
+def test_a_clip_without_client_id_is_a_speaker_of_its_own():
+    p = build([[0.9, 0.1]] * 4, [0] * 4, ["a", "a", "", None], labels=("us", "england"))
+    metrics = m.evaluate(p, draws=5)
+    assert metrics["speaker"]["accuracy"]["n"] == 3
+    assert "2 clips have no client id" in metrics["notes"][0] or "2 clips have no client id" in metrics["notes"][1]
+
+
+def test_a_client_with_two_accents_is_a_speaker_in_each():
+    p = build([[0.9, 0.1], [0.2, 0.8]], [0, 1], ["a", "a"], labels=("us", "england"))
+    metrics = m.evaluate(p, draws=5)
+    assert metrics["confusion"]["speakers"] == [[1, 0], [0, 1]]
+    assert any("more than one accent" in note for note in metrics["notes"])
+
+
+def test_no_error_is_said_to_prove_little():
+    p = build(
+        [[0.9, 0.1]] * 22 + [[0.1, 0.9]], [0] * 22 + [1], list("abcdefghijklmnopqrstuvw"), labels=("us", "england")
+    )
+    notes = " ".join(m.evaluate(p, draws=5)["notes"])
+    assert "No error by clip" in notes and "up to 12%" in notes  # 1 - 0.05 ** (1 / 23)
+    assert "england (1)" in notes
+
+
+def test_groups_hold_their_clips_and_their_own_recall():
+    p = simulate()
+    groups = m.evaluate(p, draws=50)["groups"]
+    for kind, cells in groups.items():
+        assert sum(cell["clips"] for cell in cells.values()) == len(p.ids), kind
+    mine = [i for i, gender in enumerate(p.gender) if gender == "female"]
+    confusion = m.confusion_matrix(p.truth[mine], p.predicted[mine], 3)
+    cell = groups["gender"]["female"]
+    assert cell["unweighted_average_recall"]["value"] == pytest.approx(m.unweighted_average_recall(confusion))
+    assert cell["speakers"] == cell["unweighted_average_recall"]["n"] == 10 and not cell["small"]
+    assert list(groups["gender"]) == ["female", "male", "unknown"]
+    assert list(groups["duration"]) == ["under 3 s", "3 to 5 s", "5 to 8 s", "8 s and over"]
+
+
+@pytest.mark.parametrize(
+    ("age", "band"),
+    [("22", "twenties"), ("18", "teens"), ("101", "nineties"), ("fourties", "forties"), ("fifties", "fifties"),
+     ("", "unknown"), ("0", "unknown"), (None, "unknown"), (float("nan"), "unknown"), ("37.0", "thirties")],
+)  # fmt: skip
+def test_ages_are_banded(age, band):
+    p = build([[0.9, 0.1]] * 2, [0, 0], labels=("us", "england"), age=["60", age])
+    assert set(m.evaluate(p, draws=2)["groups"]["age"]) == {"sixties", band}
+
+
+def test_cells_under_five_speakers_are_small_and_free_text_does_not_make_a_thousand_groups():
+    n = 40
+    p = build([[0.9, 0.1]] * n, [0] * n, [str(i) for i in range(n)], labels=("us", "england"),
+              gender=[f"text {i}" for i in range(n)])  # fmt: skip
+    cells = m.evaluate(p, draws=2)["groups"]["gender"]
+    assert len(cells) == 13 and cells["28 others"]["clips"] == 28
+    assert cells["text 0"]["small"] and not cells["28 others"]["small"]
+    assert m.evaluate(p, draws=2)["groups"]["age"] == {}
+
+
+# ---- laws
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_permuting_clips_changes_nothing(seed, clients):
+    p = simulate(speakers=9)
+    if not clients:
+        p = m.Predictions(p.ids, None, p.truth, p.log_probabilities, p.labels, p.seconds, p.gender, p.age)
+    order = np.random.default_rng(seed).permutation(len(p.ids))
+    assert json.dumps(m.evaluate(permuted(p, order), draws=20)) == json.dumps(m.evaluate(p, draws=20))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.permutations(range(3)))
+def test_another_order_of_labels_gives_the_same_figures(order):
+    p = simulate(speakers=10)
+    inverse = np.argsort(order)
+    q = m.Predictions(p.ids, p.client_ids, inverse[p.truth], p.log_probabilities[:, order],
+                      [p.labels[i] for i in order], p.seconds, p.gender, p.age)  # fmt: skip
+    a, b = m.evaluate(p, draws=30), m.evaluate(q, draws=30)
+    for part in ("clip", "speaker"):
+        for name in m.FIGURES:
+            assert b[part][name] == pytest.approx(a[part][name])
+    for label in LABELS:
+        assert b["per_accent"][label]["f1"] == pytest.approx(a["per_accent"][label]["f1"])
+    assert (np.array(b["confusion"]["clips"]) == np.array(a["confusion"]["clips"])[np.ix_(order, order)]).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.integers(3, 12), st.integers(1, 4))
+def test_intervals_are_ordered_and_within_bounds(seed, speakers, clips):
+    metrics = m.evaluate(simulate(speakers, clips, seed), draws=60)
+    for part in ("clip", "speaker"):
+        for name, v in metrics[part].items():
+            assert 0 <= v["low"] <= v["high"], name
+            assert name == "log_loss" or v["high"] <= 1
+            if name in ("accuracy", "unweighted_average_recall", "log_loss"):
+                assert v["low"] - 1e-9 <= v["value"] <= v["high"] + 0.25, name
+
+
+def test_with_one_clip_per_speaker_speakers_and_clips_are_the_same():
+    p = simulate(speakers=60, clips=1)
+    named = m.Predictions(p.ids, p.ids, p.truth, p.log_probabilities, p.labels, p.seconds)
+    unnamed = m.Predictions(p.ids, None, p.truth, p.log_probabilities, p.labels, p.seconds)
+    metrics = m.evaluate(named, draws=200)
+    for name in m.FIGURES:
+        assert metrics["speaker"][name] == pytest.approx(metrics["clip"][name]), name
+    assert m.evaluate(unnamed, draws=200)["clip"] == metrics["clip"]
+
+
+def test_clips_of_a_speaker_hang_together():
+    p = simulate(speakers=30, clips=20, spread=2)
+    alone = m.Predictions(p.ids, None, p.truth, p.log_probabilities, p.labels, p.seconds)
+    wide, narrow = (m.evaluate(q, draws=300)["clip"]["accuracy"] for q in (p, alone))
+    assert wide["high"] - wide["low"] > 1.8 * (narrow["high"] - narrow["low"])
+
+
+def test_seed_decides_the_draws():
+    p = simulate()
+    assert m.evaluate(p, draws=100, seed=1) == m.evaluate(p, draws=100, seed=1)
+    assert m.evaluate(p, draws=100, seed=1)["clip"] != m.evaluate(p, draws=100, seed=2)["clip"]
+
+
+@pytest.mark.parametrize("block", [1, 700, 10**9])
+def test_blocks_draw_every_time_as_many_as_there_are(monkeypatch, block):
+    monkeypatch.setattr(m, "_BLOCK", block)
+    units = m._Units(simulate(speakers=31, clips=2))
+    totals = units.resample(lambda a, b: np.stack([np.ones(b - a), np.arange(a, b)], axis=1).astype(float), 400, 0)
+    assert (totals[:, :, 0] == [11, 10, 10]).all()
+    assert totals[0, :, 1].tolist() == [55, 155, 255]
+    # Mean and spread of the resampled mean of 0..10: 5 and sqrt(10 / 11).
+    assert (totals[1:, 0, 1] / 11).mean() == pytest.approx(5, abs=0.2)
+    assert (totals[1:, 0, 1] / 11).std() == pytest.approx(np.sqrt(10 / 11), rel=0.15)
+
+
+def recall_of(truth, predicted):
+    return m.unweighted_average_recall(m.confusion_matrix(truth, predicted, 3))
+
+
+def test_interval_agrees_with_a_plain_loop_over_speakers():
+    p = simulate(speakers=30, clips=5, seed=3)
+    clips = {}
+    for i, (client, truth) in enumerate(zip(p.client_ids, p.truth, strict=True)):
+        clips.setdefault(truth, {}).setdefault(client, []).append(i)
+    rng, figures = np.random.default_rng(0), []
+    for _ in range(1000):
+        drawn = []
+        for speakers in clips.values():
+            for s in rng.integers(0, len(speakers), len(speakers)):
+                drawn += list(speakers.values())[s]
+        figures.append(recall_of(p.truth[drawn], p.predicted[drawn]))
+    v = m.evaluate(p)["clip"]["unweighted_average_recall"]
+    assert (v["low"], v["high"]) == pytest.approx(np.percentile(figures, [2.5, 97.5]), abs=0.02)
+
+
+def test_interval_agrees_with_confidence_intervals():
+    package = pytest.importorskip("confidence_intervals")
+    p = simulate(speakers=45, clips=20, seed=3, spread=1.5)
+    speakers = np.array([int(c[1:]) for c in p.client_ids])
+    value, (low, high) = package.evaluate_with_conf_int(
+        p.predicted, recall_of, p.truth, speakers, num_bootstraps=200, alpha=5
+    )
+    v = m.evaluate(p)["clip"]["unweighted_average_recall"]
+    assert v["value"] == pytest.approx(value)
+    # It also resamples clips within a speaker and does not stratify: wider, but with many clips of each not by much.
+    assert (v["low"], v["high"]) == pytest.approx((low, high), abs=0.035)
+    assert 0.75 < (v["high"] - v["low"]) / (high - low) < 1.1
+
+
+def test_intervals_cover_the_truth_as_often_as_they_promise():
+    truth = m.evaluate(simulate(speakers=6000, clips=4, seed=999), draws=2)["clip"]["accuracy"]["value"]
+    inside = 0
+    for seed in range(100):
+        v = m.evaluate(simulate(speakers=60, clips=4, seed=seed), draws=200)["clip"]["accuracy"]
+        inside += v["low"] <= truth <= v["high"]
+    assert 88 <= inside <= 99
+
+
+# ---- wrong input
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"probabilities": np.zeros((0, 3)), "truth": []}, "no predictions"),
+        ({"probabilities": [[0.5, 0.4, 0.05]] * 2}, "do not sum to 1.*'clip0000'"),
+        ({"probabilities": [[np.nan, 0.5, 0.5]] * 2}, "2 of 2 clips .* do not sum to 1"),
+        ({"probabilities": [[0.5, 0.5]] * 2}, r"shape \(2, 2\)"),
+        ({"truth": [0, 3]}, "'clip0001' has true accent 3; indices go from 0 to 2"),
+        ({"truth": [0, -1]}, "true accent -1"),
+        ({"truth": [0.0, 1.0]}, "integers"),
+        ({"clients": ["a"]}, "2 ids, but 1 client_ids"),
+        ({"seconds": [1.0]}, "2 ids, but 1 seconds"),
+        ({"seconds": [1.0, np.nan]}, "'clip0001' is nan seconds"),
+        ({"ids": ["x", "x"]}, "'x' is there twice"),
+        ({"labels": ("us", "us", "england")}, "different accents"),
+        ({"gender": ["male"] * 3}, "3 gender"),
+    ],
+)
+def test_predictions_that_cannot_be_evaluated_are_refused(change, match):
+    good = {"probabilities": [[0.5, 0.3, 0.2]] * 2, "truth": [0, 1]}
+    with pytest.raises(ReportError, match=match):
+        build(**{**good, **change})
+
+
+# ---- comparing, summarising, pooling, rejecting
+
+
+def test_a_model_compared_with_itself_differs_in_nothing():
+    comparison = m.compare(simulate(), simulate(), draws=50)
+    assert comparison["changed"] == []
+    for level in ("clip", "speaker"):
+        for figure in comparison[level].values():
+            assert figure["difference"] == {"value": 0, "low": 0, "high": 0, "n": 30}
+
+
+def test_a_better_model_is_seen_whatever_the_order_of_clips_and_labels():
+    a, b = simulate(skill=1.0), simulate(skill=2.0)
+    order = np.random.default_rng(0).permutation(len(b.ids))
+    comparison = m.compare(a, b, draws=200)
+    accuracy = comparison["clip"]["accuracy"]
+    assert accuracy["b"] - accuracy["a"] == pytest.approx(accuracy["difference"]["value"])
+    assert accuracy["difference"]["low"] > 0 > comparison["clip"]["log_loss"]["difference"]["high"]
+    assert m.compare(a, permuted(b, order), draws=200) == comparison
+    back = m.compare(b, a, draws=200)["clip"]["accuracy"]["difference"]
+    assert (back["low"], back["high"]) == pytest.approx(
+        (-accuracy["difference"]["high"], -accuracy["difference"]["low"])
+    )
+    q = m.Predictions(b.ids, b.client_ids, 2 - b.truth, b.log_probabilities[:, ::-1], LABELS[::-1], b.seconds)
+    assert m.compare(a, q, draws=200) == comparison
+
+
+def test_pairing_makes_the_interval_narrower_than_two_intervals():
+    a, b = simulate(skill=1.0), simulate(skill=1.2)
+    paired = m.compare(a, b)["clip"]["accuracy"]["difference"]
+    alone = [m.evaluate(p)["clip"]["accuracy"] for p in (a, b)]
+    assert paired["high"] - paired["low"] < 0.5 * sum(v["high"] - v["low"] for v in alone)
+
+
+def test_speakers_whose_answer_changed_are_listed():
+    a = build([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]], [0, 0, 1], ["x", "y", "z"], labels=("us", "england"))
+    b = build([[0.8, 0.2], [0.7, 0.3], [0.2, 0.8]], [0, 0, 1], ["x", "y", "z"], labels=("us", "england"))
+    (changed,) = m.compare(a, b, draws=10)["changed"]
+    assert (changed["client_id"], changed["accent"], changed["clips"]) == ("y", "us", 1)
+    assert changed["a"] == {"answer": "england", "probability": pytest.approx(0.6), "share_right": 0}
+    assert changed["b"] == {"answer": "us", "probability": pytest.approx(0.7), "share_right": 1}
+
+
+def test_what_cannot_be_compared_is_refused():
+    a = by_hand()
+    with pytest.raises(ReportError, match="1 of 4 are missing from the second .*'clip0003'"):
+        m.compare(a, permuted(a, [0, 1, 2]))
+    with pytest.raises(ReportError, match="different labels"):
+        m.compare(a, simulate())
+    other = m.Predictions(a.ids, a.client_ids, [0, 0, 1, 1], a.log_probabilities, a.labels, a.seconds)
+    with pytest.raises(ReportError, match="'clip0002' has two true accents, us and england"):
+        m.compare(a, other)
+    with pytest.raises(ReportError, match="client ids"):
+        m.compare(a, m.Predictions(a.ids, None, a.truth, a.log_probabilities, a.labels, a.seconds))
+
+
+def test_summary_by_hand():
+    runs = [{"clip": {n: {"value": v} for n in m.FIGURES}, "speaker": None} for v in (0.8, 0.9, 1.0)]
+    summary = m.summarise(runs, ["1", "2", "3"])
+    assert summary["clip"]["accuracy"] == {
+        "mean": pytest.approx(0.9),
+        "standard_deviation": pytest.approx(0.1),
+        "values": [0.8, 0.9, 1.0],
+    }
+    assert summary["speaker"] is None and summary["runs"] == ["1", "2", "3"]
+    assert m.summarise(runs[:1])["clip"]["accuracy"]["standard_deviation"] is None
+    with pytest.raises(ReportError, match="no runs"):
+        m.summarise([])
+    with pytest.raises(ReportError, match="3 runs, but 1 names"):
+        m.summarise(runs, ["1"])
+
+
+def test_pooled_folds_are_one_evaluation():
+    p = simulate()
+    parts = [permuted(p, np.flatnonzero(np.arange(len(p.ids)) // 4 % 5 == k)) for k in range(5)]
+    assert m.evaluate(m.pool(parts), draws=30) == m.evaluate(p, draws=30)
+    with pytest.raises(ReportError, match="twice"):
+        m.pool([p, p])
+    with pytest.raises(ReportError, match="different labels"):
+        m.pool([p, by_hand()])
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.lists(st.integers(0, 5), min_size=1, max_size=20))
+def test_auroc_agrees_with_scikit_learn(inside, outside):
+    expected = sk.roc_auc_score([1] * len(inside) + [0] * len(outside), inside + outside)
+    assert m.auroc(inside, outside) == pytest.approx(expected)
+
+
+def test_out_of_set_speech():
+    inside = build([[0.95, 0.05], [0.1, 0.9], [0.6, 0.4]], [0, 1, 0], labels=("us", "england"))
+    out = np.log([[0.6, 0.4], [0.15, 0.85], [0.45, 0.55]])
+    result = m.out_of_set(inside, out, ["scotland", "scotland", "spanish"])
+    assert result["in_set"]["confident"] == {"0.5": 1, "0.8": pytest.approx(2 / 3), "0.9": pytest.approx(2 / 3)}
+    assert result["overall"]["auroc"] == pytest.approx((3 + 3 + 1.5) / 9)
+    scotland = result["accents"]["scotland"]
+    assert (scotland["clips"], scotland["confident"]["0.8"], scotland["answers"]) == (
+        2,
+        0.5,
+        {"us": 0.5, "england": 0.5},
+    )
+    assert result["accents"]["spanish"]["auroc"] == 1
+    with pytest.raises(ReportError, match="shape"):
+        m.out_of_set(inside, out, ["scotland"])
+    with pytest.raises(ReportError, match="empty"):
+        m.auroc([], [0.5])

@@ -1,0 +1,210 @@
+"""The recipe as a user runs it: prepare, train, evaluate, again, and what it refuses."""
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import datasets_for_tests as made
+from conftest import ROOT
+
+RECIPE = ROOT / "recipes/CommonVoiceAccent"
+ACCENTS = ("us", "england", "scotland")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A small DatasetDict of noise with three accents."""
+    return made.save(tmp_path_factory.mktemp("corpus") / "data", **made.three_splits(ACCENTS, clients=(4, 2, 2)))
+
+
+@pytest.fixture
+def words(corpus, tiny_encoder, tmp_path):
+    """A command line that takes seconds."""
+    return [
+        "hparams/wav2vec2_base.yaml",
+        *("--data_folder", str(corpus), "--prepared_folder", str(tmp_path / "prepared")),
+        *("--output_folder", str(tmp_path / "out"), "--accents", f"[{', '.join(ACCENTS)}]"),
+        *("--wav2vec2_hub", str(tiny_encoder("wav2vec2-group")), "--num_workers", "0", "--number_of_epochs", "2"),
+        *("--device", "cpu", "--noprogressbar", "--lr_head", "0.01"),
+    ]
+
+
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """Run the recipe's main in this process, from its own folder, as `python train.py ...` would."""
+    monkeypatch.chdir(RECIPE)
+    monkeypatch.syspath_prepend(str(RECIPE))
+    spec = importlib.util.spec_from_file_location("accent_recipe", RECIPE / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    hook = sys.excepthook
+
+    def run(*arguments):
+        code = module.main([str(argument) for argument in arguments])
+        return SimpleNamespace(code=code, err=capsys.readouterr().err, module=module)
+
+    yield run
+    sys.excepthook = hook  # SpeechBrain replaces it
+
+
+def metrics_of(folder):
+    return json.loads((folder / "report/metrics.json").read_text(encoding="utf-8"))
+
+
+def test_one_command_prepares_trains_and_evaluates(words, tmp_path):
+    # A process of its own, from the root, without the link: what a newcomer types.
+    command = [sys.executable, "recipes/CommonVoiceAccent/train.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    for name in ("hyperparams.yaml", "train_log.txt", "env.log", "save/history.json", "report/report.md"):
+        assert (out / name).is_file(), name
+    assert len(list((out / "report").glob("*.png"))) >= 5
+    assert (out / "train_log.txt").read_text().startswith("epoch: 1, ")
+    metrics = metrics_of(out)
+    assert metrics["data"]["clips"] == 12 and metrics["data"]["speakers"] == 6
+    assert metrics["data"]["speakers_disjoint"] is True and metrics["data"]["synthetic"] is False
+    with open(out / "report/predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [name for name in rows[0] if name.startswith("p_")] == ["p_us", "p_england", "p_scotland"]
+    assert all(abs(sum(float(row[f"p_{accent}"]) for accent in ACCENTS) - 1) < 1e-6 for row in rows)
+    assert "train.py hparams/wav2vec2_base.yaml" in metrics["command"]
+
+
+def test_two_runs_give_the_same_figures(train, words, tmp_path):
+    assert train(*words).code == 0
+    first = metrics_of(tmp_path / "out")
+    assert train(*words, "--output_folder", tmp_path / "again").code == 0
+    second = metrics_of(tmp_path / "again")
+    for part in ("clip", "speaker", "per_accent", "confusion", "groups"):
+        assert first[part] == second[part]
+
+
+def test_a_finished_run_is_evaluated_again_alone(train, words, tmp_path):
+    assert train(*words).code == 0
+    first, log = metrics_of(tmp_path / "out"), (tmp_path / "out/train_log.txt").read_text()
+    (tmp_path / "out/report/metrics.json").unlink()
+    assert train(*words, "--test_only", "True").code == 0
+    assert metrics_of(tmp_path / "out")["clip"] == first["clip"]
+    assert (tmp_path / "out/train_log.txt").read_text() == log
+
+
+def test_evaluating_what_was_never_trained_is_refused(train, words, tmp_path):
+    done = train(*words, "--test_only", "True")
+    assert done.code == 2 and "there is no checkpoint in" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["--pooling", "attentive_statistics", "--projector_size", "16", "--projector_activation", "True"],
+        ["--balance", "sampler", "--crop_seconds", "0.8", "--augment", "True", "--grad_accumulation_factor", "2"],
+        ["--balance", "none", "--class_weights", "balanced", "--weighted_layers", "all", "--freeze_wav2vec2", "True"],
+        ["--precision", "bf16", "--freeze_feature_extractor", "False", "--decay", "cosine", "--num_layers", "1"],
+        ["--early_stopping", "0", "--freeze_encoder_steps", "2", "--label_smoothing", "0.1", "--num_workers", "2"],
+        ["--config_overrides", "{hidden_dropout: 0.0}", "--attn_implementation", "eager", "--tensorboard", "True"],
+    ],
+    ids=lambda changes: changes[0].removeprefix("--"),
+)
+def test_choices_of_the_yaml_work(train, words, tmp_path, changes):
+    if "--tensorboard" in changes:
+        pytest.importorskip("tensorboard", reason="TensorBoard is an optional extra")
+    assert train(*words, "--number_of_epochs", "1", *changes).code == 0
+    assert metrics_of(tmp_path / "out")["clip"]["accuracy"]["n"] == 6
+
+
+def test_moonshine_trains(train, words, tmp_path, tiny_encoder):
+    assert train(*words, "--wav2vec2_hub", tiny_encoder("moonshine"), "--number_of_epochs", "1").code == 0
+    assert metrics_of(tmp_path / "out")["model"]["family"] == "moonshine"
+
+
+# What is refused: exit code 2, one message, no traceback, nothing written
+
+
+def refused(done, tmp_path, *parts):
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    for part in parts:
+        assert part in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data_say_how_to_make_them_and_how_to_try_without(train, words, tmp_path):
+    done = train(*words, "--data_folder", tmp_path / "nowhere")
+    refused(done, tmp_path, "nowhere", "DatasetDict", "make demo")
+
+
+def test_hyperparameters_and_data_are_refused_together(train, words, tmp_path):
+    done = train(*words, "--accents", "[us, englnd]", "--pooling", "stats")
+    refused(done, tmp_path, "2 problems", "englnd", "did you mean 'england'?", "pooling is 'stats'")
+
+
+def test_a_dataset_in_place_of_a_datasetdict(train, words, corpus, tmp_path):
+    refused(train(*words, "--data_folder", corpus / "train"), tmp_path, "DatasetDict")
+
+
+def test_a_hub_name_without_a_network(train, words):
+    done = train(*words, "--wav2vec2_hub", "facebook/wav2vec2-base")
+    assert done.code == 2 and "Traceback" not in done.err
+    assert "hf download facebook/wav2vec2-base" in done.err
+
+
+def test_an_output_folder_that_cannot_be_written(train, words, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = train(*words, "--output_folder", tmp_path / "file/out")
+    assert done.code == 2 and "cannot write" in done.err and "output_folder" in done.err
+
+
+def test_a_manifest_of_other_accents(train, words, tmp_path):
+    assert train(*words, "--number_of_epochs", "1").code == 0
+    done = train(*words, "--skip_prep", "True", "--accents", "[us, england]", "--output_folder", tmp_path / "other")
+    assert done.code == 2 and "has the accent(s) scotland; accents lists us, england" in done.err
+
+
+def test_the_gpus_memory_is_full(train, words, monkeypatch):
+    def full(*arguments):
+        import torch
+
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("accent_plugin.brain.AccentBrain.fit", full)
+    done = train(*words)
+    assert done.code == 2 and "lower batch_seconds" in done.err
+
+
+def test_a_full_disk_is_named_and_what_was_made_stays(train, words, tmp_path, monkeypatch):
+    import errno
+
+    assert train(*words, "--number_of_epochs", "1").code == 0
+    before = metrics_of(tmp_path / "out")
+
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
+
+    monkeypatch.setattr("accent_plugin.brain.AccentBrain.fit", full)
+    done = train(*words)
+    assert done.code == 2 and "No space left on device" in done.err and "Traceback" not in done.err
+    assert metrics_of(tmp_path / "out") == before
+
+
+# Real speech
+
+
+@pytest.mark.slow
+def test_real_speech_with_a_real_encoder(train, real_speech, real_moonshine, tmp_path):
+    done = train(
+        "hparams/wav2vec2_base.yaml",
+        *("--data_folder", real_speech, "--wav2vec2_hub", real_moonshine, "--output_folder", tmp_path / "out"),
+        *("--prepared_folder", tmp_path / "prepared", "--freeze_wav2vec2", "True", "--number_of_epochs", "2"),
+        *("--weighted_layers", "[3, 4]", "--standardise_layers", "True", "--lr_head", "0.003", "--crop_seconds", "4"),
+    )
+    assert done.code == 0
+    # Two epochs of a head are no result; chance is a third.
+    assert metrics_of(tmp_path / "out")["clip"]["unweighted_average_recall"]["value"] > 0.4
