@@ -21,6 +21,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["accent_plugin", "accent_plugin.*"]),
     python_requires=">=3.11,<3.14",
+    entry_points={"console_scripts": ["accent-plugin=accent_plugin.cli:main"]},
     install_requires=[
         "torch>=2.6",
         "torchaudio>=2.6",
@@ -42,7 +43,7 @@ setup(
         # GPL-3.0: needed only to make the built-in synthetic corpus, loaded with ctypes, never bundled.
         "synthetic": ["espeakng-loader>=0.2.4"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "espeakng-loader>=0.2.4"],
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "confidence-intervals", "tensorboard", "espeakng-loader>=0.2.4"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

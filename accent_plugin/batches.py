@@ -14,6 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from accent_plugin import audio
 
 
+# PyTorch's own mark for a target that does not count.
+NO_LABEL = -100
+
+
 @dataclass(frozen=True)
 class Batch:
     """Padded clips.
@@ -74,7 +78,7 @@ class ClipDataset(Dataset):
 
     def __init__(self, clips, accents, crop_seconds=None, augmentation=None, seed=0):
         self.clips = clips
-        self.labels = {accent: label for label, accent in enumerate(accents)}
+        self.accents = {accent: label for label, accent in enumerate(accents)}
         self.crop = None if crop_seconds is None else round(crop_seconds * audio.SAMPLE_RATE)
         self.augmentation = augmentation
         self.seed = seed
@@ -97,7 +101,15 @@ class ClipDataset(Dataset):
             samples = self.augmentation(samples, rng)
             if self.crop is not None:
                 samples = samples[: self.crop]
-        return clip.id, samples, self.labels[clip.accent]
+        return clip.id, samples, self.label(clip)
+
+    def label(self, clip):
+        """Index of a clip's accent; `NO_LABEL`, which losses pass over, where it is none of the classes."""
+        return self.accents.get(clip.accent, NO_LABEL)
+
+    def labels(self):
+        """Index of each clip's accent: (clips,) np.ndarray of int."""
+        return np.array([self.label(clip) for clip in self.clips])
 
     def _read(self, clip, rng):
         if self.crop is None:

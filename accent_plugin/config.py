@@ -4,6 +4,7 @@ Only plain values are checked. They are read from the YAML's text with its refer
 made and no file written.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -105,7 +106,7 @@ KEYS = {
     "train_log": _text,
     "skip_prep": _switch,
     "accents": _list_of(_text, "a list of different accents"),
-    "split": _one_of(*manifests.SPLIT_KINDS),
+    "split": _one_of("speaker", "random", "both"),
     "n_folds": _whole(0),
     "fold": _or_nothing(_whole(1)),
     "source_splits": _or_nothing(_list_of(_text, "a list of splits such as [train, validation]")),
@@ -122,6 +123,10 @@ KEYS = {
     "sentence_column": _or_nothing(_text),
     "audio_column": _or_nothing(_text),
     "prepare_workers": _or_nothing(_whole(1)),
+    "method": _one_of("fine_tuning", "logistic_regression"),
+    "out_of_set": _or_nothing(_list_of(_text, "a list of accents such as [scotland, ireland]")),
+    "out_of_set_folder": _or_nothing(_text),
+    "bands": _switch,
     "wav2vec2_hub": _text,
     "wav2vec2_folder": _or_nothing(_text),
     "freeze_wav2vec2": _switch,
@@ -163,7 +168,14 @@ KEYS = {
 }
 
 # Given on the command line they start at the working directory; left at their default, at the project's root.
-PATHS = ("data_folder", "prepared_folder", "output_folder", "save_folder", "train_log", "wav2vec2_folder")
+PATHS = (
+    *("data_folder", "prepared_folder", "out_of_set_folder", "output_folder", "save_folder", "train_log"),
+    "wav2vec2_folder",
+)
+
+
+# Field of accent_plugin.manifests.Choices -> hyperparameter.
+_PREPARATION = {field.name: field.name for field in dataclasses.fields(manifests.Choices)} | {"seed": "data_seed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +206,47 @@ class Settings:
     def but(self, **changes):
         """The same configuration with some values changed, and what refers to them."""
         return dataclasses.replace(self, overrides={**self.overrides, **changes})
+
+    def splits(self):
+        """This configuration, or one for each way to split where both are asked for."""
+        if self.values["split"] != "both":
+            return [self]
+        return [self.but(split=kind, **self._below(kind)) for kind in ("speaker", "random")]
+
+    def _below(self, name):
+        """Folders of a part of a run that has several."""
+        folders = {"output_folder": str(Path(self.values["output_folder"]) / name)}
+        if self.values["prepared_folder"] is not None:
+            folders["prepared_folder"] = str(Path(self.values["prepared_folder"]) / name)
+        return folders
+
+    def preparation(self):
+        """Arguments of the recipe's preparation."""
+        choices = {field: self.values[key] for field, key in _PREPARATION.items()}
+        return self._with_folder(self.values["data_folder"], self.values["prepared_folder"], choices)
+
+    def outsiders(self):
+        """The same for speech of accents that are not among the classes; None where none is asked for."""
+        if self.values["out_of_set"] is None:
+            return None
+        folder = self.values["out_of_set_folder"] or self.values["data_folder"]
+        choices = {field: self.values[key] for field, key in _PREPARATION.items()}
+        choices |= {"accents": self.values["out_of_set"], "split": "all", "balance": "none", "n_folds": 0}
+        return self._with_folder(folder, None, choices) | {"skip_prep": False}
+
+    def _with_folder(self, data_folder, prepared_folder, choices):
+        if prepared_folder is None and not self.values["skip_prep"]:
+            prepared_folder = self.root / "data" / "prepared"
+            # Where there are no such data, that is said when they are looked for.
+            with contextlib.suppress(AccentPluginError):
+                prepared_folder = manifests.default_folder(data_folder, prepared_folder, **choices)
+        return {
+            "data_folder": data_folder,
+            "prepared_folder": prepared_folder,
+            "skip_prep": self.values["skip_prep"],
+            "workers": self.values["prepare_workers"],
+            **choices,
+        }
 
 
 # Run options of SpeechBrain that have their default in the YAML.
@@ -246,13 +299,11 @@ def read(argv, root, look_at_data=True):
         overrides["output_folder"] = str(Path(overrides["output_folder"]).parent)
     settings = Settings(hparams_file, run_opts, overrides, Path(root))
     wrong = _wrong_values(settings.values)
-    if not wrong and settings.values["prepared_folder"] is None:
-        settings = settings.but(prepared_folder=_default_prepared_folder(settings.values, root))
     problems += wrong.values()
     if not wrong:
         problems += _contradictions(settings.values, run_opts)
     if look_at_data and not wrong.keys() & {*_PREPARATION.values(), "skip_prep", "prepared_folder", "data_folder"}:
-        problems += _trouble_with_data(settings.values)
+        problems += _trouble_with_data(settings)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = "\n".join(problems).replace("\n", "\n  ")
@@ -260,37 +311,27 @@ def read(argv, root, look_at_data=True):
     return settings
 
 
-def _default_prepared_folder(values, root):
-    if values["skip_prep"]:
-        return None
-    try:
-        return str(manifests.default_folder(values["data_folder"], root / "data" / "prepared", **preparation(values)))
-    except AccentPluginError:
-        # There are no such data, which is said with the other problems.
-        return None
+def _trouble_with_data(settings):
+    problems = []
+    for one in settings.splits():
+        problems += _refusals(one.preparation())
+    if settings.values["out_of_set"] is not None and not problems:
+        problems += _refusals(settings.outsiders())
+    return problems
 
 
-def _trouble_with_data(values):
+def _refusals(wanted):
+    """What `accent_plugin.manifests` has against arguments of a preparation."""
+    wanted = dict(wanted)
+    del wanted["workers"]
     try:
-        if values["skip_prep"]:
-            if values["prepared_folder"] is not None:
-                manifests.load(values["prepared_folder"])
-        else:
-            # Where there is no prepared folder yet, there are no data to name one after.
-            folder = values["prepared_folder"] or values["data_folder"]
-            manifests.check(values["data_folder"], folder, **preparation(values))
+        if not wanted.pop("skip_prep"):
+            manifests.check(**wanted)
+        elif wanted["prepared_folder"] is not None:
+            manifests.load(wanted["prepared_folder"])
     except AccentPluginError as error:
         return [str(error)]
     return []
-
-
-# Field of accent_plugin.manifests.Choices -> hyperparameter.
-_PREPARATION = {field.name: field.name for field in dataclasses.fields(manifests.Choices)} | {"seed": "data_seed"}
-
-
-def preparation(values):
-    """Arguments of `accent_plugin.manifests.prepare` among the values of a YAML."""
-    return {field: values[key] for field, key in _PREPARATION.items()}
 
 
 def _split(argv):
@@ -411,6 +452,15 @@ def _contradictions(values, run_opts):
         problems.append(f"n_folds is {values['n_folds']}; give 0 for none, or at least 3: one part tests, one validates")
     if values["fold"] is not None and values["fold"] > values["n_folds"]:
         problems.append(f"fold {values['fold']} was asked for, but n_folds is {values['n_folds']}")
+    if values["split"] == "both" and (values["seeds"] or values["skip_prep"] or values["fold"]):
+        problems.append("split both compares two runs: seeds, fold and skip_prep do not go with it")
+    both = sorted(set(values["accents"]) & set(values["out_of_set"] or ()))
+    if both:
+        problems.append(f"{', '.join(both)} cannot be in accents and in out_of_set")
+    if values["out_of_set_folder"] is not None and values["out_of_set"] is None:
+        problems.append("out_of_set_folder is given, but out_of_set does not say which accents to score")
+    if values["method"] != "fine_tuning" and (values["bands"] or values["out_of_set"] or values["seeds"]):
+        problems.append(f"method {values['method']} has no bands, out_of_set or seeds")
     if values["min_seconds"] >= values["max_seconds"]:
         problems.append(f"min_seconds {values['min_seconds']:g} is not below max_seconds {values['max_seconds']:g}")
     longest = min(values["max_seconds"], values["crop_seconds"] or math.inf)

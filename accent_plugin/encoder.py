@@ -1,9 +1,10 @@
 """Pretrained speech encoders whose output for a clip does not depend on the batch it is in.
 
-Three things make the usual lobes give a clip other frames when it is padded: normalising the padded waveform, a
-normalisation over time in the first convolutions, and padding that leaks through the positional convolutions. Here
-each is computed from the clip's own samples and frames, with the parameters and state-dict keys of Hugging Face's
-models, so that for one unpadded clip the output is Hugging Face's. A family enters `FAMILIES` only with a test of that.
+Three things make the usual lobes give a clip other frames when it is padded: normalising the padded waveform or
+spectrogram, a normalisation over time in the first convolutions, and padding that leaks through later convolutions.
+Here each is computed from the clip's own samples and frames, with the parameters and state-dict keys of Hugging Face's
+models, so that for one unpadded clip the output is Hugging Face's (for Whisper a clip of 30 s, to which Hugging Face
+pads every clip). A family enters `FAMILIES` only with a test of that.
 """
 
 import contextlib
@@ -19,10 +20,13 @@ from huggingface_hub.utils import validate_repo_id
 from speechbrain.integrations.huggingface.huggingface import HFTransformersInterface
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, WhisperFeatureExtractor
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
-from accent_plugin.errors import EncoderError
+from accent_plugin.audio import SAMPLE_RATE, TOO_LONG
+from accent_plugin.errors import AudioError, EncoderError
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +121,8 @@ class InvariantEncoder:
             wrong = [layer for layer in weighted_layers if not 0 <= layer <= depth]
             if wrong or not weighted_layers:
                 raise EncoderError(
-                    f"weighted_layers is {weighted_layers}; this encoder has states 0 (before the first layer) to {depth}"
+                    f"weighted_layers is {weighted_layers}; this encoder has states 0 (before the first layer) "
+                    f"to {depth}"
                 )
             # The name and form of Hugging Face's use_weighted_layer_sum: softmax over one number per state.
             self.layer_weights = nn.Parameter(torch.zeros(len(weighted_layers)))
@@ -314,10 +319,10 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
             return self.model(wavs, attention_mask=_valid(counts, wavs.shape[1]), output_hidden_states=all_states)
 
 
-class MoonshineEncoder(InvariantEncoder, HFTransformersInterface):
-    """The encoder of Moonshine (Jeffries et al. 2024): raw waveform in, small enough for a CPU, trained on recognition.
+class EncoderHalf(InvariantEncoder, HFTransformersInterface):
+    """What Moonshine and Whisper share: their decoder is dropped, so a folder may leave it out.
 
-    Arguments as in `make_encoder`.
+    A family names its configuration's number of layers and adapts the model. Arguments as in `make_encoder`.
     """
 
     def __init__(
@@ -337,18 +342,31 @@ class MoonshineEncoder(InvariantEncoder, HFTransformersInterface):
         with _quiet():
             super().__init__(source, save_path, **kwargs)
         self.load_feature_extractor(source, cache_dir=save_path)
-        self.normalize_wav = self.feature_extractor.do_normalize
         self.model = self.model.encoder
-        self._masked_norm = self.model.groupnorm = MaskedGroupNorm.replacing(self.model.groupnorm)
+        self._adapt(source)
         self._set_up(freeze, freeze_feature_extractor, freeze_layers, weighted_layers, standardise_layers)
 
     def override_config(self, config):
         """Apply the overrides before the model is built."""
-        return _overridden(config, self._config_overrides, self._num_layers, "encoder_num_hidden_layers")
+        return _overridden(config, self._config_overrides, self._num_layers, self._DEPTH)
 
     def _may_be_missing(self, key):
-        # The decoder is dropped, so a folder may leave it out.
         return not key.startswith("encoder.")
+
+    @property
+    def blocks(self):
+        """Transformer blocks."""
+        return self.model.layers
+
+
+class MoonshineEncoder(EncoderHalf):
+    """The encoder of Moonshine (Jeffries et al. 2024): waveform in, small enough for a CPU, trained on recognition."""
+
+    _DEPTH = "encoder_num_hidden_layers"
+
+    def _adapt(self, source):
+        self.normalize_wav = self.feature_extractor.do_normalize
+        self._masked_norm = self.model.groupnorm = MaskedGroupNorm.replacing(self.model.groupnorm)
 
     @property
     def stem(self):
@@ -359,11 +377,6 @@ class MoonshineEncoder(InvariantEncoder, HFTransformersInterface):
     def front(self):
         """What stands between the stem and the first transformer block: rotary embeddings, without parameters."""
         return []
-
-    @property
-    def blocks(self):
-        """Transformer blocks."""
-        return self.model.layers
 
     # (kernel, stride) of the three convolutions, which Hugging Face's configuration does not hold.
     _CONVOLUTIONS = ((127, 64), (7, 3), (3, 2))
@@ -392,6 +405,91 @@ class MoonshineEncoder(InvariantEncoder, HFTransformersInterface):
             self._masked_norm.valid = None
 
 
+class WhisperEncoder(EncoderHalf):
+    """The encoder of Whisper (Radford et al. 2022) on a clip's own frames, 50 a second, instead of on 30 s.
+
+    Hugging Face pads each clip with silence to 30 s and attends to all of it; here a batch is as long as its longest
+    clip. A clip of 30 s gives Hugging Face's frames; what lasts longer has no positions and is refused.
+    """
+
+    _DEPTH = "encoder_layers"
+    # Whisper's spectrogram is scaled by its own maximum, its waveform not at all.
+    normalize_wav = False
+    minimum_samples = 1
+
+    def _adapt(self, source):
+        extractor, bins = self.feature_extractor, self.model.num_mel_bins
+        if not isinstance(extractor, WhisperFeatureExtractor) or extractor.feature_size != bins:
+            raise EncoderError(
+                f"preprocessor_config.json in {source} is for a {type(extractor).__name__} of {extractor.feature_size} "
+                f"features; this encoder wants a WhisperFeatureExtractor of {bins}"
+            )
+        self._hop, self._window_length = extractor.hop_length, extractor.n_fft
+        self._maximum_samples = self.model.max_source_positions * self.model.conv2.stride[0] * self._hop
+        # Not persistent: the state dict has Hugging Face's keys alone.
+        self.register_buffer("_window", torch.hann_window(extractor.n_fft), persistent=False)
+        self.register_buffer("_mel", torch.from_numpy(extractor.mel_filters.T).float(), persistent=False)
+
+    @property
+    def stem(self):
+        """The convolutions on the spectrogram."""
+        return nn.ModuleList([self.model.conv1, self.model.conv2])
+
+    @property
+    def front(self):
+        """What stands between the stem and the first transformer block: fixed sinusoids, by position."""
+        return [self.model.embed_positions]
+
+    def frame_counts(self, counts):
+        """Frames of clips of so many samples; both (batch,) torch.Tensor of int64."""
+        return (self._mel_counts(counts) + 1) // 2
+
+    def _mel_counts(self, counts):
+        return (counts + self._hop - 1) // self._hop
+
+    def _log_mel(self, wavs, counts):
+        """Log-mel spectrogram (batch, bins, frames), zero after a clip's end, and the mask (batch, 1, frames) of clips.
+
+        As Hugging Face computes it for the clip followed by silence, but that its maximum is over true frames.
+        """
+        valid = _valid(self._mel_counts(counts), self._mel_counts(wavs.shape[1])).unsqueeze(1)
+        # The last true window looks into the silence that follows; at 30 s there is none, and torch reflects the clip.
+        wavs = nn.functional.pad(wavs, (0, self._window_length // 2))[:, : self._maximum_samples]
+        with torch.autocast(wavs.device.type, enabled=False):
+            spectrum = torch.stft(wavs, self._window_length, self._hop, window=self._window, return_complex=True)
+            power = spectrum[..., : valid.shape[-1]].abs().square()
+            mel = (self._mel @ power).clamp(min=1e-10).log10()
+            loudest = mel.masked_fill(~valid, -torch.inf).amax(dim=(1, 2), keepdim=True)
+            return ((torch.maximum(mel, loudest - 8.0) + 4.0) / 4.0).masked_fill(~valid, 0.0), valid
+
+    def _encode(self, wavs, counts, padded, all_states):
+        if wavs.shape[1] > self._maximum_samples:
+            raise AudioError(
+                TOO_LONG,
+                f"a clip lasts {wavs.shape[1] / SAMPLE_RATE:.1f} s, but Whisper has positions for "
+                f"{self._maximum_samples / SAMPLE_RATE:g} s: set max_seconds or crop_seconds to that or less",
+            )
+        model = self.model
+        frames, valid = self._log_mel(wavs, counts)
+        # Between the convolutions the padding is cleared again, or the first one's bias would leak out of it.
+        frames = nn.functional.gelu(model.conv1(frames)).masked_fill(~valid, 0.0)
+        frames = nn.functional.gelu(model.conv2(frames)).transpose(1, 2)
+        frames = frames + model.embed_positions.weight[: frames.shape[1]]
+        frames = nn.functional.dropout(frames, model.dropout, model.training)
+        mask = None
+        if padded:
+            mask = _valid(self.frame_counts(counts), frames.shape[1])
+            mask = create_bidirectional_mask(model.config, inputs_embeds=frames, attention_mask=mask)
+        states = [frames]
+        for layer in model.layers:
+            if not (layer.training and model.layerdrop and torch.rand(()) < model.layerdrop):
+                frames = layer(frames, mask)
+            states.append(frames)
+        # As Hugging Face gives them, the last state is the normalised output.
+        states[-1] = model.layer_norm(frames)
+        return BaseModelOutput(states[-1], hidden_states=tuple(states) if all_states else None)
+
+
 # Hugging Face's model_type -> class. A family is listed only where a test shows that a clip's frames are the same
 # alone and in any batch.
 FAMILIES = {
@@ -400,6 +498,7 @@ FAMILIES = {
     "wavlm": Wav2Vec2Encoder,
     "data2vec-audio": Wav2Vec2Encoder,
     "moonshine": MoonshineEncoder,
+    "whisper": WhisperEncoder,
 }
 
 
@@ -454,8 +553,8 @@ def make_encoder(
     config = _read_config(folder)
     if config.model_type not in FAMILIES:
         raise EncoderError(
-            f"{source} is of the family {config.model_type!r}, whose output has not been shown to be independent of the "
-            f"batch; supported are {', '.join(FAMILIES)}"
+            f"{source} is of the family {config.model_type!r}, whose output has not been shown to be independent of "
+            f"the batch; supported are {', '.join(FAMILIES)}"
         )
     return FAMILIES[config.model_type](
         str(folder),
@@ -531,9 +630,11 @@ def _overridden(config, overrides, num_layers, depth_key):
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise EncoderError(f"config_overrides has {key!r}, which a {config.model_type} model does not have{hint}")
         setattr(config, key, value)
-    if hasattr(config, "layerdrop") and "layerdrop" not in overrides:
-        # Dropped layers get no gradient, which distributed training takes for an error, and cost small runs accuracy.
-        config.layerdrop = 0.0
+    for key in ("layerdrop", "encoder_layerdrop"):
+        if hasattr(config, key) and key not in overrides:
+            # Dropped layers get no gradient, which distributed training takes for an error, and cost small runs some
+            # accuracy.
+            setattr(config, key, 0.0)
     if num_layers is not None:
         depth = getattr(config, depth_key)
         if not 1 <= num_layers <= depth:

@@ -1,6 +1,7 @@
 """One run of the recipe: manifests -> loaders -> trained Brain -> predictions -> report."""
 
 import importlib.metadata
+import json
 import logging
 import platform
 from pathlib import Path
@@ -12,7 +13,7 @@ from accent_plugin import manifests, report
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, inverse_frequency, make_loader
 from accent_plugin.brain import read_history
 from accent_plugin.errors import ConfigError, ManifestError
-from accent_plugin.metrics import Predictions, pool, summarise
+from accent_plugin.metrics import Predictions, compare, out_of_set, pool, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -45,28 +46,30 @@ def make_loaders(paths, hparams):
             raise ManifestError(f"{path} has the accent(s) {', '.join(strange)}; accents lists {', '.join(accents)}")
         if split == "train":
             dataset = ClipDataset(clips, accents, hparams["crop_seconds"], hparams["augmentation"], seed)
-            sampler = BucketBatchSampler(
-                dataset.seconds(), hparams["batch_seconds"], seed=seed, weights=_clip_weights(dataset, hparams)
-            )
+            weights = _clip_weights(dataset, hparams)
+            sampler = BucketBatchSampler(dataset.seconds(), hparams["batch_seconds"], seed=seed, weights=weights)
+            loaders[split] = _loader(dataset, sampler, hparams)
         else:
-            dataset = ClipDataset(clips, accents)
-            limit = _EVALUATION_BATCHES * hparams["batch_seconds"]
-            sampler = BucketBatchSampler(dataset.seconds(), limit, shuffle=False)
-        pin = torch.cuda.is_available()
-        loaders[split] = make_loader(dataset, sampler, num_workers=hparams["num_workers"], pin_memory=pin)
+            loaders[split] = whole_clips(clips, hparams)
     return loaders
 
 
-def _labels(dataset):
-    return np.array([dataset.labels[clip.accent] for clip in dataset.clips])
+def whole_clips(clips, hparams, degrade=None):
+    """A loader of clips as they are, or as `degrade` leaves them, for evaluation."""
+    dataset = ClipDataset(clips, hparams["accents"], **({"degrade": degrade} if degrade else {}))
+    limit = _EVALUATION_BATCHES * hparams["batch_seconds"]
+    return _loader(dataset, BucketBatchSampler(dataset.seconds(), limit, shuffle=False), hparams)
+
+
+def _loader(dataset, sampler, hparams):
+    return make_loader(dataset, sampler, hparams["num_workers"], pin_memory=torch.cuda.is_available())
 
 
 def _clip_weights(dataset, hparams):
     """Weights for drawing clips so that all accents come equally often; None where `balance` is not sampler."""
     if hparams["balance"] != "sampler":
         return None
-    labels = _labels(dataset)
-    return inverse_frequency(labels, len(hparams["accents"]))[labels]
+    return inverse_frequency(dataset.labels(), len(hparams["accents"]))[dataset.labels()]
 
 
 def make_class_weights(choice, dataset):
@@ -85,7 +88,7 @@ def make_class_weights(choice, dataset):
     if choice is None:
         return None
     if choice == "balanced":
-        choice = inverse_frequency(_labels(dataset), len(dataset.labels))
+        choice = inverse_frequency(dataset.labels(), len(dataset.accents))
     return torch.tensor(np.asarray(choice), dtype=torch.float32)
 
 
@@ -104,7 +107,7 @@ def require_checkpoint(save_folder):
         )
 
 
-def predict(brain, loader, accents):
+def predict(brain, loader):
     """Apply the best epoch's model to a split.
 
     Arguments
@@ -112,23 +115,27 @@ def predict(brain, loader, accents):
     brain : AccentBrain
     loader : torch.utils.data.DataLoader
         Over a `ClipDataset`.
-    accents : list of str
 
     Returns
     -------
-    accent_plugin.metrics.Predictions
-        In the order of the manifest.
+    clips : list of accent_plugin.manifests.Clip
+        In the order of the manifest; with `--debug` only some batches are seen.
+    log_probabilities : (clips, classes) np.ndarray
     """
     ids, log_probabilities = brain.predict(loader)
     rows = {name: row for row, name in enumerate(ids)}
-    # With --debug only some batches are seen.
     clips = [clip for clip in loader.dataset.clips if clip.id in rows]
+    return clips, log_probabilities[[rows[clip.id] for clip in clips]]
+
+
+def as_predictions(clips, log_probabilities, accents):
+    """`accent_plugin.metrics.Predictions` of clips whose accents are among `accents`."""
     clients = [clip.client_id for clip in clips]
     return Predictions(
         ids=tuple(clip.id for clip in clips),
         client_ids=tuple(clients) if any(clients) else None,
         truth=np.array([accents.index(clip.accent) for clip in clips]),
-        log_probabilities=log_probabilities[[rows[clip.id] for clip in clips]],
+        log_probabilities=log_probabilities,
         labels=tuple(accents),
         seconds=np.array([clip.duration for clip in clips]),
         gender=tuple(clip.gender for clip in clips),
@@ -152,15 +159,15 @@ def describe_data(prepared, fold=None):
 def describe_model(hparams):
     """What a report says of the model: its parts, sizes, and the choices that shaped it."""
     model = hparams["model"]
-    count = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    encoder = hparams["wav2vec2_hub"]
     return {
-        # The base name alone: a report travels, a local path should not.
-        "encoder": Path(hparams["wav2vec2_hub"]).name if Path(hparams["wav2vec2_hub"]).is_dir() else hparams["wav2vec2_hub"],
+        # The folder's name alone: a report travels, a local path should not.
+        "encoder": Path(encoder).name if Path(encoder).is_dir() else encoder,
         "family": model.wav2vec2.config.model_type,
+        "method": hparams["method"],
         "pooling": hparams["pooling"],
-        "parameters": count,
-        "trained_parameters": trained,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seed": hparams["seed"],
     }
 
@@ -178,8 +185,20 @@ def versions():
     return found
 
 
-def write_report(brain, loaders, prepared, hparams, command, fold=None):
+def write_report(brain, loaders, prepared, hparams, command, fold=None, outsiders=None):
     """Evaluate on the test split and write the run's report.
+
+    Arguments
+    ---------
+    brain : AccentBrain
+    loaders : dict
+        As `make_loaders` gives it.
+    prepared : accent_plugin.manifests.Prepared
+    hparams : dict
+    command : str
+    fold : int
+    outsiders : accent_plugin.manifests.Prepared
+        Speech of accents that are not among the classes; None for none.
 
     Returns
     -------
@@ -187,8 +206,20 @@ def write_report(brain, loaders, prepared, hparams, command, fold=None):
     metrics : dict
         The content of metrics.json.
     """
-    predictions = predict(brain, loaders["test"], hparams["accents"])
-    paths = {clip.id: clip.wav for clip in loaders["test"].dataset.clips}
+    accents, clips = hparams["accents"], loaders["test"].dataset.clips
+    predictions = as_predictions(*predict(brain, loaders["test"]), accents)
+    outside = None
+    if outsiders is not None:
+        heard, log_probabilities = predict(brain, whole_clips(manifests.read(outsiders.paths()["test"]), hparams))
+        outside = out_of_set(predictions, log_probabilities, [clip.accent for clip in heard])
+    degraded = None
+    if hparams["bands"]:
+        from accent_plugin.bands import BANDS
+
+        degraded = {
+            name: as_predictions(*predict(brain, whole_clips(clips, hparams, degrade)), accents)
+            for name, degrade in BANDS.items()
+        }
     metrics = _write(
         hparams["output_folder"],
         predictions,
@@ -197,10 +228,54 @@ def write_report(brain, loaders, prepared, hparams, command, fold=None):
         command=command,
         curves=read_history(brain.history_file),
         notes=list(prepared.warnings),
-        audio=paths.get,
+        audio=_paths(clips),
         selected_epoch=brain.best_epoch(),
+        out_of_set=outside,
+        bands=degraded,
     )
     return predictions, metrics
+
+
+def run_baseline(loaders, prepared, hparams, command, fold=None, device="cpu"):
+    """Fit and report the frozen baseline of `accent_plugin.baseline` in place of training.
+
+    Arguments and returns as in `write_report`; every trial on validation is kept in `<save_folder>/trials.json`.
+    """
+    from accent_plugin import baseline
+
+    datasets = {split: loader.dataset for split, loader in loaders.items()}
+    features = {
+        split: baseline.layer_means(hparams["wav2vec2"], whole_clips(dataset.clips, hparams), device)
+        for split, dataset in datasets.items()
+    }
+    model, layer, trials = baseline.fit(
+        features["train"],
+        datasets["train"].labels(),
+        features["valid"],
+        datasets["valid"].labels(),
+        len(hparams["accents"]),
+        seed=hparams["seed"],
+    )
+    trials_file = Path(hparams["save_folder"]) / "trials.json"
+    trials_file.parent.mkdir(parents=True, exist_ok=True)
+    trials_file.write_text(json.dumps(trials, indent=1), encoding="utf-8")
+    clips = datasets["test"].clips
+    log_probabilities = model.predict_log_proba(features["test"][:, layer])
+    predictions = as_predictions(clips, log_probabilities, hparams["accents"])
+    metrics = _write(
+        hparams["output_folder"],
+        predictions,
+        data=describe_data(prepared, fold),
+        model={**describe_model(hparams), "pooling": "mean", "layer": layer, "trained_parameters": model[-1].coef_.size},
+        command=command,
+        notes=list(prepared.warnings),
+        audio=_paths(clips),
+    )
+    return predictions, metrics
+
+
+def _paths(clips):
+    return {clip.id: clip.wav for clip in clips}.get
 
 
 def write_pooled_report(output_folder, folds, prepared, command):
@@ -220,7 +295,7 @@ def write_pooled_report(output_folder, folds, prepared, command):
     dict
         The content of metrics.json.
     """
-    paths = {clip.id: clip.wav for fold in prepared.folds for clip in manifests.read(fold["test"])}
+    clips = [clip for fold in prepared.folds for clip in manifests.read(fold["test"])]
     recall = [metrics["clip"]["unweighted_average_recall"]["value"] for _, metrics in folds]
     return _write(
         output_folder,
@@ -233,7 +308,7 @@ def write_pooled_report(output_folder, folds, prepared, command):
             f"Predictions of {len(folds)} folds pooled: each model is tested on speakers it has not seen. "
             f"Unweighted average recall of the single folds: {', '.join(f'{value:.3f}' for value in recall)}.",
         ],
-        audio=paths.get,
+        audio=_paths(clips),
     )
 
 
@@ -248,6 +323,24 @@ def write_seeds(output_folder, runs):
     """
     report.write_summary(Path(output_folder), summarise(list(runs.values()), list(runs)))
     logger.info("summary of %d runs: %s", len(runs), Path(output_folder) / "summary.md")
+
+
+def write_leak(output_folder, honest, leaky):
+    """What sharing speakers between train and test adds: leak.md, and a paired comparison where the clips are the same.
+
+    Arguments
+    ---------
+    output_folder, honest, leaky : str or Path
+        Folder of the comparison, and of the two runs (split by speaker, and at random).
+    """
+    names = ("split by speaker", "split at random")
+    runs = [Path(run) / "report" for run in (honest, leaky)]
+    metrics = [json.loads((run / report.METRICS_FILE).read_text(encoding="utf-8")) for run in runs]
+    predictions = [report.read_predictions(run) for run in runs]
+    report.write_leak(output_folder, dict(zip(names, metrics, strict=True)))
+    if set(predictions[0].ids) == set(predictions[1].ids):
+        report.write_comparison(output_folder, *names, compare(*predictions))
+    logger.info("what the leak adds: %s", Path(output_folder) / report.LEAK_FILE)
 
 
 def _write(output_folder, predictions, **parts):

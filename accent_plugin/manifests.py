@@ -41,7 +41,7 @@ CARD_JSON = "accent_plugin.json"
 FORMAT_VERSION = 1
 
 BALANCES = ("downsample", "sampler", "none")
-SPLIT_KINDS = ("speaker", "random")
+SPLIT_KINDS = ("speaker", "random", "all")
 
 NO_CLIENT_IDS = "no client ids: splits may share speakers"
 RANDOM_SPLIT = "split at random by clip: speakers are shared between splits, accuracies flatter"
@@ -93,7 +93,8 @@ class Choices:
     max_unreadable_share : float
         Above this share of undecodable, empty or non-finite clips, preparation stops.
     split : str
-        "speaker": no client in two splits; "random": by clip, ignoring the source's splits, leaky on purpose.
+        "speaker": no client in two splits; "random": by clip, ignoring the source's splits, leaky on purpose; "all":
+        every clip in test, for speech that is only to be scored.
     n_folds : int
         0, or the number of folds that the pooled source is cut into.
     valid_fraction, test_fraction : float
@@ -481,6 +482,8 @@ def _lay_out(rows, names, choices, notes):
         by = "client" if choices.split == "speaker" else "clip"
         fraction = choices.valid_fraction
         layouts = splits.folds(capped.kept, choices.n_folds, valid_fraction=fraction, seed=choices.seed, by=by)
+    elif choices.split == "all":
+        layouts = ({splits.TRAIN: (), splits.VALID: (), splits.TEST: capped.kept},)
     elif choices.split == "random":
         layouts = (splits.at_random(capped.kept, seed=choices.seed, **fractions),)
     elif not keep_given:
@@ -737,7 +740,8 @@ def _require_filled(layouts, choices, notes):
     """Refuse a split without a clip of one of the accents."""
     for number, parts in enumerate(layouts, 1):
         where = f" of fold {number}" if choices.n_folds else ""
-        empty = {name: sorted(set(choices.accents) - {r.accent for r in parts[name]}) for name in splits.SPLITS}
+        wanted = splits.SPLITS if choices.split != "all" else (splits.TEST,)
+        empty = {name: sorted(set(choices.accents) - {r.accent for r in parts[name]}) for name in wanted}
         if any(empty.values()):
             reasons = notes.dropped + notes.folds[number]
             raise DataError(

@@ -20,6 +20,7 @@ METRICS_FILE = "metrics.json"
 PREDICTIONS_FILE = "predictions.csv"
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
+LEAK_FILE = "leak.md"
 PROBABILITY = "p_"  # prefix of the probability columns
 MOST_ROWS = 250  # speakers in the table; predictions.csv has them all
 
@@ -572,3 +573,26 @@ def _summarised(summary):
                 for v, text in ((summary[level][name], text) for name, text in NAMES.items())
             ]  # fmt: skip
     yield "text", "The standard deviation is over runs on the same test data; it says nothing about other speakers."
+
+
+def write_leak(folder, runs):
+    """Write leak.md: what an evaluation on speakers heard in training reports beside an honest one.
+
+    Arguments
+    ---------
+    folder : str or Path
+    runs : dict
+        Name of a run -> the content of its metrics.json; the honest one first.
+    """
+    _write(Path(folder) / LEAK_FILE, _markdown(_leaked(runs)))
+
+
+def _leaked(runs):
+    yield "heading", 1, "What shared speakers add"
+    yield "text", LEAKY
+    for level in ("clip", "speaker"):
+        if all(run[level] for run in runs.values()):
+            yield "heading", 2, f"By {level}"
+            yield "table", ["", *runs], [
+                [text, *(_value(run[level][name]) for run in runs.values())] for name, text in NAMES.items()
+            ]

@@ -1,6 +1,7 @@
 """Shared pieces: tiny encoders of every family with random weights, and where real data lie, if they do."""
 
 import os
+import sys
 
 # Before numpy and torch start their thread pools: tests share the machine, and their arrays are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -34,6 +35,31 @@ def real_moonshine():
     return shared("encoders", "moonshine_tiny")
 
 
+@pytest.fixture(scope="session")
+def real_whisper():
+    """A pretrained Whisper encoder."""
+    return shared("encoders", "whisper_base")
+
+
+def _give_lazy_modules_a_file():
+    """Hypothesis asks each module for its file, and SpeechBrain's lazy ones would import packages that are absent."""
+    for module in list(sys.modules.values()):
+        if "speechbrain" in type(module).__module__:
+            vars(module).setdefault("__file__", None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems():
+    """Before Hypothesis looks at the modules that test files have imported."""
+    _give_lazy_modules_a_file()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lazy_modules_without_file():
+    """And at those that have been imported since."""
+    _give_lazy_modules_a_file()
+
+
 # Family -> the values that make it differ from the others; all tiny.
 TINY = {
     "wav2vec2-group": ("Wav2Vec2", {"feat_extract_norm": "group"}),
@@ -44,6 +70,7 @@ TINY = {
     "wavlm-layer": ("WavLM", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
     "data2vec-audio": ("Data2VecAudio", {}),
     "moonshine": ("Moonshine", {}),
+    "whisper": ("Whisper", {}),
 }
 
 
@@ -69,6 +96,18 @@ def tiny_encoder(tmp_path_factory):
                 "decoder_num_attention_heads": 4,
                 "vocab_size": 16,
             }
+        elif family == "Whisper":
+            values = {
+                "d_model": 32,
+                "encoder_layers": 3,
+                "encoder_attention_heads": 4,
+                "encoder_ffn_dim": 64,
+                "decoder_layers": 1,
+                "decoder_attention_heads": 4,
+                "decoder_ffn_dim": 64,
+                "vocab_size": 16,
+                "pad_token_id": 0,
+            }
         else:
             values = {
                 "hidden_size": 32,
@@ -84,7 +123,10 @@ def tiny_encoder(tmp_path_factory):
         model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**values))
         folder = tmp_path_factory.mktemp("encoders") / name
         model.save_pretrained(folder)
-        transformers.Wav2Vec2FeatureExtractor(do_normalize=family != "Moonshine").save_pretrained(folder)
+        if family == "Whisper":
+            transformers.WhisperFeatureExtractor().save_pretrained(folder)
+        else:
+            transformers.Wav2Vec2FeatureExtractor(do_normalize=family != "Moonshine").save_pretrained(folder)
         made[name] = folder
         return folder
 

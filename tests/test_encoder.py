@@ -5,15 +5,18 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from conftest import TINY
 from transformers import AutoFeatureExtractor, AutoModel
 
+from accent_plugin.audio import TOO_LONG
 from accent_plugin.encoder import FAMILIES, MaskedGroupNorm, make_encoder
-from accent_plugin.errors import EncoderError
+from accent_plugin.errors import AudioError, EncoderError
 from accent_plugin.model import AccentModel
-from conftest import TINY
 
 GROUP_NORM = [name for name in TINY if name.endswith("group") or name == "moonshine"]
+HALVES = ["moonshine", "whisper"]
 
 
 def waves(lengths, seed=0):
@@ -75,13 +78,14 @@ def test_scores_do_not_depend_on_the_batch_in_bfloat16(model, name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_one_clip_gives_hugging_faces_frames(tiny_encoder, name):
-    folder, (clip,) = tiny_encoder(name), waves([8000])
+    # Hugging Face pads for Whisper to 30 s and attends to all of it: there nothing else is one clip unpadded.
+    folder, (clip,) = tiny_encoder(name), waves([480000 if name == "whisper" else 8000])
     reference = AutoModel.from_pretrained(folder).eval()
     inputs = AutoFeatureExtractor.from_pretrained(folder)(clip.numpy(), sampling_rate=16000, return_tensors="pt")
     encoder = make_encoder(str(folder)).eval()
     with torch.no_grad():
-        expected = getattr(reference, "encoder" if name == "moonshine" else "forward")(
-            inputs.input_values, output_hidden_states=True
+        expected = getattr(reference, "encoder" if name in HALVES else "forward")(
+            next(iter(inputs.values())), output_hidden_states=True
         )
         frames, valid = encoder(clip[None])
         states, _ = encoder.hidden_states(clip[None])
@@ -143,13 +147,14 @@ def test_a_frozen_cnn_does_no_backward_work(tiny_encoder, name):
     encoder = make_encoder(str(tiny_encoder(name)), freeze_feature_extractor=True).train()
     outputs = []
     encoder.stem.requires_grad_(False)
-    last = list(encoder.stem.modules())[-1] if name == "moonshine" else encoder.stem
+    last = list(encoder.stem.modules())[-1] if name in HALVES else encoder.stem
     last.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     frames, _ = encoder(*padded(waves([4000, 3000])))
     assert frames.requires_grad
     assert all(output.grad_fn is None and not output.requires_grad for output in outputs)
     free = make_encoder(str(tiny_encoder(name)), freeze_feature_extractor=False).train()
-    convolutions = [sum("Convolution" in n for n in graph_of(e(*padded(waves([4000, 3000])))[0])) for e in (encoder, free)]
+    graphs = [graph_of(each(*padded(waves([4000, 3000])))[0]) for each in (encoder, free)]
+    convolutions = [sum("Convolution" in node for node in graph) for graph in graphs]
     stem = sum(isinstance(m, torch.nn.Conv1d) for m in free.stem.modules())
     assert convolutions[1] - convolutions[0] == stem
 
@@ -163,7 +168,7 @@ def test_a_frozen_encoder_is_deterministic_while_training(tiny_encoder, name):
     assert torch.equal(frames, encoder(*batch)[0])
 
 
-@pytest.mark.parametrize("name", ["wav2vec2-group", "wav2vec2-layer", "moonshine"])
+@pytest.mark.parametrize("name", ["wav2vec2-group", "wav2vec2-layer", *HALVES])
 def test_frozen_layers_get_no_gradient_and_the_others_do(tiny_encoder, name):
     encoder = make_encoder(str(tiny_encoder(name)), freeze_layers=2).train()
     encoder(*padded(waves([4000, 3000])))[0].square().sum().backward()
@@ -195,8 +200,9 @@ def test_a_weighted_sum_starts_as_the_mean_of_the_states(tiny_encoder):
     assert torch.allclose(frames, (states[1] + states[3]) / 2, atol=1e-6)
 
 
-def test_all_states_can_be_summed_and_their_weights_are_trained(tiny_encoder):
-    encoder = make_encoder(str(tiny_encoder("moonshine")), freeze=True, weighted_layers="all").train()
+@pytest.mark.parametrize("name", HALVES)
+def test_all_states_can_be_summed_and_their_weights_are_trained(tiny_encoder, name):
+    encoder = make_encoder(str(tiny_encoder(name)), freeze=True, weighted_layers="all").train()
     encoder(waves([8000])[0][None])[0].square().sum().backward()
     assert encoder.layer_weights.shape == (4,) and encoder.layer_weights.grad.abs().sum() > 0
 
@@ -208,7 +214,7 @@ def test_standardised_states_have_one_scale(tiny_encoder):
     assert torch.allclose(frames.std(dim=-1, correction=0), torch.ones(frames.shape[:2]), atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["wav2vec2-group", "moonshine"])
+@pytest.mark.parametrize("name", ["wav2vec2-group", *HALVES])
 def test_the_lowest_layers_can_be_kept_alone(tiny_encoder, name):
     (clip,) = waves([8000])
     whole, cut = (make_encoder(str(tiny_encoder(name)), num_layers=n).eval() for n in (None, 2))
@@ -217,14 +223,92 @@ def test_the_lowest_layers_can_be_kept_alone(tiny_encoder, name):
     assert len(cut.blocks) == 2
 
 
-def test_the_width_is_read_from_the_model(tiny_encoder):
-    assert make_encoder(str(tiny_encoder("hubert-group"))).width == 32
+@pytest.mark.parametrize("name", ["hubert-group", "whisper"])
+def test_the_width_is_read_from_the_model(tiny_encoder, name):
+    assert make_encoder(str(tiny_encoder(name))).width == 32
 
 
 def test_configuration_overrides_reach_the_model(tiny_encoder):
     encoder = make_encoder(str(tiny_encoder("wav2vec2-group")), config_overrides={"hidden_dropout": 0.37})
     assert encoder.blocks[0].dropout.p == 0.37
     assert encoder.config.layerdrop == 0.0
+
+
+def test_layers_are_dropped_only_where_that_is_asked_for(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder("whisper"), tmp_path / "dropping")
+    config = json.loads((tmp_path / "dropping/config.json").read_text())
+    (tmp_path / "dropping/config.json").write_text(json.dumps({**config, "encoder_layerdrop": 0.5}))
+    (clip,), dropped = waves([8000]), {"encoder_layerdrop": 1.0}
+    assert make_encoder(str(tmp_path / "dropping")).model.layerdrop == 0.0
+    encoder = make_encoder(str(tmp_path / "dropping"), config_overrides=dropped, freeze_layers=1).train()
+    first, second, third, last = encoder.hidden_states(clip[None])[0]
+    # A frozen layer stands still, so it is not dropped either.
+    assert not torch.equal(first, second) and torch.equal(second, third)
+    assert torch.equal(last, encoder.model.layer_norm(third))
+
+
+# Whisper
+
+
+def whisper_frames(folder, clip):
+    """Hugging Face's frames of a clip that it pads to 30 s."""
+    reference = AutoModel.from_pretrained(folder).eval().encoder
+    inputs = AutoFeatureExtractor.from_pretrained(folder)(clip.numpy(), sampling_rate=16000, return_tensors="pt")
+    return reference(inputs.input_features).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("samples", [4800, 16001, 479900])
+def test_whisper_followed_by_silence_gives_hugging_faces_frames(tiny_encoder, samples):
+    folder, (clip,) = tiny_encoder("whisper"), waves([samples])
+    silent = torch.nn.functional.pad(clip, (0, 480000 - samples))
+    with torch.no_grad():
+        frames, valid = make_encoder(str(folder)).eval()(silent[None])
+        assert valid.all() and frames.shape[1] == 1500
+        assert torch.allclose(frames[0], whisper_frames(folder, clip), atol=1e-5)
+
+
+def test_a_whisper_clip_is_not_padded_to_30_seconds(tiny_encoder):
+    encoder = make_encoder(str(tiny_encoder("whisper"))).eval()
+    with torch.no_grad():
+        frames, valid = encoder(*padded(waves([16000, 8001])))
+    assert frames.shape == (2, 50, 32)
+    assert valid.sum(dim=1).tolist() == [50, 26]
+
+
+def test_whispers_spectrogram_is_hugging_faces_up_to_the_clips_end(tiny_encoder):
+    clips, extractor = waves([8000, 16001]), AutoFeatureExtractor.from_pretrained(tiny_encoder("whisper"))
+    mel, valid = make_encoder(str(tiny_encoder("whisper")))._log_mel(padded(clips)[0], torch.tensor([8000, 16001]))
+    for row, (clip, frames) in enumerate(zip(clips, (50, 101), strict=True)):
+        expected = extractor(clip.numpy(), sampling_rate=16000, return_tensors="pt").input_features[0]
+        assert torch.allclose(mel[row, :, :frames], expected[:, :frames], atol=1e-5)
+        assert valid[row, 0].sum() == frames and not mel[row, :, frames:].any()
+
+
+def test_whispers_maximum_is_over_the_clips_own_frames(tiny_encoder):
+    encoder, (clip, longer) = make_encoder(str(tiny_encoder("whisper"))), waves([8000, 16000])
+    # In the middle of the first window that is no longer the clip's, at the edge of the last that is.
+    clip[-1] = 30.0
+    alone, _ = encoder._log_mel(clip[None], torch.tensor([8000]))
+    batch, _ = encoder._log_mel(padded([clip, longer])[0], torch.tensor([8000, 16000]))
+    assert torch.allclose(alone[0], batch[0, :, :50], atol=1e-6)
+
+
+def test_whispers_state_dict_has_hugging_faces_keys(tiny_encoder):
+    expected = AutoModel.from_pretrained(tiny_encoder("whisper")).encoder.state_dict()
+    assert set(make_encoder(str(tiny_encoder("whisper"))).state_dict()) == {f"model.{key}" for key in expected}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_folder_without_the_decoder(tiny_encoder, tmp_path, name):
+    shutil.copytree(tiny_encoder(name), tmp_path / "half")
+    weights = safetensors.torch.load_file(tmp_path / "half/model.safetensors")
+    half = {key: value for key, value in weights.items() if "decoder" not in key}
+    assert 0 < len(half) < len(weights)
+    safetensors.torch.save_file(half, tmp_path / "half/model.safetensors", {"format": "pt"})
+    whole, cut = (make_encoder(str(folder)).eval() for folder in (tiny_encoder(name), tmp_path / "half"))
+    (clip,) = waves([8000])
+    with torch.no_grad():
+        assert torch.equal(whole(clip[None])[0], cut(clip[None])[0])
 
 
 # What cannot be used
@@ -282,10 +366,24 @@ def test_layers_that_do_not_exist(tiny_encoder, arguments):
         make_encoder(str(tiny_encoder("wav2vec2-group")), **arguments)
 
 
+def test_a_clip_that_whisper_has_no_positions_for(tiny_encoder):
+    encoder = make_encoder(str(tiny_encoder("whisper")))
+    with pytest.raises(AudioError, match="lasts 30.1 s.*for 30 s: set max_seconds or crop_seconds") as caught:
+        encoder(torch.zeros(1, 481600))
+    assert caught.value.reason == TOO_LONG
+
+
+def test_whisper_with_another_familys_feature_extractor(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder("whisper"), tmp_path / "mixed")
+    shutil.copy(tiny_encoder("moonshine") / "preprocessor_config.json", tmp_path / "mixed")
+    with pytest.raises(EncoderError, match="a Wav2Vec2FeatureExtractor of 1 .* a WhisperFeatureExtractor of 80"):
+        make_encoder(str(tmp_path / "mixed"))
+
+
 # Real speech
 
 
-@pytest.mark.parametrize("name", [*TINY, "real"])
+@pytest.mark.parametrize("name", [*TINY, "real_moonshine", "real_whisper"])
 def test_thirty_real_clips_alone_and_in_batches_of_eight(real_speech, model, request, name):
     import io
 
@@ -295,8 +393,8 @@ def test_thirty_real_clips_alone_and_in_batches_of_eight(real_speech, model, req
     table = pa.ipc.open_stream(next((real_speech / "test").glob("*.arrow"))).read_all()
     cells = [cell["bytes"] for cell in table["audio"].slice(0, 30).to_pylist()]
     clips = [torch.from_numpy(soundfile.read(io.BytesIO(cell), dtype="float32")[0]) for cell in cells]
-    if name == "real":
-        model = AccentModel(make_encoder(str(request.getfixturevalue("real_moonshine"))), ["a", "b", "c"]).eval()
+    if name.startswith("real"):
+        model = AccentModel(make_encoder(str(request.getfixturevalue(name))), ["a", "b", "c"]).eval()
     else:
         model = model(name)
     with torch.no_grad():

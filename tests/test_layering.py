@@ -14,8 +14,9 @@ STOREYS = [
     {"labels", "audio", "pooling"},
     {"splits", "metrics", "augment", "encoder", "synthetic"},
     {"manifests", "model", "batches", "pictures", "report_html", "report"},
-    {"config", "brain"},
+    {"config", "brain", "baseline", "bands"},
     {"experiment"},
+    {"cli"},
 ]
 BESIDE = {("report", "pictures"), ("report", "report_html"), ("report_html", "pictures")}
 WITHOUT_TORCH = {"errors", "labels", "audio", "splits", "manifests", "metrics", "augment", "report", "pictures", "report_html"}

@@ -125,6 +125,76 @@ def test_moonshine_trains(train, words, tmp_path, tiny_encoder):
     assert metrics_of(tmp_path / "out")["model"]["family"] == "moonshine"
 
 
+# Ways to evaluate
+
+
+def test_folds_test_every_speaker_once(train, words, tmp_path):
+    assert train(*words, "--number_of_epochs", "1", "--n_folds", "3", "--balance", "none").code == 0
+    pooled = metrics_of(tmp_path / "out")
+    assert pooled["data"]["speakers"] == 24 and pooled["data"]["clips"] == 48
+    assert sum(metrics_of(tmp_path / f"out/fold_{k}")["data"]["speakers"] for k in (1, 2, 3)) == 24
+    assert "one per fold" in pooled["model"]["models"]
+
+
+def test_one_fold_alone(train, words, tmp_path):
+    assert train(*words, "--number_of_epochs", "1", "--n_folds", "3", "--fold", "2").code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["fold_2"]
+
+
+def test_seeds_are_summarised(train, words, tmp_path):
+    assert train(*words, "--number_of_epochs", "1", "--seeds", "3,4").code == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    values = [metrics_of(tmp_path / f"out/{seed}")["clip"]["accuracy"]["value"] for seed in (3, 4)]
+    assert summary["clip"]["accuracy"]["values"] == values
+
+
+def test_the_frozen_baseline_has_the_same_report(train, words, tmp_path):
+    assert train(*words, "--method", "logistic_regression").code == 0
+    metrics = metrics_of(tmp_path / "out")
+    trials = json.loads((tmp_path / "out/save/trials.json").read_text())
+    assert {trial["layer"] for trial in trials} == {0, 1, 2, 3}
+    best = max(trials, key=lambda trial: (trial["valid_macro_f1"], -trial["valid_loss"]))
+    assert metrics["model"]["layer"] == best["layer"] and metrics["clip"]["accuracy"]["n"] == 6
+
+
+def test_the_leaky_split_says_so_and_is_compared_with_the_honest_one(train, words, tmp_path):
+    arguments = ("--method", "logistic_regression", "--split", "both", "--n_folds", "3", "--balance", "none")
+    assert train(*words, *arguments).code == 0
+    assert (tmp_path / "out/random/report/report.md").read_text().splitlines()[0].count("LEAKY") == 1
+    assert "LEAKY" not in (tmp_path / "out/speaker/report/report.md").read_text().splitlines()[0]
+    assert "split by speaker" in (tmp_path / "out/leak.md").read_text()
+    assert "difference" in json.loads((tmp_path / "out/comparison.json").read_text())["clip"]["accuracy"]
+
+
+def test_accents_that_are_no_classes_are_scored_for_rejection(train, words, tmp_path):
+    done = train(*words, "--number_of_epochs", "1", "--accents", "[us, england]", "--out_of_set", "[scotland]")
+    assert done.code == 0
+    scored = metrics_of(tmp_path / "out")["out_of_set"]
+    assert 0 <= scored["overall"]["auroc"] <= 1 and scored["overall"]["clips"] == 16
+
+
+def test_the_test_split_can_be_degraded(train, words, tmp_path):
+    from accent_plugin.bands import BANDS
+
+    assert train(*words, "--number_of_epochs", "1", "--bands", "True").code == 0
+    assert list(metrics_of(tmp_path / "out")["bands"]) == list(BANDS)
+
+
+def test_runs_are_compared_and_summarised_on_the_command_line(train, words, tmp_path, capsys):
+    from accent_plugin import cli
+
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        assert train(*words, "--method", "logistic_regression", "--output_folder", folder, "--seed", seed).code == 0
+    runs = [str(tmp_path / "1"), str(tmp_path / "2")]
+    assert cli.main(["compare", *runs, "--out", str(tmp_path / "compared")]) == 0
+    assert "difference" in capsys.readouterr().out
+    assert cli.main(["summarise", *runs, "--out", str(tmp_path / "summary")]) == 0
+    assert "standard deviation" in capsys.readouterr().out
+    assert cli.main(["compare", runs[0], str(tmp_path / "nowhere"), "--out", str(tmp_path / "x")]) == 2
+    assert "no predictions in" in capsys.readouterr().err
+
+
 # What is refused: exit code 2, one message, no traceback, nothing written
 
 

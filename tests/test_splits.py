@@ -1,4 +1,3 @@
-import sys
 from collections import Counter
 
 import pytest
@@ -10,14 +9,6 @@ from accent_plugin.errors import DataError
 from accent_plugin.splits import Item
 
 ACCENTS = ("us", "england", "australia")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def lazy_modules_without_file():
-    """Hypothesis asks each module for its file, and SpeechBrain's lazy ones would import packages that are absent."""
-    for module in list(sys.modules.values()):
-        if "speechbrain" in type(module).__module__:
-            vars(module).setdefault("__file__", None)
 
 
 @st.composite

@@ -5,7 +5,7 @@
 
 prepares the data (a DatasetDict on disk), trains, and writes a report on the test split. Every hyperparameter of the
 YAML can be changed on the command line; `--test_only True` evaluates a finished run again, `--n_folds 5` tests every
-speaker once, `--seeds 1,2,3` trains three times.
+speaker once, `--seeds 1,2,3` trains three times, `--split both` shows what shared speakers would add.
 """
 
 import errno
@@ -38,11 +38,14 @@ def run(settings, command, fold=None):
         hyperparams_to_save=settings.hparams_file,
         overrides=settings.overrides,
     )
-    prepared = prepare(values)
+    prepared = prepare_common_voice_accent(**settings.preparation())
+    outsiders = settings.outsiders() and prepare_common_voice_accent(**settings.outsiders())
 
     with open(settings.hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, settings.overrides, overrides_must_match=False)
     loaders = experiment.make_loaders(prepared.paths(fold), hparams)
+    if hparams["method"] == "logistic_regression":
+        return experiment.run_baseline(loaders, prepared, hparams, command, fold, settings.run_opts.device or "cpu")
 
     brain = AccentBrain(
         modules=hparams["modules"],
@@ -53,18 +56,7 @@ def run(settings, command, fold=None):
         history_file=Path(hparams["save_folder"]) / "history.json",
     )
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
-    return experiment.write_report(brain, loaders, prepared, hparams, command, fold)
-
-
-def prepare(values):
-    """Make clips and manifests, unless they are there."""
-    return prepare_common_voice_accent(
-        prepared_folder=values["prepared_folder"],
-        data_folder=values["data_folder"],
-        skip_prep=values["skip_prep"],
-        workers=values["prepare_workers"],
-        **config.preparation(values),
-    )
+    return experiment.write_report(brain, loaders, prepared, hparams, command, fold, outsiders)
 
 
 def run_folds(settings, command):
@@ -77,7 +69,8 @@ def run_folds(settings, command):
     folds = [run(settings.but(output_folder=str(output / f"fold_{fold}")), command, fold) for fold in chosen]
     if values["fold"]:
         return folds[0][1]
-    return experiment.write_pooled_report(output, folds, prepare(values), command)
+    prepared = prepare_common_voice_accent(**settings.preparation())
+    return experiment.write_pooled_report(output, folds, prepared, command)
 
 
 def run_seeds(settings, command):
@@ -94,12 +87,21 @@ def run_seeds(settings, command):
     experiment.write_seeds(output, runs)
 
 
+def run_splits(settings, command):
+    """Run with one way to split, or with both and a comparison of them."""
+    runs = settings.splits()
+    for one in runs:
+        run_seeds(one, command)
+    if len(runs) > 1:
+        experiment.write_leak(settings.values["output_folder"], *(one.values["output_folder"] for one in runs))
+
+
 def main(argv):
     """Run the recipe; return the exit code."""
     try:
         if "RANK" in os.environ:
             raise ConfigError("training on several processes is not supported yet: start python train.py, not torchrun")
-        run_seeds(config.read(argv, PROJECT), shlex.join(["python", "train.py", *argv]))
+        run_splits(config.read(argv, PROJECT), shlex.join(["python", "train.py", *argv]))
     except AccentPluginError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
