@@ -29,7 +29,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from accent_plugin import audio, labels, splits
+from accent_plugin import audio, labels, sources, splits
 from accent_plugin.errors import ConfigError, DataError, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("ID", "duration", "wav", "accent", "client_id", "gender", "age")
 DATA_ROOT = "$data_root"
 PREPARE_JSON = "prepare.json"
-CARD_JSON = "accent_plugin.json"
 FORMAT_VERSION = 1
 
 BALANCES = ("downsample", "sampler", "none")
@@ -57,18 +56,6 @@ UNREADABLE = (audio.UNDECODABLE, audio.EMPTY, audio.NON_FINITE)
 
 _AUDIO = "audio"
 _JOURNAL = "audio.jsonl"
-_LISTING = "dataset_dict.json"
-_STATE = "state.json"
-_SPLIT_NAMES = {"train": "train", "validation": "valid", "valid": "valid", "dev": "valid", "test": "test"}
-_COLUMN_NAMES = {
-    "audio": ("audio",),
-    "accent": ("accent", "accents", "label"),
-    "client": ("client_id", "speaker_id"),
-    "sentence": ("sentence",),
-    "gender": ("gender",),
-    "age": ("age",),
-    "path": ("path",),
-}
 _EXAMPLES = 20
 # Starting a process costs as much as decoding this many clips.
 _CLIPS_PER_WORKER = 100
@@ -259,7 +246,7 @@ def prepare(data_folder, prepared_folder, *, workers=None, progress=True, **choi
     """
     choices = Choices(**choices)
     data_folder, folder = Path(data_folder).absolute(), Path(prepared_folder).absolute()
-    header = {"arguments": choices.as_json(), "source": _source(data_folder), "data_folder": str(data_folder)}
+    header = {"arguments": choices.as_json(), "source": sources.fingerprint(data_folder), "data_folder": str(data_folder)}
     if folder.resolve().is_relative_to(data_folder.resolve()):
         raise DataError(f"prepared_folder {folder} is inside data_folder, which is only read: choose another")
     if done := _finished(folder, header):
@@ -281,14 +268,14 @@ def check(data_folder, prepared_folder, **choices):
         When ``prepared_folder`` was made from something else.
     """
     choices, data_folder = Choices(**choices), Path(data_folder).absolute()
-    header = {"arguments": choices.as_json(), "source": _source(data_folder), "data_folder": str(data_folder)}
+    header = {"arguments": choices.as_json(), "source": sources.fingerprint(data_folder), "data_folder": str(data_folder)}
     if not _finished(Path(prepared_folder).absolute(), header):
         _plan(data_folder, choices, _Notes())
 
 
 def fingerprint(data_folder, **choices):
     """Digest of a source and the arguments, from the names, sizes and times of files, not their contents."""
-    return _digest({"arguments": Choices(**choices).as_json(), "source": _source(Path(data_folder))})
+    return _digest({"arguments": Choices(**choices).as_json(), "source": sources.fingerprint(Path(data_folder))})
 
 
 def default_folder(data_folder, root="data/prepared", **choices):
@@ -305,7 +292,7 @@ def load(prepared_folder):
         When it is not finished, damaged, or of another version.
     """
     folder = Path(prepared_folder).absolute()
-    made = _read_json(folder / PREPARE_JSON)
+    made = sources.read_json(folder / PREPARE_JSON)
     try:
         if made["format_version"] != FORMAT_VERSION:
             raise ManifestError(
@@ -396,8 +383,10 @@ def _prepare(data_folder, folder, choices, header, workers, progress):
 
 def _plan(data_folder, choices, notes):
     """Choose clips by what the table says of them: all that can be refused before a file is read or written."""
-    loaded = _open(data_folder, choices, notes)
-    columns = {split: _columns(split, data, data_folder, choices) for split, data in loaded.items()}
+    loaded, unused = sources.open_splits(data_folder, choices.source_splits)
+    notes.warnings += unused
+    given = {role: getattr(choices, f"{role}_column") for role in ("audio", "accent", "client", "sentence")}
+    columns = {split: sources.find_columns(split, data, data_folder, given) for split, data in loaded.items()}
     rows, has_clients = _rows(data_folder, loaded, columns, choices, notes)
     layouts = _lay_out(rows, list(loaded), choices, notes)
     _require_filled(layouts, choices, notes)
@@ -426,7 +415,7 @@ def _rows(data_folder, loaded, columns, choices, notes):
     found, unknown, accents_of = Counter(), Counter(), defaultdict(set)
     candidates, nameless = [], set()
     for split, data in loaded.items():
-        for number, cells in enumerate(_cells(data, columns[split])):
+        for number, cells in enumerate(sources.read_cells(data, columns[split])):
             parsed = labels.parse(cells["accent"], own_names)
             if parsed.label is None:
                 unknown[cells["accent"]] += 1
@@ -459,7 +448,7 @@ def _rows(data_folder, loaded, columns, choices, notes):
             notes.drop(CONTRADICTING, example={"id": row.client, "message": f"this client has clips of {named}"})
             continue
         if same_name[row.id] > 1 or row.id in nameless:
-            content = _content(loaded[row.split], columns[row.split], row.row)
+            content = sources.content_digest(loaded[row.split], columns[row.split], row.row)
             row = dataclasses.replace(row, id=_digest([row.id, content]))
         if row.id in rows:
             message = f"row {row.row} of {row.split} repeats another"
@@ -471,7 +460,7 @@ def _rows(data_folder, loaded, columns, choices, notes):
 
 def _lay_out(rows, names, choices, notes):
     """One dictionary of splits, or one for each fold; train balanced."""
-    given = {_canonical(name): [row for row in rows if row.split == name] for name in names}
+    given = {sources.canonical(name): [row for row in rows if row.split == name] for name in names}
     keep_given = len(given) > 1 and choices.split == "speaker" and not choices.n_folds
     if keep_given:
         splits.require_disjoint(given)
@@ -489,7 +478,7 @@ def _lay_out(rows, names, choices, notes):
     elif not keep_given:
         layouts = (splits.by_client(capped.kept, seed=choices.seed, **fractions),)
     else:
-        parts = {name: tuple(r for r in capped.kept if _canonical(r.split) == name) for name in given}
+        parts = {name: tuple(r for r in capped.kept if sources.canonical(r.split) == name) for name in given}
         for name in {splits.VALID, splits.TEST} - parts.keys():
             only = {"valid_fraction": 0, "test_fraction": 0} | {f"{name}_fraction": fractions[f"{name}_fraction"]}
             parts |= splits.by_client(parts[splits.TRAIN], seed=choices.seed, **only)
@@ -551,7 +540,7 @@ def _write(folder, data_folder, layouts, outcomes, choices, header, columns, not
             _write_csv(path, parts[split], outcomes)
             files[path.relative_to(folder).as_posix()] = path.stat().st_size
         counts[below] = {split: _count(parts[split], outcomes) for split in splits.SPLITS}
-    card = _card(data_folder)
+    card = sources.card(data_folder)
     made = {
         "format_version": FORMAT_VERSION,
         "name": str(card.get("name") or data_folder.name),
@@ -574,149 +563,6 @@ def _write(folder, data_folder, layouts, outcomes, choices, header, columns, not
     logger.info("prepared %s in %s: %s", done.name, folder, _in_words(layouts))
     logger.info("left out: %s", ", ".join(f"{reason} {n}" for reason, n in done.dropped.items()) or "nothing")
     return done
-
-
-# ------------------------------------------------------------------------------------------------------- the source
-
-
-def _source(data_folder):
-    """What identifies the data without reading it: names, sizes and times of the files of each split."""
-    if not data_folder.is_dir():
-        raise DataError(
-            f"there is no folder {data_folder}\n"
-            "data_folder is a DatasetDict saved with save_to_disk; to make one from your clips, see the README\n"
-            "to try the built-in synthetic corpus instead: make demo"
-        )
-    listing = data_folder / _LISTING
-    if not listing.is_file():
-        if (data_folder / _STATE).is_file():
-            raise DataError(
-                f"{data_folder} holds a Dataset (or one split), not a DatasetDict\n"
-                "wrap it: datasets.DatasetDict(train=datasets.load_from_disk(OLD)).save_to_disk(NEW)\n"
-                "a single split is then split by client here"
-            )
-        raise DataError(
-            f"{data_folder} holds no DatasetDict: it has no dataset_dict.json\n"
-            "data_folder is a DatasetDict saved with save_to_disk; to try the built-in synthetic corpus: make demo"
-        )
-    found = {}
-    for split in sorted(_read_json(listing, DataError).get("splits", ())):
-        state = _read_json(data_folder / split / _STATE, DataError)
-        stats = {path.name: path.stat() for path in sorted((data_folder / split).glob("*.arrow"))}
-        files = {name: [entry.st_size, entry.st_mtime_ns] for name, entry in stats.items()}
-        found[split] = {"fingerprint": state.get("_fingerprint"), "files": files}
-    if not found:
-        raise DataError(f"{listing} names no split: train, validation and test are expected, or one of them")
-    return {"splits": found, "card": _card(data_folder)}
-
-
-def _card(data_folder):
-    """What the maker of the data says about it, or nothing."""
-    path = data_folder / CARD_JSON
-    return _read_json(path, DataError) if path.is_file() else {}
-
-
-def _open(data_folder, choices, notes):
-    """Name in the source -> Dataset in Arrow format, which decodes nothing, of the splits that are used."""
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(data_folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{data_folder} cannot be read as a DatasetDict: {error}") from None
-    asked = choices.source_splits
-    if missing := [name for name in asked or () if name not in loaded and name not in map(_canonical, loaded)]:
-        raise DataError(f"source_splits names {', '.join(missing)}; {data_folder} has {', '.join(loaded)}")
-    used = {name: data for name, data in loaded.items() if not asked or name in asked or _canonical(name) in asked}
-    if len(used) > 1:
-        used = {name: data for name, data in used.items() if _canonical(name) in splits.SPLITS}
-        if len({_canonical(name) for name in used}) < len(used) or splits.TRAIN not in map(_canonical, used):
-            raise DataError(
-                f"{data_folder} has the splits {', '.join(loaded)}: which of them are train, validation and test?\n"
-                "rename them, or name those to use in source_splits"
-            )
-    for name in loaded.keys() - used.keys():
-        notes.warnings.append(f"split '{name}' of the source was not used ({len(loaded[name])} clips)")
-    # Once, not for each clip: it copies the features.
-    return {name: data.with_format("arrow") for name, data in used.items()}
-
-
-def _canonical(name):
-    return _SPLIT_NAMES.get(name.lower(), name)
-
-
-def _columns(split, data, data_folder, choices):
-    """Role -> name of the column, None where there is none."""
-    given = {
-        "audio": choices.audio_column,
-        "accent": choices.accent_column,
-        "client": choices.client_column,
-        "sentence": choices.sentence_column,
-    }
-    where, listed = data_folder / split, f"columns are {', '.join(data.column_names)}"
-    found = {}
-    for role, names in _COLUMN_NAMES.items():
-        if given.get(role) and given[role] not in data.column_names:
-            raise ManifestError(f"{role}_column is '{given[role]}', which {where} does not have: {listed}")
-        found[role] = given.get(role) or next((name for name in names if name in data.column_names), None)
-    if not found["audio"]:
-        sounds = [name for name, kind in data.features.items() if type(kind).__name__ == "Audio"]
-        found["audio"] = sounds[0] if len(sounds) == 1 else None
-    for role in ("audio", "accent"):
-        if not found[role]:
-            raise ManifestError(
-                f"no {role} column in {where}: {listed}\npass --{role}_column NAME if yours is called differently"
-            )
-    kind = data.features.arrow_schema.field(found["audio"]).type
-    fields = {kind.field(i).name for i in range(kind.num_fields)}
-    if not ({"bytes", "path"} <= fields or str(kind) in ("string", "large_string")):
-        raise DataError(
-            f"column '{found['audio']}' of {where} holds {kind}, not audio: an Audio feature, {{bytes, path}} or paths"
-        )
-    accent = data.features[found["accent"]]
-    if getattr(accent, "names", None) is None and "int" in str(getattr(accent, "dtype", "")):
-        raise DataError(
-            f"column '{found['accent']}' of {where} holds numbers without names: cast it to ClassLabel(names=[...])"
-        )
-    return found
-
-
-def _cells(data, columns):
-    """Yield the text of one row at a time, never its audio."""
-    import pyarrow.compute
-
-    names = {role: getattr(data.features[name], "names", None) for role, name in columns.items() if name}
-    for start in range(0, len(data), 1000):
-        table = data[start : start + 1000]
-        texts = {role: table[columns[role]].to_pylist() for role in names if role != "audio"}
-        cells = {role: [_text(value, names[role]) for value in column] for role, column in texts.items()}
-        if "path" not in cells:
-            sound = table[columns["audio"]]
-            if "string" not in str(sound.type)[:12]:
-                sound = pyarrow.compute.struct_field(sound, "path")
-            cells["path"] = [_text(value) for value in sound.to_pylist()]
-        for i in range(len(table)):
-            yield {role: cells[role][i] if role in cells else "" for role in _COLUMN_NAMES if role != "audio"}
-
-
-def _text(value, names=None):
-    if value is None or value != value or (names and value == -1):
-        return ""
-    if names:
-        return names[value]
-    return "|".join(map(_text, value)) if isinstance(value, list) else str(value).strip()
-
-
-def _sound(data, columns, number):
-    """One clip's bytes, or its path where none are embedded."""
-    cell = data[number : number + 1][columns["audio"]][0].as_py()
-    cell = cell if isinstance(cell, dict) else {"bytes": None, "path": cell}
-    return cell["bytes"] if cell["bytes"] is not None else cell["path"] or b""
-
-
-def _content(data, columns, number):
-    sound = _sound(data, columns, number)
-    return hashlib.blake2b(sound if isinstance(sound, bytes) else sound.encode()).hexdigest()
 
 
 def _require_accents(data_folder, accents, found, unknown):
@@ -799,7 +645,7 @@ def _decode(wanted, loaded, columns, data_folder, folder, choices, journal, work
 
     def jobs():
         for row in waiting:
-            sound = _sound(loaded[row.split], columns[row.split], row.row)
+            sound = sources.sound(loaded[row.split], columns[row.split], row.row)
             sound = sound if isinstance(sound, bytes) else str(data_folder / sound)
             yield audio.Job(row.id, sound, str(folder / _wav(row.id)), choices.min_seconds, choices.max_seconds)
 
@@ -844,9 +690,9 @@ def _finished(folder, header):
     """The prepared folder when it is what is asked for, None when there is work to do; refused when it is another."""
     finished, started = folder / PREPARE_JSON, folder / _JOURNAL
     if finished.is_file():
-        made = _read_json(finished)
+        made = sources.read_json(finished)
     elif started.is_file():
-        made = _read_json(started, first_line=True)
+        made = sources.read_json(started, first_line=True)
     elif any((folder / name).exists() for name in (_AUDIO, "train.csv", "fold_1")):
         raise ManifestError(f"{folder} holds audio or manifests made by something else: choose another prepared_folder")
     else:
@@ -880,7 +726,7 @@ def _differences(made, header):
         else:
             before, now = made.get("source", {}).get("splits", {}), header["source"]["splits"]
             changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-            lines.append(f"contents of {new}: changed since ({', '.join(changed) or CARD_JSON})")
+            lines.append(f"contents of {new}: changed since ({', '.join(changed) or sources.CARD_JSON})")
     return lines
 
 
@@ -950,7 +796,7 @@ def _in_words(layouts):
 
 
 def _precedence(row):
-    return _PLACES.get(_canonical(row.split), 0), row.accent, row.gender, row.age, row.split, row.row
+    return _PLACES.get(sources.canonical(row.split), 0), row.accent, row.gender, row.age, row.split, row.row
 
 
 _PLACES = {splits.TEST: 0, splits.VALID: 1, splits.TRAIN: 2, "": 0}
@@ -959,19 +805,6 @@ _PLACES = {splits.TEST: 0, splits.VALID: 1, splits.TRAIN: 2, "": 0}
 def _digest(value):
     text = json.dumps(value, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
-
-
-def _read_json(path, error=ManifestError, first_line=False):
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.loads(file.readline() if first_line else file.read())
-        if not isinstance(value, dict):
-            raise ValueError("it holds no mapping")
-        return value
-    except OSError as problem:
-        raise error(f"{path} cannot be read: {problem.strerror}") from None
-    except ValueError as problem:
-        raise error(f"{path} is damaged ({problem}): remove it, or make it again") from None
 
 
 @contextlib.contextmanager

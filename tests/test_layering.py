@@ -13,13 +13,14 @@ STOREYS = [
     {"errors"},
     {"labels", "audio", "pooling"},
     {"splits", "metrics", "augment", "encoder", "synthetic"},
+    {"sources"},
     {"manifests", "model", "batches", "pictures", "report_html", "report"},
     {"config", "brain", "baseline", "bands"},
     {"experiment"},
     {"cli"},
 ]
 BESIDE = {("report", "pictures"), ("report", "report_html"), ("report_html", "pictures")}
-WITHOUT_TORCH = {"errors", "labels", "audio", "splits", "manifests", "metrics", "augment", "report", "pictures", "report_html"}
+WITHOUT_TORCH = {"errors", "labels", "audio", "splits", "sources", "manifests", "metrics", "augment", "report", "pictures", "report_html"}
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 

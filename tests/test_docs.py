@@ -1,0 +1,37 @@
+"""What the documents say can be typed: every option in their commands exists, and every file they name is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from accent_plugin import config
+
+PAGES = [ROOT / "README.md", ROOT / "recipes/CommonVoiceAccent/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_exist(page):
+    text = page.read_text(encoding="utf-8")
+    known = {*config.KEYS, *config._OPTION_NAMES, "out"}
+    given = {option for option in re.findall(r"--([a-z_]+)", text)}
+    assert given - known == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    for page in PAGES:
+        assert set(re.findall(r"\bmake ([a-z-]+)\b", page.read_text(encoding="utf-8"))) <= targets | {"it"}
+
+
+def test_every_commands_folder_has_the_hyperparameters():
+    # Both ways of typing it: from the recipe's folder through the link, and from the root.
+    assert (ROOT / "recipes/CommonVoiceAccent/hparams/wav2vec2_base.yaml").samefile(ROOT / "hparams/wav2vec2_base.yaml")
+    assert Path(ROOT / "recipes/CommonVoiceAccent/train.py").is_file()
