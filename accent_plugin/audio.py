@@ -221,6 +221,29 @@ def write(path, samples):
         raise
 
 
+def encode_mp3(samples, bitrate):
+    """Encode as MP3 of constant bitrate, in memory.
+
+    Arguments
+    ---------
+    samples : (samples,) np.ndarray
+        Floats at ``SAMPLE_RATE``.
+    bitrate : int
+        In bits per second: a step of MPEG-2's layer III, such as 16,000, 24,000, 32,000 or 64,000.
+
+    Returns
+    -------
+    bytes
+        ``decode`` gives more samples, the first 1105 places later: the delays of encoder and decoder, which libsndfile
+        does not write into the file.
+    """
+    encoded = io.BytesIO()
+    # At this rate libsndfile maps levels from 0 to 1 linearly to 160 to 8 kbit/s, and LAME takes the nearest step.
+    level = (160_000 - bitrate) / 152_000
+    soundfile.write(encoded, samples, SAMPLE_RATE, format="MP3", bitrate_mode="CONSTANT", compression_level=level)
+    return encoded.getvalue()
+
+
 def convert(jobs, workers=1):
     """Decode, check, resample and write many clips.
 

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from accent_plugin import audio
 
-
 # PyTorch's own mark for a target that does not count.
 NO_LABEL = -100
 
@@ -74,14 +73,18 @@ class ClipDataset(Dataset):
     augmentation : Augmentation
         None for none.
     seed : int
+    degrade : callable
+        Function of samples and a generator that returns as many, as in `accent_plugin.bands.BANDS`; applied to what was
+        read, before the augmentation. None for none.
     """
 
-    def __init__(self, clips, accents, crop_seconds=None, augmentation=None, seed=0):
+    def __init__(self, clips, accents, crop_seconds=None, augmentation=None, seed=0, degrade=None):
         self.clips = clips
         self.accents = {accent: label for label, accent in enumerate(accents)}
         self.crop = None if crop_seconds is None else round(crop_seconds * audio.SAMPLE_RATE)
         self.augmentation = augmentation
         self.seed = seed
+        self.degrade = degrade
 
     def __len__(self):
         return len(self.clips)
@@ -97,6 +100,8 @@ class ClipDataset(Dataset):
         clip = self.clips[index]
         rng = np.random.default_rng([self.seed, epoch, zlib.crc32(clip.id.encode())])
         samples = self._read(clip, rng)
+        if self.degrade is not None:
+            samples = self.degrade(samples, rng)
         if self.augmentation is not None:
             samples = self.augmentation(samples, rng)
             if self.crop is not None:

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from speechbrain.integrations.huggingface.huggingface import HFTransformersInterface
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from torch import nn
@@ -92,14 +93,41 @@ class MaskedGroupNorm(nn.GroupNorm):
 class InvariantEncoder:
     """What all encoders share; a family says how many frames there are, which parts it has, and how to encode.
 
+    It names the key of its number of layers in `_DEPTH` and changes the loaded model in `_adapt`.
+
     Mixed into a SpeechBrain lobe. The forward pass returns frames and a mask instead of frames alone. While `held` is
     set, no gradient enters the pretrained model: it stands still without being frozen for good.
     """
 
     held = False
 
-    def _set_up(self, freeze, freeze_feature_extractor, freeze_layers, weighted_layers, standardise_layers):
-        """Freeze what is to be frozen, for good, and prepare the weighted sum over layers."""
+    def __init__(
+        self,
+        source,
+        save_path,
+        freeze=False,
+        freeze_feature_extractor=True,
+        freeze_layers=0,
+        num_layers=None,
+        weighted_layers=None,
+        standardise_layers=False,
+        config_overrides=None,
+        **kwargs,
+    ):
+        # The parent calls override_config while it is being built, so these come before it.
+        self._num_layers, self._config_overrides = num_layers, config_overrides or {}
+        with _quiet():
+            super().__init__(source, save_path, **kwargs)
+        self._adapt(source)
+        self._freeze_for_good(freeze, freeze_feature_extractor, freeze_layers)
+        self._prepare_sum(weighted_layers, standardise_layers)
+        self.train(self.training)
+
+    def override_config(self, config):
+        """Apply the overrides before the model is built: dropout values are baked in at construction."""
+        return _overridden(config, self._config_overrides, self._num_layers, self._DEPTH)
+
+    def _freeze_for_good(self, freeze, freeze_feature_extractor, freeze_layers):
         depth = len(self.blocks)
         if not 0 <= freeze_layers <= depth:
             raise EncoderError(f"freeze_layers is {freeze_layers}, but this encoder has {depth} layers")
@@ -113,6 +141,12 @@ class InvariantEncoder:
                 self._frozen_parts += [*self.front, *self.blocks[:freeze_layers]]
         for part in self._frozen_parts:
             part.requires_grad_(False)
+        if self.stem_is_frozen:
+            # Else Hugging Face's wav2vec2 marks the waveform as requiring a gradient and keeps the CNN in the graph.
+            self.stem._requires_grad = False
+
+    def _prepare_sum(self, weighted_layers, standardise_layers):
+        depth = len(self.blocks)
         if weighted_layers == "all":
             weighted_layers = list(range(depth + 1))
         self.weighted_layers = weighted_layers
@@ -126,7 +160,6 @@ class InvariantEncoder:
                 )
             # The name and form of Hugging Face's use_weighted_layer_sum: softmax over one number per state.
             self.layer_weights = nn.Parameter(torch.zeros(len(weighted_layers)))
-        self.train(self.training)
 
     @property
     def width(self):
@@ -210,7 +243,7 @@ class InvariantEncoder:
             model, info = AutoModel.from_pretrained(
                 source, config=self.config, dtype=torch.float32, output_loading_info=True, **kwargs
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise EncoderError(f"the encoder in {source} cannot be loaded: {str(error).splitlines()[0]}") from error
         missing = [key for key in info["missing_keys"] if not self._may_be_missing(key)]
         if missing:
@@ -232,23 +265,9 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
     (data2vec). Arguments as in `make_encoder`.
     """
 
-    def __init__(
-        self,
-        source,
-        save_path,
-        freeze=False,
-        freeze_feature_extractor=True,
-        freeze_layers=0,
-        num_layers=None,
-        weighted_layers=None,
-        standardise_layers=False,
-        config_overrides=None,
-        **kwargs,
-    ):
-        # The parent calls override_config while it is being built, so these come before it.
-        self._num_layers, self._config_overrides = num_layers, config_overrides or {}
-        with _quiet():
-            super().__init__(source, save_path, **kwargs)
+    _DEPTH = "num_hidden_layers"
+
+    def _adapt(self, source):
         if getattr(self.model, "adapter", None) is not None:
             raise EncoderError(f"{source} has an adapter on top of its layers, which is not supported")
         if getattr(self.config, "conv_pos_batch_norm", False):
@@ -256,20 +275,9 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         if getattr(self.model, "masked_spec_embed", None) is not None:
             # Trainable but unused without SpecAugment: distributed training would wait for its gradient for ever.
             self.model.masked_spec_embed.requires_grad_(False)
-        self._masked_norm = None
         first = self.model.feature_extractor.conv_layers[0]
         if isinstance(first.layer_norm, nn.GroupNorm):
-            self._masked_norm = first.layer_norm = MaskedGroupNorm.replacing(first.layer_norm)
-        # data2vec-audio stacks positional convolutions, each of which carries padding into the next.
-        self._positional_layers = list(getattr(self.model.encoder.pos_conv_embed, "layers", ()))
-        self._set_up(freeze, freeze_feature_extractor, freeze_layers, weighted_layers, standardise_layers)
-        if self.stem_is_frozen:
-            # Without this Hugging Face marks the waveform as requiring a gradient and keeps the whole CNN in the graph.
-            self.model.feature_extractor._freeze_parameters()
-
-    def override_config(self, config):
-        """Apply the overrides before the model is built: dropout values are baked in at construction."""
-        return _overridden(config, self._config_overrides, self._num_layers, "num_hidden_layers")
+            first.layer_norm = MaskedGroupNorm.replacing(first.layer_norm)
 
     @property
     def stem(self):
@@ -305,15 +313,17 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         if not padded:
             return self.model(wavs, output_hidden_states=all_states)
         with contextlib.ExitStack() as stack:
-            if self._masked_norm is not None:
+            norm = self.model.feature_extractor.conv_layers[0].layer_norm
+            if isinstance(norm, MaskedGroupNorm):
                 kernel, stride = self.config.conv_kernel[0], self.config.conv_stride[0]
                 first_frames = (wavs.shape[1] - kernel) // stride + 1
-                self._masked_norm.valid = _valid((counts - kernel) // stride + 1, first_frames)
-                stack.callback(setattr, self._masked_norm, "valid", None)
-            if self._positional_layers:
+                norm.valid = _valid((counts - kernel) // stride + 1, first_frames)
+                stack.callback(setattr, norm, "valid", None)
+            # data2vec-audio stacks positional convolutions, each of which carries padding into the next.
+            if positional := getattr(self.model.encoder.pos_conv_embed, "layers", None):
                 frames = int(self.frame_counts(torch.tensor(wavs.shape[1])))
                 padding = ~_valid(self.frame_counts(counts), frames).unsqueeze(1)
-                for layer in self._positional_layers:
+                for layer in positional:
                     hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].masked_fill(padding, 0.0),))
                     stack.callback(hook.remove)
             return self.model(wavs, attention_mask=_valid(counts, wavs.shape[1]), output_hidden_states=all_states)
@@ -322,33 +332,12 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
 class EncoderHalf(InvariantEncoder, HFTransformersInterface):
     """What Moonshine and Whisper share: their decoder is dropped, so a folder may leave it out.
 
-    A family names its configuration's number of layers and adapts the model. Arguments as in `make_encoder`.
+    Arguments as in `make_encoder`.
     """
 
-    def __init__(
-        self,
-        source,
-        save_path,
-        freeze=False,
-        freeze_feature_extractor=True,
-        freeze_layers=0,
-        num_layers=None,
-        weighted_layers=None,
-        standardise_layers=False,
-        config_overrides=None,
-        **kwargs,
-    ):
-        self._num_layers, self._config_overrides = num_layers, config_overrides or {}
-        with _quiet():
-            super().__init__(source, save_path, **kwargs)
-        self.load_feature_extractor(source, cache_dir=save_path)
+    def _adapt(self, source):
+        self.load_feature_extractor(source, cache_dir=None)
         self.model = self.model.encoder
-        self._adapt(source)
-        self._set_up(freeze, freeze_feature_extractor, freeze_layers, weighted_layers, standardise_layers)
-
-    def override_config(self, config):
-        """Apply the overrides before the model is built."""
-        return _overridden(config, self._config_overrides, self._num_layers, self._DEPTH)
 
     def _may_be_missing(self, key):
         return not key.startswith("encoder.")
@@ -365,8 +354,9 @@ class MoonshineEncoder(EncoderHalf):
     _DEPTH = "encoder_num_hidden_layers"
 
     def _adapt(self, source):
+        super()._adapt(source)
         self.normalize_wav = self.feature_extractor.do_normalize
-        self._masked_norm = self.model.groupnorm = MaskedGroupNorm.replacing(self.model.groupnorm)
+        self.model.groupnorm = MaskedGroupNorm.replacing(self.model.groupnorm)
 
     @property
     def stem(self):
@@ -398,11 +388,11 @@ class MoonshineEncoder(EncoderHalf):
         # padding: lay the mask out so that exactly the true frames are picked.
         mask = torch.zeros(wavs.shape, dtype=torch.bool, device=wavs.device)
         mask[:, :: self._HOP][:, :length] = _valid(self.frame_counts(counts), length)
-        self._masked_norm.valid = _valid((counts - kernel) // stride + 1, (wavs.shape[1] - kernel) // stride + 1)
+        self.model.groupnorm.valid = _valid((counts - kernel) // stride + 1, (wavs.shape[1] - kernel) // stride + 1)
         try:
             return self.model(wavs, attention_mask=mask, output_hidden_states=all_states)
         finally:
-            self._masked_norm.valid = None
+            self.model.groupnorm.valid = None
 
 
 class WhisperEncoder(EncoderHalf):
@@ -418,6 +408,7 @@ class WhisperEncoder(EncoderHalf):
     minimum_samples = 1
 
     def _adapt(self, source):
+        super()._adapt(source)
         extractor, bins = self.feature_extractor, self.model.num_mel_bins
         if not isinstance(extractor, WhisperFeatureExtractor) or extractor.feature_size != bins:
             raise EncoderError(

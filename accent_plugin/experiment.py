@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from accent_plugin import manifests, report
+from accent_plugin.bands import BANDS
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, inverse_frequency, make_loader
 from accent_plugin.brain import read_history
 from accent_plugin.errors import ConfigError, ManifestError
@@ -56,7 +57,7 @@ def make_loaders(paths, hparams):
 
 def whole_clips(clips, hparams, degrade=None):
     """A loader of clips as they are, or as `degrade` leaves them, for evaluation."""
-    dataset = ClipDataset(clips, hparams["accents"], **({"degrade": degrade} if degrade else {}))
+    dataset = ClipDataset(clips, hparams["accents"], degrade=degrade)
     limit = _EVALUATION_BATCHES * hparams["batch_seconds"]
     return _loader(dataset, BucketBatchSampler(dataset.seconds(), limit, shuffle=False), hparams)
 
@@ -214,8 +215,6 @@ def write_report(brain, loaders, prepared, hparams, command, fold=None, outsider
         outside = out_of_set(predictions, log_probabilities, [clip.accent for clip in heard])
     degraded = None
     if hparams["bands"]:
-        from accent_plugin.bands import BANDS
-
         degraded = {
             name: as_predictions(*predict(brain, whole_clips(clips, hparams, degrade)), accents)
             for name, degrade in BANDS.items()

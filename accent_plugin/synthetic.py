@@ -32,10 +32,10 @@ SAMPLE_RATE = 16000  # hertz
 SECONDS = (2.0, 6.0)  # every clip lies between
 ACCENTS = {"us": "gmw/en-US", "england": "gmw/en-GB-x-rp", "scotland": "gmw/en-GB-scotland"}
 GENDERS = {
-    "female": "f1 f2 f3 f4 f5 Annie belinda linda aunty Alicia steph grandma".split(),
+    "female": "f1 f2 f3 f4 f5 Annie belinda linda aunty steph grandma".split(),
     "male": (
         "m1 m2 m3 m4 m5 m6 m7 m8 Alex adam rob max Lee Michael edward Mario quincy robert Denis Gene miguel Reed "
-        "norbert benjamin marcelo Mike travis david victor sandro michel pablo Henrique boris zac Nguyen"
+        "norbert benjamin marcelo Mike travis david victor sandro michel pablo Henrique boris zac announcer Nguyen"
     ).split(),
 }
 RATES = (130, 170)  # words a minute
@@ -45,109 +45,56 @@ MIN_VOICES = 6
 LEVEL = 0.06  # root mean square of every clip, full scale 1
 COLUMNS = ("accent", "client_id", "sentence", "gender", "path")
 
-# Written for this package. Each holds several words which the accents say differently: bath, dance, lot, car, nurse,
-# water, goat, face, price, goose, ... About ten words: 2 to 6 seconds with the voices and rates above.
-SENTENCES = """
-    The bath water was hot, so she opened the door a little.
-    My father parked the car near the harbour after dark.
-    They danced in the barn until the farmer turned off the light.
-    A lot of people stop at the corner shop for butter.
-    The nurse heard the first bird singing early in the morning.
-    Nobody knows whether the old goat ate the boat rope.
-    I can't ask my aunt to laugh at that bad answer.
-    The price of rice is higher on the other side of town.
-    Her face was pale after waiting eight days for the train.
-    We shared a pair of chairs in the market square.
-    The north wind tore the last poster from the wall.
-    Put the good book back by the foot of the stairs.
-    The cloth was soft, long, and dyed the colour of coffee.
-    Two new students moved into the blue house in June.
-    Daughters and fathers walk across the grass to the castle.
-    The poor doctor cured a hundred people of the fever.
-    Every Thursday a girl in a purple shirt works at the church.
-    Take the fast road past the farm and turn left after the bridge.
-    Peter had bought a bottle of water and a better battery.
-    Our neighbour's old motor car is slower than a tired horse.
-    The choir enjoyed the noise of coins in the oyster box.
-    Half of the class passed the chance to plant an orange tree.
-    He fought hard and caught the ball in the autumn storm.
-    Show me the road home, it snowed and I am cold.
-    The mouse ran out of the house and down the brown tower.
-    My brother loves the funny young cousin who comes on Sunday.
-    Here is the beer that we cheered about last year.
-    There were bears and hares asleep beneath the square table.
-    The matter is better settled later by letter, not today.
-    Mary will marry a merry sailor from a ferry in February.
-    A rotten log rolled off the dock and got lost in the fog.
-    The artist started a large chart of stars and Mars.
-    Would you look at the wolf that pushed through the woods.
-    Bring the master a basket, a glass, and a half pint of milk.
-    The third person in the circle was certain of the word.
-    Eight great snakes came to the lake in May and stayed.
-    Nine white kites fly high in the bright blue sky.
-    Thought and talk are small beer when the law is broken.
-    Going slowly over the frozen road, Joan broke her toe.
-    The water in the garden was warmer than the river.
-    A few of the usual tunes were too rude for school.
-    Father's sharp scissors are in the dark drawer under the stairs.
-    My daughter bought four more doors for the storehouse.
-    Ask for a card at the bar, and start with the tart.
-    Robert got a copper pot and a hot sausage from the shop.
-    Worse words were heard when the nurse burned her shirt.
-    Fair hair, rare pears, and careful stairs are all I want.
-    The captain ordered his daughter to alter the course at once.
-    We can't advance the dance class by half an hour.
-    Butter and jam taste better on a little hot bread.
-    The author walked all morning along the tall garden wall.
-    Do you suppose that the coach is going to the coast?
-    Later that day the waiter placed a plate on the table.
-    I might ride my bike for five miles on Friday night.
-    Tired drivers hire a fire engine for an hour or more.
-    The pure water of our river cured the poor farmer.
-    Boys avoid the noisy toys and point at the royal coin.
-    The brown cow found a mouth of flowers around the house.
-    Young Duncan cut the sun from a dozen coloured covers.
-    The cook took a good look at the sugar and the pudding.
-    Rude Sue knew that the moon would soon be full and blue.
-    Laughing aunts can pass the glass vase after the bath.
-    The bird in the dirty fur turned over the world's first pearl.
-    More sport before four o'clock is a bore, or so I thought.
-    Clear your ears, dear, and hear the deer near the pier.
-    Odd dogs jog across the rocks and stop on the cold coast.
-    Charles remarked that the park guard's heart was hard.
-    Later editions of the city letter were written by Betty.
-    The path to the castle is faster than the road past the farm.
-    Thirty thirsty workers turned towards the northern shore.
-    Arthur's sister remembers the winter weather in Manchester.
-    The doctor's daughter thought about the water bottle a lot.
-    Grandmother baked eight small cakes for the Easter party.
-    The quarrel over a foreign orange started in the forest.
-    It is not fair to leave the mayor there without a chair.
-    The loud crowd on the ground shouted about the power tower.
-    Put more powder on the floor before the visitors arrive.
-    Nothing was better than hot buttered toast by the fire.
-    The clerk asked whether the castle had a laundry or a bath.
-    A sparkling star far above the garden marked the hour.
-    Tomorrow the squirrel will borrow a sorry little carrot.
-    Several hours later the waiter brought a hotter pot of coffee.
-    My own phone rolled over the stone and broke below the road.
-    The tailor's place is eight miles away by the railway gate.
-    Half of the garden path is covered in dark, wet grass.
-    The sailors saw four swords and a horse on board the ship.
-    Don't go home alone, Joe, the boat is slow and the hole is low.
-    She heard that her turn at the circus came on the thirteenth.
-    Last winter an army of ants marched over our plaster wall.
-    The writer might find a nicer title for his final line.
-    A pocket watch and a box of socks were lost on the rocks.
-    Our hearts are lighter after an hour of poetry and water.
-    Bert's shirt is dirty, but the birthday skirt is worse.
-    Care for the mare and share your pear with the young heir.
-    The answer to the last task was passed under the glass.
-    You could see the full moon through the wool of the wood.
-""".strip().splitlines()
-SENTENCES = tuple(line.strip() for line in SENTENCES)
-TEST_SENTENCES = 20
-VALID_SENTENCES = 12
+# Content words that the accents say differently: bath, car, lot, goat, water, nurse, face, price, square, goose, ...
+WORDS = {
+    "adjective": """
+        awkward better bitter blue bright broken brown careful central clear cold cool dark dear dirty early fair famous
+        fast foreign full funny golden good great happy hard heavy hot important last late lazy little lonely long loud
+        lovely merry near new noisy northern odd old poor pretty proud pure quiet rare royal rude short slow smooth soft
+        sorry sour southern square sure thirsty tiny tired warm wide wooden young
+    """,
+    "person": """
+        actor artist aunt author baker boy brother captain clerk cousin dancer daughter doctor driver farmer father girl
+        guard hunter lawyer master mayor mother neighbour nurse painter partner reporter robber sailor soldier stranger
+        student tailor teacher tourist uncle visitor waiter worker writer
+    """,
+    "verb": """
+        admired answered asked borrowed bought burned carried caught chose cleared compared covered discovered dropped
+        drove explored feared followed forgot found heard hid hired ignored learned lost loved moved noticed painted
+        parked passed poured prepared pulled pushed repaired served shared showed started stole stored tied tore turned
+        used wanted washed watched wore worried wrote
+    """,
+    "thing": """
+        apple basket bath bear beer bird boat book boot bottle box branch butter cake calf car card cart castle chain
+        chair church cloth clock coat coffee coin corn cup deer dog door drum duck ear fern figure fire floor flower
+        fork glass goat guitar hair hammer heart hook horse house jacket kite knife ladder letter light metal money
+        motor mouse onion orange oyster paper pattern pear pearl phone picture pipe plant plaster plate pot pudding
+        purse road rope ruler sausage scarf shirt shower skirt spoon square stone sugar suit sword tower toy train tune
+        tyre water wire word work
+    """,
+    "place": """
+        barn bath border bridge brook castle chapel church circus class coast corner dock fair farm forest
+        garden gate grass hall harbour highway home house island kitchen lake mall market mountain office path pier pool
+        railway river road rock room school shop shore square stable stairs station store theatre tower town valley wall
+        water wood yard
+    """,
+    "preposition": "above across around before behind beside beyond near outside over past under",
+    "day": "Thursday Friday Saturday Sunday March April August October birthday morning afternoon winter summer autumn",
+}
+WORDS = {kind: tuple(words.split()) for kind, words in WORDS.items()}
+TEMPLATES = (
+    "The {adjective} {person} {verb} the {thing} {preposition} the {other} {place}.",
+    "My {person} {verb} that {adjective} {thing} and the {other} {object} last {day}.",
+    "That {day} her {person} {verb} our {thing} and the {object} {preposition} the {place}.",
+    "In the {adjective} {place} your {person} {verb} this {thing} after that {other} {day}.",
+)
+
+
+def compose(rng):
+    """Make up a sentence of about eleven words: grammatical, sayable, and no more than that."""
+    words = {kind: rng.choice(choices) for kind, choices in WORDS.items()}
+    words |= {"other": rng.choice(WORDS["adjective"]), "object": rng.choice(WORDS["thing"])}
+    return rng.choice(TEMPLATES).format(**words)
 
 
 class Espeak:
@@ -274,13 +221,10 @@ def plan(seed=0, voices=48, clips_per_voice=16):
     if clips_per_voice < 1:
         raise DataError(f"clips_per_voice is {clips_per_voice}; choose 1 or more")
     rng = random.Random(seed)
-    order = rng.sample(range(len(SENTENCES)), len(SENTENCES))
-    held_out = TEST_SENTENCES + VALID_SENTENCES
-    texts = {"train": order[held_out:], "validation": order[TEST_SENTENCES:held_out], "test": order[:TEST_SENTENCES]}
     women = max(3, round(voices * len(GENDERS["female"]) / most))
-    chosen = {"female": women, "male": voices - women}
-    clips = {split: [] for split in texts}
-    for gender, count in chosen.items():
+    clips = {"train": [], "validation": [], "test": []}
+    used = set()
+    for gender, count in {"female": women, "male": voices - women}.items():
         pool = rng.sample(GENDERS[gender][:count], count)
         held = max(1, round(count / 6))
         members = {"test": pool[:held], "validation": pool[held : 2 * held], "train": pool[2 * held :]}
@@ -292,11 +236,14 @@ def plan(seed=0, voices=48, clips_per_voice=16):
                     "pitch": rng.randint(*PITCHES),
                     "pitch_range": rng.randint(*RANGES),
                 }
-                for index in sorted(rng.sample(texts[split], min(clips_per_voice, len(texts[split])))):
+                for number in range(clips_per_voice):
+                    while (sentence := compose(rng)) in used:
+                        pass
+                    used.add(sentence)
                     for accent in ACCENTS:
                         client = f"{accent}-{variant}"
-                        row = {"accent": accent, "client_id": client, "sentence": SENTENCES[index], "gender": gender}
-                        clips[split].append({**row, "path": f"{client}-{index:03d}.flac", **manner})
+                        row = {"accent": accent, "client_id": client, "sentence": sentence, "gender": gender}
+                        clips[split].append({**row, "path": f"{client}-{number:03d}.flac", **manner})
     return clips
 
 

@@ -125,6 +125,23 @@ def test_no_clip_is_longer_than_announced(clips):
                 assert len(dataset[(index, number)][1]) <= limit * 16000 + 1
 
 
+def test_clips_are_degraded_after_reading_and_before_augmentation(clips):
+    def halve(samples, rng):
+        calls.append((len(samples), rng.random()))
+        return samples / 2
+
+    def samples(**choices):
+        return ClipDataset(clips, ["a", "b"], crop_seconds=1.5, seed=4, **choices)[(3, 1)][1]
+
+    calls = []
+    halved = samples(degrade=halve)
+    assert np.array_equal(halved, samples() / 2)
+    added = samples(degrade=halve, augmentation=make_augmentation(True, 1.0, noise_snr=[10, 10])) - halved
+    assert abs(10 * np.log10(np.mean(halved**2) / np.mean(added**2)) - 10) < 0.01
+    # The same generator for the same clip, which nothing but the clip's place and epoch seeds.
+    assert calls == [calls[0]] * 2 and calls[0][0] == 24000
+
+
 # Augmentation
 
 RATE = 16000

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from accent_plugin import config
 from accent_plugin.errors import ConfigError
-from conftest import ROOT
 
 HPARAMS = str(ROOT / "hparams/wav2vec2_base.yaml")
 

@@ -12,15 +12,15 @@ PACKAGE = Path(accent_plugin.__file__).parent
 STOREYS = [
     {"errors"},
     {"labels", "audio", "pooling"},
-    {"splits", "metrics", "augment", "encoder", "synthetic"},
-    {"sources"},
+    {"splits", "metrics", "augment", "encoder", "tiny"},
+    {"sources", "synthetic"},
     {"manifests", "model", "batches", "pictures", "report_html", "report"},
     {"config", "brain", "baseline", "bands"},
     {"experiment"},
     {"cli"},
 ]
 BESIDE = {("report", "pictures"), ("report", "report_html"), ("report_html", "pictures")}
-WITHOUT_TORCH = {"errors", "labels", "audio", "splits", "sources", "manifests", "metrics", "augment", "report", "pictures", "report_html"}
+WITHOUT_TORCH = {"bands", "errors", "labels", "audio", "splits", "sources", "manifests", "metrics", "augment", "report", "pictures", "report_html"}
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 

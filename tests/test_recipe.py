@@ -8,9 +8,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import pytest
-
 import datasets_for_tests as made
+import pytest
 from conftest import ROOT
 
 RECIPE = ROOT / "recipes/CommonVoiceAccent"
