@@ -16,8 +16,12 @@ from accent_plugin.metrics import confusion_matrix, macro_f1, unweighted_average
 
 logger = logging.getLogger(__name__)
 
-# Name of the checkpoint's figure by which the best epoch is chosen.
-SELECTION = "macro_f1"
+# How the epoch is chosen -> what to ask the checkpointer for.
+SELECTIONS = {
+    "macro_f1": {"max_key": "macro_f1"},
+    "loss": {"min_key": "loss"},
+    "last": {"max_key": "epoch"},
+}
 
 
 def learning_rate_factor(progress, warmup, decay):
@@ -52,8 +56,8 @@ class AccentBrain(sb.Brain):
     """Trains and applies an accent classifier.
 
     `modules` holds one `model`, an `accent_plugin.model.AccentModel`. Read from `hparams`: lr_encoder, lr_head,
-    weight_decay, warmup, decay, number_of_epochs, freeze_encoder_steps, label_smoothing, epoch_counter, train_logger,
-    and SpeechBrain's run options.
+    weight_decay, warmup, decay, number_of_epochs, freeze_encoder_steps, label_smoothing, selection, epoch_counter,
+    train_logger, tensorboard_logger, and SpeechBrain's run options.
 
     Arguments
     ---------
@@ -200,7 +204,7 @@ class AccentBrain(sb.Brain):
         confusion = confusion_matrix(labels, log_probabilities.argmax(axis=1), log_probabilities.shape[1])
         figures = {
             "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
-            SELECTION: float(macro_f1(confusion)),
+            "macro_f1": float(macro_f1(confusion)),
             "uar": float(unweighted_average_recall(confusion)),
         }
         if not np.isfinite(figures["loss"]):
@@ -217,11 +221,11 @@ class AccentBrain(sb.Brain):
             )
         self._remember(epoch, figures)
         if self.checkpointer is not None:
-            self.checkpointer.save_and_keep_only(
-                meta={SELECTION: figures[SELECTION], "epoch": epoch}, max_keys=[SELECTION]
-            )
+            keys = {f"{key}s": [name] for key, name in SELECTIONS[self.hparams.selection].items()}
+            self.checkpointer.save_and_keep_only(meta={**figures, "epoch": epoch}, **keys)
         if hasattr(self.hparams.epoch_counter, "update_metric"):
-            self.hparams.epoch_counter.update_metric(1 - figures[SELECTION])
+            error = figures["loss"] if self.hparams.selection == "loss" else 1 - figures["macro_f1"]
+            self.hparams.epoch_counter.update_metric(error)
 
     def _remember(self, epoch, figures):
         """Add the epoch to the history; a resumed run replaces what it does again."""
@@ -247,12 +251,12 @@ class AccentBrain(sb.Brain):
         ids : tuple of str
         log_probabilities : (clips, classes) np.ndarray of float64
         """
-        self.evaluate(loader, max_key=SELECTION, progressbar=progressbar)
+        self.evaluate(loader, **SELECTIONS[self.hparams.selection], progressbar=progressbar)
         return tuple(self._ids), torch.cat(self._log_probabilities).double().numpy()
 
     def best_epoch(self):
         """Number of the epoch that evaluation uses, or None where nothing was saved."""
-        checkpoint = self.checkpointer.find_checkpoint(max_key=SELECTION)
+        checkpoint = self.checkpointer.find_checkpoint(**SELECTIONS[self.hparams.selection])
         return None if checkpoint is None else checkpoint.meta["epoch"]
 
 

@@ -127,6 +127,7 @@ KEYS = {
     "out_of_set": _or_nothing(_list_of(_text, "a list of accents such as [scotland, ireland]")),
     "out_of_set_folder": _or_nothing(_text),
     "bands": _switch,
+    "test_speeds": _list_of(_number(0, above=True), "a list of different speed factors such as [0.9, 1.0, 1.1]"),
     "wav2vec2_hub": _text,
     "wav2vec2_folder": _or_nothing(_text),
     "freeze_wav2vec2": _switch,
@@ -140,7 +141,9 @@ KEYS = {
     "config_overrides": _mapping,
     "projector_size": _or_nothing(_whole(1)),
     "projector_activation": _switch,
-    "pooling": _one_of("mean", "attentive", "attentive_statistics"),
+    "pooling": _one_of("mean", "statistics", "attentive", "attentive_statistics"),
+    "whitening_passes": _whole(0),
+    "whitening_shrinkage": _SHARE,
     "dropout": _number(0, 0.95),
     "number_of_epochs": _whole(1),
     "batch_seconds": _number(0, above=True),
@@ -156,6 +159,7 @@ KEYS = {
     "class_weights": _or_nothing(_weights),
     "precision": _PRECISION,
     "eval_precision": _PRECISION,
+    "selection": _one_of("macro_f1", "loss", "last"),
     "early_stopping": _whole(0),
     "num_workers": _whole(0),
     "tensorboard": _switch,
@@ -479,6 +483,12 @@ def _contradictions(values, run_opts):
         problems.append("freeze_wav2vec2 freezes the whole encoder: freeze_layers and freeze_encoder_steps must be 0")
     if values["num_layers"] is not None and values["freeze_layers"] > values["num_layers"]:
         problems.append(f"freeze_layers {values['freeze_layers']} is more than num_layers {values['num_layers']}")
+    if values["selection"] == "last" and values["early_stopping"]:
+        problems.append("selection last takes the last epoch, whatever it is: early_stopping must be 0")
+    if values["whitening_passes"] and not values["freeze_wav2vec2"]:
+        problems.append("whitening_passes whitens features that do not move: it needs freeze_wav2vec2 True")
+    if values["whitening_passes"] and values["projector_size"] is not None:
+        problems.append("whitening_passes needs features that do not move: projector_size must be null")
     on_cpu = run_opts.device == "cpu"
     if on_cpu and "fp16" in (values["precision"], values["eval_precision"]):
         problems.append("fp16 does not work on a CPU; choose bf16 or fp32")

@@ -1,5 +1,6 @@
 """One run of the recipe: manifests -> loaders -> trained Brain -> predictions -> report."""
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
+from tqdm import tqdm
 
 from accent_plugin import manifests, report
+from accent_plugin.augment import change_speed
 from accent_plugin.bands import BANDS
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, inverse_frequency, make_loader
 from accent_plugin.brain import read_history
@@ -108,25 +112,71 @@ def require_checkpoint(save_folder):
         )
 
 
-def predict(brain, loader):
-    """Apply the best epoch's model to a split.
+def predict(brain, clips, hparams, degrade=None):
+    """Apply the best epoch's model to clips.
 
     Arguments
     ---------
     brain : AccentBrain
-    loader : torch.utils.data.DataLoader
-        Over a `ClipDataset`.
+    clips : sequence of accent_plugin.manifests.Clip
+    hparams : dict
+    degrade : callable
+        Of `accent_plugin.bands.BANDS`; None takes the clips as they are.
 
     Returns
     -------
     clips : list of accent_plugin.manifests.Clip
-        In the order of the manifest; with `--debug` only some batches are seen.
+        In their order; with `--debug` only some batches are seen.
     log_probabilities : (clips, classes) np.ndarray
+        Means over the copies of a clip at `test_speeds`, normalised anew.
     """
-    ids, log_probabilities = brain.predict(loader)
-    rows = {name: row for row, name in enumerate(ids)}
-    clips = [clip for clip in loader.dataset.clips if clip.id in rows]
-    return clips, log_probabilities[[rows[clip.id] for clip in clips]]
+    copies = []
+    for speed in hparams["test_speeds"]:
+        changes = [degrade] if degrade else []
+        changes += [functools.partial(_played, speed=speed)] if speed != 1 else []
+        ids, log_probabilities = brain.predict(whole_clips(clips, hparams, _Chain(changes) if changes else None))
+        copies.append(dict(zip(ids, log_probabilities, strict=True)))
+    seen = [clip for clip in clips if all(clip.id in copy for copy in copies)]
+    mean = np.mean([[copy[clip.id] for clip in seen] for copy in copies], axis=0)
+    return seen, log_softmax(mean, axis=1)
+
+
+def _played(samples, rng, speed):
+    return change_speed(samples, speed)
+
+
+class _Chain:
+    """Degradations one after the other; a class, as the loader's workers may have to pickle it."""
+
+    def __init__(self, changes):
+        self.changes = changes
+
+    def __call__(self, samples, rng):
+        for change in self.changes:
+            samples = change(samples, rng)
+        return samples
+
+
+def fit_whitening(brain, loader, hparams):
+    """Fit the model's whitening on `whitening_passes` passes over the training clips, as training will draw them.
+
+    Nothing is done where the model has none, or where a checkpoint holds the fitted one.
+    """
+    model = hparams["model"]
+    if model.whitening is None or brain.checkpointer.find_checkpoint() is not None:
+        return
+    model.eval()
+    vectors, labels = [], []
+    with torch.inference_mode():
+        # Epochs beyond the last: crops and augmentation that training does not see again.
+        for epoch in range(hparams["number_of_epochs"] + 1, hparams["number_of_epochs"] + 1 + hparams["whitening_passes"]):
+            loader.batch_sampler.set_epoch(epoch)
+            for batch in tqdm(loader, desc="whitening", unit="batch", disable=brain.noprogressbar):
+                batch = batch.to(brain.device)
+                vectors.append(model.embed(batch.wavs, batch.wav_lens).cpu())
+                labels.append(batch.labels.cpu())
+    model.whitening.fit(torch.cat(vectors), torch.cat(labels), hparams["whitening_shrinkage"])
+    logger.info("whitening fitted on %d crops", sum(map(len, labels)))
 
 
 def as_predictions(clips, log_probabilities, accents):
@@ -208,15 +258,15 @@ def write_report(brain, loaders, prepared, hparams, command, fold=None, outsider
         The content of metrics.json.
     """
     accents, clips = hparams["accents"], loaders["test"].dataset.clips
-    predictions = as_predictions(*predict(brain, loaders["test"]), accents)
+    predictions = as_predictions(*predict(brain, clips, hparams), accents)
     outside = None
     if outsiders is not None:
-        heard, log_probabilities = predict(brain, whole_clips(manifests.read(outsiders.paths()["test"]), hparams))
+        heard, log_probabilities = predict(brain, manifests.read(outsiders.paths()["test"]), hparams)
         outside = out_of_set(predictions, log_probabilities, [clip.accent for clip in heard])
     degraded = None
     if hparams["bands"]:
         degraded = {
-            name: as_predictions(*predict(brain, whole_clips(clips, hparams, degrade)), accents)
+            name: as_predictions(*predict(brain, clips, hparams, degrade), accents)
             for name, degrade in BANDS.items()
         }
     metrics = _write(

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from accent_plugin.pooling import make_pooling
+from accent_plugin.whitening import Whitening
 
 
 class AccentModel(nn.Module):
@@ -24,10 +25,19 @@ class AccentModel(nn.Module):
         Follow the projector with a GELU. Hugging Face's has none.
     dropout : float
         Share of the pooled features dropped in training, and of the frames' features where there is a projector.
+    whitening : bool
+        Whiten the pooled features within classes; to be fitted before training, see `accent_plugin.whitening`.
     """
 
     def __init__(
-        self, wav2vec2, accents, pooling="mean", projector_size=None, projector_activation=False, dropout=0.0
+        self,
+        wav2vec2,
+        accents,
+        pooling="mean",
+        projector_size=None,
+        projector_activation=False,
+        dropout=0.0,
+        whitening=False,
     ):
         super().__init__()
         self.wav2vec2 = wav2vec2
@@ -40,8 +50,13 @@ class AccentModel(nn.Module):
             self.projector = nn.Sequential(*layers)
             width = projector_size
         self.pooling = make_pooling(pooling, width)
+        self.whitening = Whitening(self.pooling.out_features) if whitening else None
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(self.pooling.out_features, len(accents))
+        if whitening:
+            # All directions are equal now: a random start would only favour some.
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
 
     def embed(self, wavs, wav_lens=None):
         """One vector per clip.
@@ -60,7 +75,8 @@ class AccentModel(nn.Module):
         frames, valid = self.wav2vec2(wavs, wav_lens)
         if self.projector is not None:
             frames = self.projector(frames)
-        return self.pooling(frames, valid)
+        pooled = self.pooling(frames, valid)
+        return pooled if self.whitening is None else self.whitening(pooled)
 
     def forward(self, wavs, wav_lens=None):
         """Classify; arguments as in `embed`.

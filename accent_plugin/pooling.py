@@ -62,6 +62,38 @@ class MeanPooling(nn.Module):
             return _masked_mean(_clear_padding(frames, valid), _uniform_weights(valid))
 
 
+# Keeps the square root's gradient finite where a feature does not vary, as with one frame.
+_VARIANCE_FLOOR = 1e-6
+
+
+def _statistics(frames, weights):
+    """Weighted mean and standard deviation over frames, side by side."""
+    mean = _masked_mean(frames, weights)
+    variance = _masked_mean((frames - mean.unsqueeze(1)).square(), weights)
+    return torch.cat([mean, variance.clamp(min=_VARIANCE_FLOOR).sqrt()], dim=-1)
+
+
+class StatisticsPooling(nn.Module):
+    """Mean and standard deviation over the valid frames, side by side.
+
+    Snyder et al., "X-vectors: robust DNN embeddings for speaker recognition" (2018).
+
+    Arguments
+    ---------
+    features : int
+        Width of a frame; the result is twice as wide.
+    """
+
+    def __init__(self, features):
+        super().__init__()
+        self.out_features = 2 * features
+
+    def forward(self, frames, valid):
+        """Pool; shapes as in `MeanPooling.forward`."""
+        with torch.autocast(frames.device.type, enabled=False):
+            return _statistics(_clear_padding(frames, valid), _uniform_weights(valid))
+
+
 class _FrameAttention(nn.Module):
     """One attention weight per frame: softmax over the valid frames of v' tanh(W x + b)."""
 
@@ -114,9 +146,6 @@ class AttentiveStatisticsPooling(nn.Module):
         Width of the attention's hidden layer.
     """
 
-    # Keeps the square root's gradient finite where a feature does not vary, as with one frame.
-    _VARIANCE_FLOOR = 1e-6
-
     def __init__(self, features, attention_features=128):
         super().__init__()
         self.out_features = 2 * features
@@ -126,14 +155,12 @@ class AttentiveStatisticsPooling(nn.Module):
         """Pool; shapes as in `MeanPooling.forward`."""
         with torch.autocast(frames.device.type, enabled=False):
             frames = _clear_padding(frames, valid)
-            weights = self.attention(frames, valid)
-            mean = _masked_mean(frames, weights)
-            variance = _masked_mean((frames - mean.unsqueeze(1)).square(), weights)
-            return torch.cat([mean, variance.clamp(min=self._VARIANCE_FLOOR).sqrt()], dim=-1)
+            return _statistics(frames, self.attention(frames, valid))
 
 
 POOLINGS = {
     "mean": MeanPooling,
+    "statistics": StatisticsPooling,
     "attentive": AttentivePooling,
     "attentive_statistics": AttentiveStatisticsPooling,
 }

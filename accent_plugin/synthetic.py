@@ -1,7 +1,7 @@
 """The built-in corpus: three English accents, spoken by eSpeak NG, for a first run without any recordings.
 
 Every voice reads the same sentences in every accent, so that only the accent tells them apart; a voice is in one
-split only, and so is a sentence. The speech is synthetic: it proves the machinery, not accuracy on people.
+split only, and so is a sentence (its words are not). The speech is synthetic: it proves the machinery, not accuracy on people.
 
     python -m accent_plugin.synthetic --out data/synthetic --encoder data/tiny_wav2vec2
 
@@ -9,12 +9,12 @@ Needs `pip install accent_plugin[synthetic]`: `espeakng-loader` carries the libr
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import io
 import json
 import random
-import shutil
 import sys
 import tempfile
 import threading
@@ -27,7 +27,7 @@ import soxr
 
 from accent_plugin.errors import AccentPluginError, DataError
 
-CARD = "accent_plugin.json"
+CARD = "accent_plugin.json"  # read by accent_plugin.sources, which this room may not import
 SAMPLE_RATE = 16000  # hertz
 SECONDS = (2.0, 6.0)  # every clip lies between
 ACCENTS = {"us": "gmw/en-US", "england": "gmw/en-GB-x-rp", "scotland": "gmw/en-GB-scotland"}
@@ -38,7 +38,7 @@ GENDERS = {
         "norbert benjamin marcelo Mike travis david victor sandro michel pablo Henrique boris zac announcer Nguyen"
     ).split(),
 }
-RATES = (130, 170)  # words a minute
+RATES = (135, 170)  # words a minute
 PITCHES = (35, 65)  # eSpeak's scale of 0 to 100; 50 is the variant's own pitch
 RANGES = (35, 65)  # how lively the melody is, same scale
 MIN_VOICES = 6
@@ -116,13 +116,11 @@ class Espeak:
     def __init__(self, library, data):
         self.lib = ctypes.CDLL(library)
         self.lib.espeak_Info.restype = ctypes.c_char_p
-        self.lib.espeak_Synth.argtypes = (
-            [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint]
-            + [ctypes.c_void_p] * 2
-        )
         self.sample_rate = self.lib.espeak_Initialize(self.SYNCHRONOUS, 0, str(data).encode(), self.DONT_EXIT)
         if self.sample_rate <= 0:
-            raise DataError(f"eSpeak NG cannot start: espeak_Initialize gave {self.sample_rate} with the data in {data}")
+            raise DataError(
+                f"eSpeak NG cannot start: espeak_Initialize gave {self.sample_rate} with the data in {data}"
+            )
         self.data = Path(data)
         self.version = self.lib.espeak_Info(None).decode()
         self.lock = threading.Lock()
@@ -178,7 +176,8 @@ class Espeak:
                     raise DataError(f"eSpeak NG {self.version} refuses the value {value} for its parameter {parameter}")
             self.chunks.clear()
             encoded = text.encode()
-            failed = self.lib.espeak_Synth(encoded, len(encoded) + 1, 0, 1, 0, self.UTF8, None, None)
+            size = ctypes.c_size_t(len(encoded) + 1)
+            failed = self.lib.espeak_Synth(encoded, size, 0, 1, 0, self.UTF8, None, None)
             if failed or self.lib.espeak_Synchronize() or not self.chunks:
                 raise DataError(f"eSpeak NG {self.version} said nothing with voice '{voice}+{variant}': {text}")
             return np.concatenate(self.chunks).astype(np.float32) / 32768
@@ -203,11 +202,11 @@ def plan(seed=0, voices=48, clips_per_voice=16):
     Arguments
     ---------
     seed : int
-        Chooses each voice's split, pitch, rate and sentences, and each sentence's split.
+        Chooses each voice's split, pitch, rate and sentences.
     voices : int
         Different voices over all splits; about two thirds train, one sixth each validate and test.
     clips_per_voice : int
-        Sentences that each voice of the training split reads in each accent; the others read as many of their own.
+        Sentences that each voice reads, in every accent; no other voice reads them.
 
     Returns
     -------
@@ -217,7 +216,9 @@ def plan(seed=0, voices=48, clips_per_voice=16):
     """
     most = sum(map(len, GENDERS.values()))
     if not MIN_VOICES <= voices <= most:
-        raise DataError(f"voices is {voices}; choose {MIN_VOICES} to {most}, which is how many eSpeak has for this corpus")
+        raise DataError(
+            f"voices is {voices}; choose {MIN_VOICES} to {most}, which is how many eSpeak has for this corpus"
+        )
     if clips_per_voice < 1:
         raise DataError(f"clips_per_voice is {clips_per_voice}; choose 1 or more")
     rng = random.Random(seed)
@@ -247,7 +248,7 @@ def plan(seed=0, voices=48, clips_per_voice=16):
     return clips
 
 
-def _clip(clip):
+def _speak(clip):
     """Speak one planned clip and encode it: 16 kHz mono FLAC, all clips equally loud."""
     speaker = espeak()
     wave = speaker.speak(
@@ -265,7 +266,7 @@ def _clip(clip):
     wave *= min(LEVEL / level, 0.99 / np.abs(wave).max())
     buffer = io.BytesIO()
     sf.write(buffer, wave, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    return buffer.getvalue(), seconds
+    return buffer.getvalue()
 
 
 def make_corpus(folder, seed=0, voices=48, clips_per_voice=16, say=None):
@@ -300,65 +301,71 @@ def make_corpus(folder, seed=0, voices=48, clips_per_voice=16, say=None):
     True
     """
     say = say or (lambda line: None)
-    folder = Path(folder).absolute()
     arguments = {"seed": seed, "voices": voices, "clips_per_voice": clips_per_voice}
     found = _found(folder, arguments)
     if found:
         say(f"{folder} is there already, made with the same arguments: nothing to do")
         return found
     clips = plan(**arguments)
-    version = espeak().version
-    say(f"speaking {sum(map(len, clips.values()))} clips with eSpeak NG {version}")
+    card = {
+        "synthetic": True,
+        "name": "built-in synthetic corpus (eSpeak NG)",
+        "note": "proves the machinery, says nothing about accuracy on people",
+        **arguments,
+        "espeak_version": espeak().version,
+    }
+    say(f"speaking {sum(map(len, clips.values()))} clips with eSpeak NG {card['espeak_version']}")
     start = time.monotonic()
 
     from datasets import Audio, Dataset, DatasetDict
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        splits, spoken = DatasetDict(), {}
+    with _publish(folder) as temporary:
+        splits = DatasetDict()
         for split, rows in clips.items():
-            cells = [_clip(row) for row in rows]
+            audio = [{"bytes": _speak(row), "path": row["path"]} for row in rows]
             columns = {name: [row[name] for row in rows] for name in COLUMNS}
-            audio = [{"bytes": data, "path": row["path"]} for row, (data, _) in zip(rows, cells, strict=True)]
             # Given as a plain struct, then cast: encoding an Audio feature would need torchcodec and FFmpeg.
-            splits[split] = Dataset.from_dict({"audio": audio, **columns}).cast_column("audio", Audio(SAMPLE_RATE))
-            spoken[split] = round(sum(seconds for _, seconds in cells), 1)
-            say(f"{split}: {len(rows)} clips, {spoken[split] / 60:.1f} minutes")
-        splits.save_to_disk(temporary / "corpus")
-        card = {
-            "synthetic": True,
-            "name": "built-in synthetic corpus (eSpeak NG)",
-            "note": "proves the machinery, says nothing about accuracy on people",
-            **arguments,
-            "espeak_version": version,
-            "seconds": spoken,
-        }
-        (temporary / "corpus" / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()  # empty, or _found had raised
-        (temporary / "corpus").rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    say(f"{folder} is ready, made in {time.monotonic() - start:.0f} s: synthetic speech, {card['note']}")
+            dataset = Dataset.from_dict({"audio": audio, **columns})
+            splits[split] = dataset.cast_column("audio", Audio(sampling_rate=SAMPLE_RATE))
+            say(f"{split}: {len(rows)} clips of {len({row['variant'] for row in rows})} voices")
+        splits.save_to_disk(temporary)
+        (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    say(f"{folder} is ready, made in {time.monotonic() - start:.0f} s; synthetic speech: {card['note']}")
     return card
 
 
 def _found(folder, arguments):
-    """Return the card of a corpus that is there already, None where there is nothing; raise for anything else."""
+    """Card of the corpus that is there already, None where there is nothing; anything else is an error."""
+    folder = Path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not card["synthetic"]:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} is there already and is no built-in corpus: choose another folder") from error
-    other = [f"{name} {card.get(name)}, not {value}" for name, value in arguments.items() if card.get(name) != value]
+    other = [f"{name} was {card.get(name)}, not {new}" for name, new in arguments.items() if card.get(name) != new]
     if other:
         raise DataError(
             f"{folder} was made with other arguments: {', '.join(other)}\n"
             "delete it, choose another folder, or pass the same arguments"
         )
     return card
+
+
+@contextlib.contextmanager
+def _publish(folder):
+    """Give a temporary folder beside `folder`, and rename it to `folder` once all went well."""
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as outer:
+        inner = Path(outer) / folder.name  # not `outer` itself, which only its owner may read
+        inner.mkdir()
+        yield inner
+        if folder.exists():
+            folder.rmdir()  # empty, or _found had raised
+        inner.rename(folder)
 
 
 def main(arguments=None):
@@ -382,6 +389,9 @@ def main(arguments=None):
             make_tiny_wav2vec2(options.encoder, options.seed, say)
     except AccentPluginError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"cannot write: {error}; free some space there, or choose another folder", file=sys.stderr)
         return 2
     return 0
 

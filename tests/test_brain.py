@@ -60,6 +60,7 @@ def make_brain(tmp_path):
             "decay": "none",
             "freeze_encoder_steps": 0,
             "label_smoothing": 0.0,
+            "selection": "macro_f1",
             "epoch_counter": counter,
             "train_logger": Recorder(),
             "tensorboard_logger": None,
@@ -198,6 +199,16 @@ def test_training_learns_and_keeps_the_best_epoch(make_brain, loader):
     best = max(row["valid_macro_f1"] for row in history)
     assert best > 0.9
     assert history[brain.best_epoch() - 1]["valid_macro_f1"] == best
+
+
+@pytest.mark.parametrize("selection, better", [("loss", min), ("last", None)])
+def test_the_epoch_can_be_chosen_otherwise(make_brain, loader, selection, better):
+    brain = make_brain(epochs=4, selection=selection, lr_encoder=0.5, lr_head=0.5)
+    brain.fit(brain.hparams.epoch_counter, loader(), loader())
+    history = read_history(brain.history_file)
+    best = better(history, key=lambda row: row["valid_loss"]) if better else history[-1]
+    assert brain.best_epoch() == best["epoch"]
+    assert brain.predict(loader())[1].shape == (12, 2)
 
 
 def test_the_figures_of_validation_are_those_of_the_predictions(make_brain, loader):

@@ -47,7 +47,7 @@ def test_all_problems_are_named_at_once(read):
     lines = problems(read, "--pooling", "stats", "--lr_hed", "0.1", "--dropout", "2", "--balance")
     assert "4 problems" in lines[0]
     assert "  '--lr_hed' is no hyperparameter or run option (did you mean --lr_head?)" in lines
-    assert "  pooling is 'stats'; it should be one of mean, attentive, attentive_statistics" in lines
+    assert "  pooling is 'stats'; it should be one of mean, statistics, attentive, attentive_statistics" in lines
     assert "  dropout is 2; it should be a number at least 0 and at most 0.95" in lines
     assert "  --balance was given without a value" in lines
 

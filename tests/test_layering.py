@@ -11,7 +11,7 @@ PACKAGE = Path(accent_plugin.__file__).parent
 # From the ground up; a room may import rooms of lower storeys, and of its own where it is named in BESIDE.
 STOREYS = [
     {"errors"},
-    {"labels", "audio", "pooling"},
+    {"labels", "audio", "pooling", "whitening"},
     {"splits", "metrics", "augment", "encoder", "tiny"},
     {"sources", "synthetic"},
     {"manifests", "model", "batches", "pictures", "report_html", "report"},

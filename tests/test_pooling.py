@@ -20,6 +20,10 @@ def test_mean_by_hand():
     assert torch.equal(MeanPooling(2)(FRAMES, VALID), torch.tensor([[2.0, 15.0]]))
 
 
+def test_statistics_by_hand():
+    assert torch.allclose(make_pooling("statistics", 2)(FRAMES, VALID), torch.tensor([[2.0, 15.0, 1.0, 5.0]]))
+
+
 def test_attention_by_hand():
     pooling = with_scores(make_pooling("attentive", 2), [0.0, torch.log(torch.tensor(3.0)).item(), 50.0])
     assert torch.allclose(pooling(FRAMES, VALID), torch.tensor([[0.25 * 1 + 0.75 * 3, 0.25 * 10 + 0.75 * 20]]))
@@ -74,5 +78,5 @@ def test_the_width_that_is_announced_is_the_width_that_comes(name):
 
 
 def test_unknown_pooling():
-    with pytest.raises(ConfigError, match="pooling 'stats' is unknown; choose one of mean, attentive"):
+    with pytest.raises(ConfigError, match="pooling 'stats' is unknown; choose one of mean, statistics, attentive"):
         make_pooling("stats", 2)

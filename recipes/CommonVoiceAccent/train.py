@@ -55,6 +55,7 @@ def run(settings, command, fold=None):
         class_weights=experiment.make_class_weights(hparams["class_weights"], loaders["train"].dataset),
         history_file=Path(hparams["save_folder"]) / "history.json",
     )
+    experiment.fit_whitening(brain, loaders["train"], hparams)
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
     return experiment.write_report(brain, loaders, prepared, hparams, command, fold, outsiders)
 
