@@ -43,7 +43,14 @@ setup(
         # GPL-3.0: needed only to make the built-in synthetic corpus, loaded with ctypes, never bundled.
         "synthetic": ["espeakng-loader>=0.2.4"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis", "confidence-intervals", "tensorboard", "espeakng-loader>=0.2.4"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "confidence-intervals",
+            "tensorboard",
+            "espeakng-loader>=0.2.4",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

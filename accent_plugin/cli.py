@@ -32,7 +32,9 @@ def _summarise(arguments):
         try:
             runs[run] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise AccentPluginError(f"{path} cannot be read: {error}; give the output folders of finished runs") from None
+            raise AccentPluginError(
+                f"{path} cannot be read: {error}; give the output folders of finished runs"
+            ) from None
     report.write_summary(arguments.out, metrics.summarise(list(runs.values()), list(runs)))
     print((Path(arguments.out) / "summary.md").read_text(encoding="utf-8"))
 

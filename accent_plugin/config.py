@@ -339,7 +339,7 @@ def _refusals(wanted):
 
 
 def _split(argv):
-    """The YAML's path, words of each `--key` of ours, and SpeechBrain's options, whose flags may carry True or False."""
+    """The YAML's path, words of each `--key` of ours, and SpeechBrain's options."""
     options = {field.name: field.default for field in dataclasses.fields(RunOptions)}
     if not argv or argv[0].startswith("--"):
         raise ConfigError("the first argument is a YAML of hyperparameters: train.py hparams/wav2vec2_base.yaml")
@@ -453,7 +453,9 @@ def _contradictions(values, run_opts):
     if len(values["accents"]) < 2:
         problems.append(f"accents is {values['accents']}; there is nothing to tell apart")
     if values["n_folds"] in (1, 2):
-        problems.append(f"n_folds is {values['n_folds']}; give 0 for none, or at least 3: one part tests, one validates")
+        problems.append(
+            f"n_folds is {values['n_folds']}; give 0 for none, or at least 3: one part tests, one validates"
+        )
     if values["fold"] is not None and values["fold"] > values["n_folds"]:
         problems.append(f"fold {values['fold']} was asked for, but n_folds is {values['n_folds']}")
     if values["split"] == "both" and (values["seeds"] or values["skip_prep"] or values["fold"]):

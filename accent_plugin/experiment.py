@@ -169,7 +169,9 @@ def fit_whitening(brain, loader, hparams):
     vectors, labels = [], []
     with torch.inference_mode():
         # Epochs beyond the last: crops and augmentation that training does not see again.
-        for epoch in range(hparams["number_of_epochs"] + 1, hparams["number_of_epochs"] + 1 + hparams["whitening_passes"]):
+        for epoch in range(
+            hparams["number_of_epochs"] + 1, hparams["number_of_epochs"] + 1 + hparams["whitening_passes"]
+        ):
             loader.batch_sampler.set_epoch(epoch)
             for batch in tqdm(loader, desc="whitening", unit="batch", disable=brain.noprogressbar):
                 batch = batch.to(brain.device)
@@ -266,8 +268,7 @@ def write_report(brain, loaders, prepared, hparams, command, fold=None, outsider
     degraded = None
     if hparams["bands"]:
         degraded = {
-            name: as_predictions(*predict(brain, clips, hparams, degrade), accents)
-            for name, degrade in BANDS.items()
+            name: as_predictions(*predict(brain, clips, hparams, degrade), accents) for name, degrade in BANDS.items()
         }
     metrics = _write(
         hparams["output_folder"],
@@ -315,7 +316,12 @@ def run_baseline(loaders, prepared, hparams, command, fold=None, device="cpu"):
         hparams["output_folder"],
         predictions,
         data=describe_data(prepared, fold),
-        model={**describe_model(hparams), "pooling": "mean", "layer": layer, "trained_parameters": model[-1].coef_.size},
+        model={
+            **describe_model(hparams),
+            "pooling": "mean",
+            "layer": layer,
+            "trained_parameters": model[-1].coef_.size,
+        },
         command=command,
         notes=list(prepared.warnings),
         audio=_paths(clips),

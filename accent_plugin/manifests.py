@@ -246,7 +246,11 @@ def prepare(data_folder, prepared_folder, *, workers=None, progress=True, **choi
     """
     choices = Choices(**choices)
     data_folder, folder = Path(data_folder).absolute(), Path(prepared_folder).absolute()
-    header = {"arguments": choices.as_json(), "source": sources.fingerprint(data_folder), "data_folder": str(data_folder)}
+    header = {
+        "arguments": choices.as_json(),
+        "source": sources.fingerprint(data_folder),
+        "data_folder": str(data_folder),
+    }
     if folder.resolve().is_relative_to(data_folder.resolve()):
         raise DataError(f"prepared_folder {folder} is inside data_folder, which is only read: choose another")
     if done := _finished(folder, header):
@@ -268,7 +272,11 @@ def check(data_folder, prepared_folder, **choices):
         When ``prepared_folder`` was made from something else.
     """
     choices, data_folder = Choices(**choices), Path(data_folder).absolute()
-    header = {"arguments": choices.as_json(), "source": sources.fingerprint(data_folder), "data_folder": str(data_folder)}
+    header = {
+        "arguments": choices.as_json(),
+        "source": sources.fingerprint(data_folder),
+        "data_folder": str(data_folder),
+    }
     if not _finished(Path(prepared_folder).absolute(), header):
         _plan(data_folder, choices, _Notes())
 

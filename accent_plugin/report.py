@@ -593,6 +593,8 @@ def _leaked(runs):
     for level in ("clip", "speaker"):
         if all(run[level] for run in runs.values()):
             yield "heading", 2, f"By {level}"
-            yield "table", ["", *runs], [
-                [text, *(_value(run[level][name]) for run in runs.values())] for name, text in NAMES.items()
-            ]
+            yield (
+                "table",
+                ["", *runs],
+                [[text, *(_value(run[level][name]) for run in runs.values())] for name, text in NAMES.items()],
+            )

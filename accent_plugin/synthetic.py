@@ -1,7 +1,8 @@
 """The built-in corpus: three English accents, spoken by eSpeak NG, for a first run without any recordings.
 
 Every voice reads the same sentences in every accent, so that only the accent tells them apart; a voice is in one
-split only, and so is a sentence (its words are not). The speech is synthetic: it proves the machinery, not accuracy on people.
+split only, and so is a sentence, though not its words. The speech is synthetic: it proves the machinery, not accuracy
+on people.
 
     python -m accent_plugin.synthetic --out data/synthetic --encoder data/tiny_wav2vec2
 
@@ -14,6 +15,7 @@ import ctypes
 import functools
 import io
 import json
+import os
 import random
 import sys
 import tempfile
@@ -112,16 +114,22 @@ class Espeak:
 
     RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
     SYNCHRONOUS, UTF8, DONT_EXIT = 2, 1, 0x8000
+    LONGEST_PATH = 100  # bytes; the library cuts its data folder off at 160, file names included
 
     def __init__(self, library, data):
         self.lib = ctypes.CDLL(library)
         self.lib.espeak_Info.restype = ctypes.c_char_p
-        self.sample_rate = self.lib.espeak_Initialize(self.SYNCHRONOUS, 0, str(data).encode(), self.DONT_EXIT)
+        self.data = Path(data)
+        short = self.data
+        if len(os.fsencode(data)) > self.LONGEST_PATH:
+            self._link = tempfile.TemporaryDirectory(prefix="espeak-")  # files are opened as they are needed
+            short = Path(self._link.name) / "data"
+            short.symlink_to(self.data, target_is_directory=True)
+        self.sample_rate = self.lib.espeak_Initialize(self.SYNCHRONOUS, 0, os.fsencode(short), self.DONT_EXIT)
         if self.sample_rate <= 0:
             raise DataError(
-                f"eSpeak NG cannot start: espeak_Initialize gave {self.sample_rate} with the data in {data}"
+                f"eSpeak NG cannot start with its data in {data}: run pip install --force-reinstall espeakng-loader"
             )
-        self.data = Path(data)
         self.version = self.lib.espeak_Info(None).decode()
         self.lock = threading.Lock()
         self.chunks = []

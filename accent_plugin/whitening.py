@@ -1,8 +1,8 @@
 """Within-class whitening of pooled features: what varies among speakers of one accent is made small.
 
-Within-class covariance normalisation (Hatch, Kajarekar and Stolcke, "Within-class covariance normalization for SVM-based
-speaker recognition", 2006), with the covariance shrunk towards a multiple of the identity. For features of a frozen
-encoder, of which there are more than speakers.
+Within-class covariance normalisation (Hatch, Kajarekar and Stolcke, "Within-class covariance normalization for
+SVM-based speaker recognition", 2006), with the covariance shrunk towards a multiple of the identity. For features of a
+frozen encoder, of which there are more than speakers.
 """
 
 import torch

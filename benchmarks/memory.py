@@ -68,7 +68,10 @@ def main():
             start = time.time()
             brain.step += 1
             loss = float(brain.fit_batch(batch))
-            print(f"step {brain.step}: {tuple(batch.wavs.shape)}, loss {loss:.3f}, {time.time() - start:.1f} s", flush=True)
+            print(
+                f"step {brain.step}: {tuple(batch.wavs.shape)}, loss {loss:.3f}, {time.time() - start:.1f} s",
+                flush=True,
+            )
             if brain.step == arguments.steps:
                 break
     versions = experiment.versions()

@@ -1,4 +1,4 @@
-"""Batches: drawn anew each epoch, the same for a seed, within their limit; augmentation that depends on the clip alone."""
+"""Batches: drawn anew each epoch, the same for a seed, within their limit; augmentation by clip, not by batch."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,9 @@ def test_little_is_padding():
 def test_weights_make_rare_clips_come_more_often():
     labels = np.array([0] * 900 + [1] * 100)
     weights = inverse_frequency(labels, 2)[labels]
-    drawn = [index for batch in epoch(BucketBatchSampler(np.full(1000, 4.0), 40.0, weights=weights), 1) for index in batch]
+    drawn = [
+        index for batch in epoch(BucketBatchSampler(np.full(1000, 4.0), 40.0, weights=weights), 1) for index in batch
+    ]
     assert len(drawn) == 1000
     assert 0.4 < np.mean(labels[drawn]) < 0.6
 

@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", ROOT / "recipes/CommonVoiceAccent/README.md"]
 def test_options_exist(page):
     text = page.read_text(encoding="utf-8")
     known = {*config.KEYS, *config._OPTION_NAMES, "out"}
-    given = {option for option in re.findall(r"--([a-z0-9_]+)", text)}
+    given = set(re.findall(r"--([a-z0-9_]+)", text))
     assert given - known == set()
 
 

@@ -20,7 +20,20 @@ STOREYS = [
     {"cli"},
 ]
 BESIDE = {("report", "pictures"), ("report", "report_html"), ("report_html", "pictures")}
-WITHOUT_TORCH = {"bands", "errors", "labels", "audio", "splits", "sources", "manifests", "metrics", "augment", "report", "pictures", "report_html"}
+WITHOUT_TORCH = {
+    "bands",
+    "errors",
+    "labels",
+    "audio",
+    "splits",
+    "sources",
+    "manifests",
+    "metrics",
+    "augment",
+    "report",
+    "pictures",
+    "report_html",
+}
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 

@@ -165,6 +165,17 @@ def test_the_leaky_split_says_so_and_is_compared_with_the_honest_one(train, word
     assert "difference" in json.loads((tmp_path / "out/comparison.json").read_text())["clip"]["accuracy"]
 
 
+def test_frozen_features_are_whitened_and_scores_averaged_over_speeds(train, words, tmp_path):
+    arguments = ("--freeze_wav2vec2", "True", "--pooling", "statistics", "--whitening_passes", "2")
+    speeds = ("--test_speeds", "[0.9, 1.0, 1.1]", "--selection", "last", "--early_stopping", "0")
+    assert train(*words, *arguments, *speeds).code == 0
+    first = metrics_of(tmp_path / "out")
+    assert train(*words, *arguments, *speeds, "--test_only", "True").code == 0
+    assert metrics_of(tmp_path / "out")["clip"] == first["clip"]  # the whitening is part of the checkpoint
+    assert train(*words, *arguments, "--selection", "last", "--early_stopping", "0", "--test_only", "True").code == 0
+    assert metrics_of(tmp_path / "out")["clip"]["log_loss"] != first["clip"]["log_loss"]
+
+
 def test_accents_that_are_no_classes_are_scored_for_rejection(train, words, tmp_path):
     done = train(*words, "--number_of_epochs", "1", "--accents", "[us, england]", "--out_of_set", "[scotland]")
     assert done.code == 0

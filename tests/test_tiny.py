@@ -20,7 +20,9 @@ def test_it_loads_like_any_encoder_and_is_small(tmp_path):
 
 
 def test_a_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
-    one, same, other = (weights(make_tiny_wav2vec2(tmp_path / name, seed)) for name, seed in zip("abc", (1, 1, 2)))
+    one, same, other = (
+        weights(make_tiny_wav2vec2(tmp_path / name, seed)) for name, seed in zip("abc", (1, 1, 2), strict=True)
+    )
     assert all(torch.equal(one[key], same[key]) for key in one)
     assert not any(torch.equal(one[key], other[key]) for key in one if key.endswith("conv.weight"))
 
