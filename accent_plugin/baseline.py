@@ -1,7 +1,7 @@
 """The frozen baseline: mean-pooled layers of an untouched encoder and scikit-learn's logistic regression.
 
-It is what a careful user tries first, needs no GPU, and is the bar that fine-tuning has to clear. Every layer and
-strength of regularisation is tried; validation chooses.
+It is what a careful user tries first, needs no GPU, and is the bar that fine-tuning has to clear. Layers and strengths
+of regularisation are tried, validation chooses, and the choice is fitted again on training and validation together.
 """
 
 import logging
@@ -50,14 +50,16 @@ def layer_means(encoder, loader, device="cpu", progress=True):
     return np.stack([found[clip.id] for clip in loader.dataset.clips])
 
 
-def fit(train, labels, valid, valid_labels, classes, seed=0):
-    """Try every layer and strength, and keep what validation likes best.
+def fit(train, labels, valid, valid_labels, classes, layers=None, seed=0):
+    """Try layers and strengths, and fit what validation likes best on all examples.
 
     Arguments
     ---------
     train, valid : (clips, states, features) np.ndarray
     labels, valid_labels : (clips,) np.ndarray of int
     classes : int
+    layers : list of int
+        States to try; None tries all.
     seed : int
 
     Returns
@@ -69,13 +71,9 @@ def fit(train, labels, valid, valid_labels, classes, seed=0):
         Layer, strength, and the validation figures of each trial.
     """
     best, trials = None, []
-    for layer in range(train.shape[1]):
+    for layer in range(train.shape[1]) if layers is None else layers:
         for strength in STRENGTHS:
-            model = make_pipeline(
-                StandardScaler(),
-                LogisticRegression(C=strength, class_weight="balanced", max_iter=2000, random_state=seed),
-            )
-            model.fit(train[:, layer], labels)
+            model = _make(strength, seed).fit(train[:, layer], labels)
             confusion = confusion_matrix(valid_labels, model.predict(valid[:, layer]), classes)
             # Ties are common on a small validation split; the likelihood settles them.
             likelihood = model.predict_log_proba(valid[:, layer])[np.arange(len(valid_labels)), valid_labels].mean()
@@ -89,7 +87,13 @@ def fit(train, labels, valid, valid_labels, classes, seed=0):
             trials.append(trial)
             score = (trial["valid_macro_f1"], likelihood)
             if best is None or score > best[0]:
-                best = (score, model, layer)
-    _, model, layer = best
-    logger.info("logistic regression: layer %d of %d chosen on validation", layer, train.shape[1] - 1)
-    return model, layer, trials
+                best = (score, layer, strength)
+    _, layer, strength = best
+    logger.info("layer %d of %d and C = %g chosen on validation", layer, train.shape[1] - 1, strength)
+    both = np.concatenate([train[:, layer], valid[:, layer]])
+    return _make(strength, seed).fit(both, np.concatenate([labels, valid_labels])), layer, trials
+
+
+def _make(strength, seed):
+    classifier = LogisticRegression(C=strength, class_weight="balanced", max_iter=2000, random_state=seed)
+    return make_pipeline(StandardScaler(), classifier)

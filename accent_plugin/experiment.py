@@ -289,6 +289,8 @@ def write_report(brain, loaders, prepared, hparams, command, fold=None, outsider
 def run_baseline(loaders, prepared, hparams, command, fold=None, device="cpu"):
     """Fit and report the frozen baseline of `accent_plugin.baseline` in place of training.
 
+    Where `weighted_layers` is a list, only those layers are tried.
+
     Arguments and returns as in `write_report`; every trial on validation is kept in `<save_folder>/trials.json`.
     """
     from accent_plugin import baseline
@@ -304,6 +306,7 @@ def run_baseline(loaders, prepared, hparams, command, fold=None, device="cpu"):
         features["valid"],
         datasets["valid"].labels(),
         len(hparams["accents"]),
+        layers=hparams["weighted_layers"] if isinstance(hparams["weighted_layers"], list) else None,
         seed=hparams["seed"],
     )
     trials_file = Path(hparams["save_folder"]) / "trials.json"

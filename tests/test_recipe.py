@@ -156,6 +156,11 @@ def test_the_frozen_baseline_has_the_same_report(train, words, tmp_path):
     assert metrics["model"]["layer"] == best["layer"] and metrics["clip"]["accuracy"]["n"] == 6
 
 
+def test_the_baseline_can_be_held_to_one_layer(train, words, tmp_path):
+    assert train(*words, "--method", "logistic_regression", "--weighted_layers", "[2]").code == 0
+    assert metrics_of(tmp_path / "out")["model"]["layer"] == 2
+
+
 def test_the_leaky_split_says_so_and_is_compared_with_the_honest_one(train, words, tmp_path):
     arguments = ("--method", "logistic_regression", "--split", "both", "--n_folds", "3", "--balance", "none")
     assert train(*words, *arguments).code == 0
