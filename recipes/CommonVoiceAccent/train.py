@@ -99,6 +99,9 @@ def run_splits(settings, command):
 
 def main(argv):
     """Run the recipe; return the exit code."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
     try:
         if "RANK" in os.environ:
             raise ConfigError("training on several processes is not supported yet: start python train.py, not torchrun")
