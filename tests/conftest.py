@@ -5,6 +5,7 @@ import sys
 
 # Before numpy and torch start their thread pools: tests share the machine, and their arrays are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test may reach the Hub; what needs it is tested against its offline error.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -161,6 +161,7 @@ def test_the_baseline_can_be_held_to_one_layer(train, words, tmp_path):
     assert metrics_of(tmp_path / "out")["model"]["layer"] == 2
 
 
+@pytest.mark.slow
 def test_the_leaky_split_says_so_and_is_compared_with_the_honest_one(train, words, tmp_path):
     arguments = ("--method", "logistic_regression", "--split", "both", "--n_folds", "3", "--balance", "none")
     assert train(*words, *arguments).code == 0
