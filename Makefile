@@ -1,6 +1,7 @@
 # make demo      a first run from nothing: environment, built-in corpus, training, report
 # make test      the tests a newcomer runs (under 10 minutes on two cores)
-# make test-all  all tests, slow ones too
+# make test-slow the tests that it leaves out
+# make test-all  all tests
 # make lint      ruff
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DEMO := data/demo
 # Threads that wait by spinning make a step five times slower on a machine that has other work to do.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help env demo test test-all lint
+.PHONY: help env demo test test-slow test-all lint
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -41,6 +42,9 @@ DEMO_OVERRIDES = --name demo --data_folder $(DEMO)/corpus --wav2vec2_hub $(DEMO)
 
 test: env
 	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
 
 test-all: env
 	$(BIN)/python -m pytest
