@@ -1,20 +1,15 @@
 """Small DatasetDicts with noise in them, and the real data beside the checkout where it is there."""
 
 import io
-from pathlib import Path
 
 import numpy as np
-import pytest
 import soundfile
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+from conftest import shared
 
 
 def shared_data(name):
     """A folder of real data; skips the test where it is absent."""
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"real data {name} is not beside this checkout ({SHARED})")
-    return SHARED / name
+    return shared("data", name)
 
 
 def noise(seconds=1.5, rate=16_000, channels=None, seed=0):
