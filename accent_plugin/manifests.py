@@ -244,15 +244,7 @@ def prepare(data_folder, prepared_folder, *, workers=None, progress=True, **choi
     ManifestError
         When ``prepared_folder`` was made from something else.
     """
-    choices = Choices(**choices)
-    data_folder, folder = Path(data_folder).absolute(), Path(prepared_folder).absolute()
-    header = {
-        "arguments": choices.as_json(),
-        "source": sources.fingerprint(data_folder),
-        "data_folder": str(data_folder),
-    }
-    if folder.resolve().is_relative_to(data_folder.resolve()):
-        raise DataError(f"prepared_folder {folder} is inside data_folder, which is only read: choose another")
+    choices, data_folder, folder, header = _begin(data_folder, prepared_folder, choices)
     if done := _finished(folder, header):
         return done
     with _writing(folder), _locked(folder):
@@ -271,14 +263,20 @@ def check(data_folder, prepared_folder, **choices):
     ManifestError
         When ``prepared_folder`` was made from something else.
     """
-    choices, data_folder = Choices(**choices), Path(data_folder).absolute()
-    header = {
-        "arguments": choices.as_json(),
-        "source": sources.fingerprint(data_folder),
-        "data_folder": str(data_folder),
-    }
-    if not _finished(Path(prepared_folder).absolute(), header):
+    choices, data_folder, folder, header = _begin(data_folder, prepared_folder, choices)
+    if not _finished(folder, header):
         _plan(data_folder, choices, _Notes())
+
+
+def _begin(data_folder, prepared_folder, choices):
+    """Checked choices, absolute folders, and what prepare.json says of them."""
+    choices = Choices(**choices)
+    data_folder, folder = Path(data_folder).absolute(), Path(prepared_folder).absolute()
+    source = sources.fingerprint(data_folder)
+    if folder.resolve().is_relative_to(data_folder.resolve()):
+        raise DataError(f"prepared_folder {folder} is inside data_folder, which is only read: choose another")
+    header = {"arguments": choices.as_json(), "source": source, "data_folder": str(data_folder)}
+    return choices, data_folder, folder, header
 
 
 def fingerprint(data_folder, **choices):

@@ -13,7 +13,6 @@ from accent_plugin.batches import Batch, BucketBatchSampler, ClipDataset, make_l
 from accent_plugin.brain import AccentBrain, learning_rate_factor, make_epoch_counter, read_history
 from accent_plugin.errors import AccentPluginError
 from accent_plugin.manifests import Clip
-from accent_plugin.pooling import MeanPooling
 
 
 class TinyEncoder(torch.nn.Module):
@@ -277,7 +276,3 @@ def test_the_weights_for_classes_follow_their_counts():
     assert torch.allclose(make_class_weights("balanced", dataset), torch.tensor([2 / 3, 2.0]))
     assert make_class_weights([1, 3], dataset).tolist() == [1.0, 3.0]
     assert make_class_weights(None, dataset) is None
-
-
-def test_mean_pooling_is_what_the_stand_in_uses():
-    assert isinstance(make_model().pooling, MeanPooling)
