@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Evaluation keeps no activations for a backward pass, so that more audio fits.
 _EVALUATION_BATCHES = 2
+# Of the card that a DatasetDict carries, what a report repeats.
+_CARD_REPEATED = ("made_by", "source", "arguments", "counts", "dropped", "lost_sentences", "labels", "warnings")
 _PACKAGES = ("accent_plugin", "speechbrain", "transformers", "torch", "torchaudio", "datasets", "scikit-learn", "numpy")
 
 
@@ -199,6 +201,7 @@ def as_predictions(clips, log_probabilities, accents):
 def describe_data(prepared, fold=None):
     """What a report says of the data: name, whether it is synthetic, how it was split, counts and what was left out."""
     counts = prepared.counts if fold is None else prepared.counts[f"fold_{fold}"]
+    made = {key: value for key, value in prepared.card.items() if key in _CARD_REPEATED}
     return {
         "name": prepared.name,
         "synthetic": prepared.synthetic,
@@ -206,7 +209,7 @@ def describe_data(prepared, fold=None):
         "split": prepared.arguments["split"],
         "counts": counts,
         "left_out": prepared.dropped,
-    }
+    } | ({"made": made} if made else {})
 
 
 def describe_model(hparams):

@@ -15,6 +15,9 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+
+from accent_plugin.errors import ConfigError
 
 NO_ACCENT = "no accent"
 UNKNOWN_ACCENT = "unknown accent"
@@ -55,7 +58,34 @@ SPELLINGS = {
     ),
 }
 
-PRESETS = {"three": ("us", "england", "australia")}
+# "sixteen" are the classes of CommonAccent (Zuluaga-Gomez et al. 2023): Common Voice's old codes without "other".
+PRESETS = {
+    "three": ("us", "england", "australia"),
+    "sixteen": (
+        "african",
+        "australia",
+        "bermuda",
+        "canada",
+        "england",
+        "hongkong",
+        "indian",
+        "ireland",
+        "malaysia",
+        "newzealand",
+        "philippines",
+        "scotland",
+        "singapore",
+        "southatlandtic",
+        "us",
+        "wales",
+    ),
+}
+
+_GENDERS = {
+    "male": ("m", "male masculine"),
+    "female": ("f", "female feminine"),
+    "": ("nan", "none", "null", "na", "n/a", "do not wish to say"),
+}
 
 # What a table that went through pandas, or a cautious speaker, writes for "nothing".
 _NOTHING = {"", "nan", "none", "null", "na", "n/a"}
@@ -117,6 +147,76 @@ def inverse(label, extra=None):
     more = tuple(spelling for spelling, target in (extra or {}).items() if target == label)
     known = (label, *SPELLINGS[label]) if label in SPELLINGS else ()
     return tuple(dict.fromkeys(known + more))
+
+
+def preset(accents):
+    """Labels of a preset's name, of a text with commas, or of a sequence.
+
+    Raises
+    ------
+    ConfigError
+        When there is none, or one is there twice.
+
+    Example
+    -------
+    >>> preset("three")
+    ('us', 'england', 'australia')
+    >>> preset("us, scotland")
+    ('us', 'scotland')
+    """
+    if isinstance(accents, str):
+        accents = PRESETS.get(accents.strip()) or [name.strip() for name in accents.split(",")]
+    accents = tuple(accents)
+    if not accents or not all(isinstance(name, str) and name for name in accents) or len(set(accents)) < len(accents):
+        raise ConfigError(f"accents is {accents!r}; give distinct names, or one of {', '.join(PRESETS)}")
+    return accents
+
+
+def gender(raw):
+    """The gender that a cell gives in any release's spelling: "male", "female", another as given, or ""."""
+    text = normalise(raw or "")
+    return next((name for name, spellings in _GENDERS.items() if text == name or text in spellings), raw)
+
+
+def read_mapping(path):
+    """Read a user's table of accents, which extends the built-in one.
+
+    Arguments
+    ---------
+    path : str or Path
+        YAML: ``spelling: label`` in each line, or ``label: [spelling, ...]``.
+
+    Returns
+    -------
+    dict
+        ``{spelling: label}``.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be read, holds something else, or gives a spelling two labels.
+    """
+    import yaml
+
+    try:
+        table = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    if not isinstance(table, dict) or not table:
+        raise ConfigError(f"{path} holds no table; write one line for each spelling, such as 'Geordie: england'")
+    mapping = {}
+    for key, value in table.items():
+        for spelling, label in [(key, value)] if not isinstance(value, list) else [(each, key) for each in value]:
+            if not isinstance(spelling, str) or not isinstance(label, str) or not spelling.strip() or not label.strip():
+                raise ConfigError(
+                    f"{path} maps {spelling!r} to {label!r}; both must be text (YAML reads a bare no or 1 as something"
+                    " else: put them in quotes)"
+                )
+            if mapping.setdefault(normalise(spelling), label) != label:
+                raise ConfigError(f"{path} maps '{spelling}' to {mapping[normalise(spelling)]} and to {label}")
+    return mapping
 
 
 @lru_cache(maxsize=100_000)

@@ -17,19 +17,15 @@ Nothing here imports torch, and ``datasets`` only when there is something to do.
 import contextlib
 import csv
 import dataclasses
-import difflib
-import errno
-import hashlib
 import json
 import logging
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from accent_plugin import audio, labels, sources, splits
+from accent_plugin import audio, disk, selection, sources, splits
 from accent_plugin.errors import ConfigError, DataError, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -42,23 +38,12 @@ FORMAT_VERSION = 1
 BALANCES = ("downsample", "sampler", "none")
 SPLIT_KINDS = ("speaker", "random", "all")
 
-NO_CLIENT_IDS = "no client ids: splits may share speakers"
-RANDOM_SPLIT = "split at random by clip: speakers are shared between splits, accuracies flatter"
-
-# Reasons of this module; those of one clip's sound are audio's, those of its accent cell are labels'.
-OTHER_ACCENT = "other accent"
-NO_CLIENT = "no client id"
-CONTRADICTING = "contradicting accents"
-DUPLICATE = "duplicate"
-CLIENT_CAP = "client cap"
-BALANCE = "balance"
+# Reasons that count as broken files, not as a choice.
 UNREADABLE = (audio.UNDECODABLE, audio.EMPTY, audio.NON_FINITE)
 
 _AUDIO = "audio"
 _JOURNAL = "audio.jsonl"
 _EXAMPLES = 20
-# Starting a process costs as much as decoding this many clips.
-_CLIPS_PER_WORKER = 100
 
 
 @dataclass(frozen=True)
@@ -181,6 +166,8 @@ class Prepared:
         Of source and arguments.
     arguments : dict
         Of ``Choices``.
+    card : dict
+        What the maker of the data says of it; empty where he says nothing.
     """
 
     folder: Path
@@ -194,6 +181,7 @@ class Prepared:
     warnings: tuple[str, ...]
     fingerprint: str
     arguments: dict
+    card: dict = dataclasses.field(default_factory=dict)
 
     def paths(self, fold=None):
         """Split -> CSV path, of one fold (counted from 1) where there are folds."""
@@ -203,16 +191,6 @@ class Prepared:
             what = f"folds 1 to {len(self.folds)}" if self.folds else "no folds"
             raise ManifestError(f"fold {fold} was asked for; {self.folder} has {what}")
         return self.folds[fold - 1]
-
-
-@dataclass(frozen=True, slots=True)
-class _Row(splits.Item):
-    """An item, and where in the source its audio is."""
-
-    gender: str = ""
-    age: str = ""
-    split: str = ""
-    row: int = 0
 
 
 def prepare(data_folder, prepared_folder, *, workers=None, progress=True, **choices):
@@ -247,7 +225,7 @@ def prepare(data_folder, prepared_folder, *, workers=None, progress=True, **choi
     choices, data_folder, folder, header = _begin(data_folder, prepared_folder, choices)
     if done := _finished(folder, header):
         return done
-    with _writing(folder), _locked(folder):
+    with disk.writing(folder, "prepared_folder"), disk.locked(folder):
         if done := _finished(folder, header):
             return done
         return _prepare(data_folder, folder, choices, header, workers, progress)
@@ -265,7 +243,7 @@ def check(data_folder, prepared_folder, **choices):
     """
     choices, data_folder, folder, header = _begin(data_folder, prepared_folder, choices)
     if not _finished(folder, header):
-        _plan(data_folder, choices, _Notes())
+        _plan(data_folder, choices, selection.Notes())
 
 
 def _begin(data_folder, prepared_folder, choices):
@@ -281,7 +259,9 @@ def _begin(data_folder, prepared_folder, choices):
 
 def fingerprint(data_folder, **choices):
     """Digest of a source and the arguments, from the names, sizes and times of files, not their contents."""
-    return _digest({"arguments": Choices(**choices).as_json(), "source": sources.fingerprint(Path(data_folder))})
+    return selection.digest(
+        {"arguments": Choices(**choices).as_json(), "source": sources.fingerprint(Path(data_folder))}
+    )
 
 
 def default_folder(data_folder, root="data/prepared", **choices):
@@ -324,6 +304,7 @@ def load(prepared_folder):
             warnings=tuple(made["warnings"]),
             fingerprint=made["fingerprint"],
             arguments=made["arguments"],
+            card=made["source"].get("card", {}),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ManifestError(f"{folder / PREPARE_JSON} is damaged ({error!r}): remove it and prepare again") from None
@@ -368,13 +349,13 @@ def read(csv_path, data_root=None):
 
 
 def _prepare(data_folder, folder, choices, header, workers, progress):
-    notes = _Notes()
+    notes = selection.Notes()
     loaded, columns, layouts, has_clients = _plan(data_folder, choices, notes)
     logger.info("columns of %s: %s", data_folder, next(iter(columns.values())))
     if not has_clients:
-        notes.warnings.append(NO_CLIENT_IDS)
+        notes.warnings.append(selection.NO_CLIENT_IDS)
     if choices.split == "random":
-        notes.warnings.append(RANDOM_SPLIT)
+        notes.warnings.append(selection.RANDOM_SPLIT)
     for warning in notes.warnings:
         logger.warning(warning)
 
@@ -399,69 +380,18 @@ def _plan(data_folder, choices, notes):
     return loaded, columns, layouts, has_clients
 
 
-class _Notes:
-    """What was left out and why, as it is found."""
-
-    def __init__(self):
-        self.dropped = Counter()
-        self.folds = defaultdict(Counter)
-        self.examples = []
-        self.warnings = []
-
-    def drop(self, reason, count=1, example=None, fold=None):
-        counts = self.dropped if fold is None else self.folds[fold]
-        counts[reason] += count
-        if example and sum(e["reason"] == reason for e in self.examples) < 5:
-            self.examples.append({"reason": reason} | example)
-
-
 def _rows(data_folder, loaded, columns, choices, notes):
     """Clips of the wanted accents, without duplicates and doubtful clients."""
-    own_names = {accent: accent for accent in choices.accents}
-    found, unknown, accents_of = Counter(), Counter(), defaultdict(set)
-    candidates, nameless = [], set()
-    for split, data in loaded.items():
-        for number, cells in enumerate(sources.read_cells(data, columns[split])):
-            parsed = labels.parse(cells["accent"], own_names)
-            if parsed.label is None:
-                unknown[cells["accent"]] += 1
-                where = {"id": f"{split}:{number}", "message": f"the accent is given as '{cells['accent']}'"}
-                notes.drop(parsed.reason, example=where)
-                continue
-            found[parsed.label] += 1
-            if cells["client"]:
-                accents_of[cells["client"]].add(parsed.label)
-            if parsed.label not in choices.accents:
-                notes.drop(OTHER_ACCENT)
-                continue
-            # Interned, because a release has millions of rows and thousands of clients.
-            client, gender, age = (sys.intern(cells[role]) for role in ("client", "gender", "age"))
-            id_ = _digest([client, cells["path"], cells["sentence"]])
-            sentence = splits.normalise_sentence(cells["sentence"])
-            candidates.append(_Row(id_, parsed.label, client, sentence, gender, age, split, number))
-            if not cells["path"] and not cells["sentence"]:
-                nameless.add(id_)
-    _require_accents(data_folder, choices.accents, found, unknown)
 
-    same_name = Counter(row.id for row in candidates)
-    rows = {}
-    for row in candidates:
-        if accents_of and not row.client:
-            notes.drop(NO_CLIENT)
-            continue
-        if row.client and len(accents_of[row.client]) > 1:
-            named = " and ".join(sorted(accents_of[row.client]))
-            notes.drop(CONTRADICTING, example={"id": row.client, "message": f"this client has clips of {named}"})
-            continue
-        if same_name[row.id] > 1 or row.id in nameless:
-            content = sources.content_digest(loaded[row.split], columns[row.split], row.row)
-            row = dataclasses.replace(row, id=_digest([row.id, content]))
-        if row.id in rows:
-            message = f"row {row.row} of {row.split} repeats another"
-            notes.drop(DUPLICATE, example={"id": row.id, "message": message})
-            row = min(row, rows[row.id], key=_precedence)
-        rows[row.id] = row
-    return list(rows.values()), bool(accents_of)
+    def table():
+        for split, data in loaded.items():
+            for number, cells in enumerate(sources.read_cells(data, columns[split])):
+                yield cells | {"split": split, "row": number}
+
+    def content_of(row):
+        return sources.content_digest(loaded[row.split], columns[row.split], row.row)
+
+    return selection.select(table(), choices.accents, notes, data_folder, content_of=content_of, precedence=_precedence)
 
 
 def _lay_out(rows, names, choices, notes):
@@ -471,7 +401,7 @@ def _lay_out(rows, names, choices, notes):
     if keep_given:
         splits.require_disjoint(given)
     capped = splits.cap(rows, choices.max_clips_per_client, choices.seed)
-    notes.drop(CLIENT_CAP, len(capped.dropped))
+    notes.drop(selection.CLIENT_CAP, len(capped.dropped))
     fractions = {"valid_fraction": choices.valid_fraction, "test_fraction": choices.test_fraction}
     if choices.n_folds:
         by = "client" if choices.split == "speaker" else "clip"
@@ -509,7 +439,7 @@ def _balanced(parts, choices, notes, fold):
     if choices.balance != "downsample":
         return parts
     choice = splits.downsample(parts[splits.TRAIN], choices.seed)
-    notes.drop(BALANCE, len(choice.dropped), fold=fold)
+    notes.drop(selection.BALANCE, len(choice.dropped), fold=fold)
     return parts | {splits.TRAIN: choice.kept}
 
 
@@ -527,7 +457,9 @@ def _without_failures(layouts, outcomes, choices, notes):
             failures.append({"reason": outcome.reason, "id": id_, "message": outcome.message})
         elif outcome.digest in heard:
             out.add(id_)
-            notes.drop(DUPLICATE, example={"id": id_, "message": f"sounds exactly like {heard[outcome.digest]}"})
+            notes.drop(
+                selection.DUPLICATE, example={"id": id_, "message": f"sounds exactly like {heard[outcome.digest]}"}
+            )
         else:
             heard[outcome.digest] = id_
     notes.examples = (failures + notes.examples)[:_EXAMPLES]
@@ -538,13 +470,13 @@ def _without_failures(layouts, outcomes, choices, notes):
 
 
 def _write(folder, data_folder, layouts, outcomes, choices, header, columns, notes, has_clients):
-    counts, files = {}, {}
+    counts, sizes = {}, {}
     for number, parts in enumerate(layouts, 1):
         below = f"fold_{number}" if choices.n_folds else ""
         (folder / below).mkdir(exist_ok=True)
         for split, path in _csv_paths(folder / below).items():
             _write_csv(path, parts[split], outcomes)
-            files[path.relative_to(folder).as_posix()] = path.stat().st_size
+            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
         counts[below] = {split: _count(parts[split], outcomes) for split in splits.SPLITS}
     card = sources.card(data_folder)
     made = {
@@ -552,7 +484,7 @@ def _write(folder, data_folder, layouts, outcomes, choices, header, columns, not
         "name": str(card.get("name") or data_folder.name),
         "synthetic": bool(card.get("synthetic", False)),
         "speakers_disjoint": False if choices.split == "random" else True if has_clients else None,
-        "fingerprint": _digest({key: header[key] for key in ("arguments", "source")}),
+        "fingerprint": selection.digest({key: header[key] for key in ("arguments", "source")}),
         **header,
         "columns": columns,
         "counts": counts if choices.n_folds else counts[""],
@@ -560,32 +492,15 @@ def _write(folder, data_folder, layouts, outcomes, choices, header, columns, not
         "dropped_in_folds": {f"fold_{k}": {r: n for r, n in c.items() if n} for k, c in sorted(notes.folds.items())},
         "examples": notes.examples[:_EXAMPLES],
         "warnings": notes.warnings,
-        "files": files,
+        "files": sizes,
         "audio_files": len({row.id for parts in layouts for items in parts.values() for row in items}),
     }
-    with _replacing(folder / PREPARE_JSON) as file:
+    with disk.replacing(folder / PREPARE_JSON) as file:
         json.dump(made, file, indent=1)
     done = load(folder)
     logger.info("prepared %s in %s: %s", done.name, folder, _in_words(layouts))
-    logger.info("left out: %s", ", ".join(f"{reason} {n}" for reason, n in done.dropped.items()) or "nothing")
+    logger.info("left out: %s", selection.in_words(done.dropped) or "nothing")
     return done
-
-
-def _require_accents(data_folder, accents, found, unknown):
-    """Refuse when the data has no clip of an accent that is asked for."""
-    missing = [accent for accent in accents if not found[accent]]
-    if not missing:
-        return
-    has = ", ".join(f"{name} {n}" for name, n in found.most_common()) or "none that is known"
-    lines = []
-    for accent in missing:
-        close = difflib.get_close_matches(accent, found, 1) or [labels.parse(accent).label]
-        hint = f" (did you mean '{close[0]}'?)" if close[0] in found else ""
-        lines.append(f"no clip of '{accent}' in {data_folder}; it has {has}{hint}")
-    unknown.pop("", None)
-    if unknown:
-        lines.append("not understood: " + ", ".join(f"'{value}' {n}" for value, n in unknown.most_common(10)))
-    raise DataError("\n".join(lines))
 
 
 def _require_filled(layouts, choices, notes):
@@ -593,15 +508,7 @@ def _require_filled(layouts, choices, notes):
     for number, parts in enumerate(layouts, 1):
         where = f" of fold {number}" if choices.n_folds else ""
         wanted = splits.SPLITS if choices.split != "all" else (splits.TEST,)
-        empty = {name: sorted(set(choices.accents) - {r.accent for r in parts[name]}) for name in wanted}
-        if any(empty.values()):
-            reasons = notes.dropped + notes.folds[number]
-            raise DataError(
-                "; ".join(f"split {name}{where} has no clip of {', '.join(a)}" for name, a in empty.items() if a)
-                + f"\nleft out were: {', '.join(f'{r} {n}' for r, n in reasons.most_common() if n) or 'none'}"
-                + "\nleave the accent out, add data, or loosen the choice that took them"
-                + "\n(sentence in ...: where every speaker reads the same text, give disjoint_sentences False)"
-            )
+        selection.require_filled(parts, choices.accents, wanted, notes.dropped + notes.folds[number], where)
 
 
 # ---------------------------------------------------------------------------------------------------------- decoding
@@ -613,7 +520,7 @@ class _Journal:
     def __init__(self, path, header):
         self.path, self.outcomes = path, {}
         if not path.exists():
-            with _replacing(path) as file:
+            with disk.replacing(path) as file:
                 file.write(json.dumps(header) + "\n")
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
             with contextlib.suppress(ValueError, TypeError):
@@ -656,7 +563,7 @@ def _decode(wanted, loaded, columns, data_folder, folder, choices, journal, work
             yield audio.Job(row.id, sound, str(folder / _wav(row.id)), choices.min_seconds, choices.max_seconds)
 
     allowed, unreadable = choices.max_unreadable_share * len(wanted), []
-    converted = audio.convert(jobs(), _worker_count(workers, len(waiting)))
+    converted = audio.convert(jobs(), audio.worker_count(workers, len(waiting)))
     bar = tqdm(total=len(waiting), desc="preparing", unit="clip", disable=not progress or not waiting)
     with bar, contextlib.closing(converted):
         for outcome in converted:
@@ -680,13 +587,6 @@ def _still_there(folder, outcome):
     with contextlib.suppress(OSError):
         return (folder / _wav(outcome.id)).stat().st_size == outcome.size
     return False
-
-
-def _worker_count(workers, clips):
-    if workers is not None:
-        return min(workers, clips)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores, clips // _CLIPS_PER_WORKER)
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -741,7 +641,7 @@ def _shown(value):
 
 
 def _write_csv(path, rows, outcomes):
-    with _replacing(path) as file:
+    with disk.replacing(path) as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(COLUMNS)
         for row in rows:
@@ -806,52 +706,3 @@ def _precedence(row):
 
 
 _PLACES = {splits.TEST: 0, splits.VALID: 1, splits.TRAIN: 2, "": 0}
-
-
-def _digest(value):
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
-    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
-
-
-@contextlib.contextmanager
-def _replacing(path):
-    """A file under a temporary name that takes its own when it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _writing(folder):
-    """Turn what the system says about ``folder`` into what to do about it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        remedy = "choose another prepared_folder"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "make room and run the same command again: finished clips are kept"
-        raise DataError(f"{folder} cannot be written: {error.strerror or error}\n{remedy}") from error
-
-
-@contextlib.contextmanager
-def _locked(folder):
-    """Let one process at a time work in ``folder``; the lock goes with the process."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process prepares %s: waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): do not prepare into it twice at once", folder, error)
-        yield

@@ -62,6 +62,34 @@ def by_client(items, *, valid_fraction, test_fraction, seed):
     return _split(items, _client_of, "client(s)", valid_fraction, test_fraction, seed)
 
 
+def by_hash(items, *, valid_fraction, test_fraction, seed):
+    """Split one pool by a hash of each client, so that a client keeps its split for ever, whatever is added later.
+
+    The shares are met on average only: a small accent may leave a split empty, which is the caller's to refuse.
+
+    Arguments
+    ---------
+    items : iterable of Item
+        Items without a client stand for themselves.
+    valid_fraction, test_fraction : float
+        Probability of a client to be in valid and in test.
+    seed : int
+
+    Returns
+    -------
+    dict
+        Split -> items, for all three.
+    """
+    places, parts = {}, {split: [] for split in SPLITS}
+    for item in items:
+        unit = item.accent, _client_of(item)
+        if unit not in places:
+            place = rank(seed, "split", *unit) / 2**64
+            places[unit] = TEST if place < test_fraction else VALID if place < test_fraction + valid_fraction else TRAIN
+        parts[places[unit]].append(item)
+    return _sorted(parts)
+
+
 def at_random(items, *, valid_fraction, test_fraction, seed):
     """Split one pool by clip: clients are shared between splits, so accuracies measured on it flatter. On purpose."""
     return _split(items, _id_of, "clip(s)", valid_fraction, test_fraction, seed)
@@ -125,9 +153,13 @@ def cap(items, limit, seed):
     return Choice(_by_id(kept), _by_id(dropped))
 
 
-def downsample(items, seed):
-    """Leave every accent as many clips as the rarest has, drawn as evenly over its clients as they allow."""
-    counts = Counter(item.accent for item in items)
+def _accent_of(item):
+    return item.accent
+
+
+def downsample(items, seed, key=_accent_of):
+    """Leave every accent (or other ``key``) as many clips as the rarest has, as evenly over clients as they allow."""
+    counts = Counter(map(key, items))
     least = min(counts.values(), default=0)
     # Every client's first clip comes before anybody's second.
     turns, queue = Counter(), []
@@ -137,8 +169,8 @@ def downsample(items, seed):
         queue.append((turns[unit], place, item))
     taken, kept, dropped = Counter(), [], []
     for _, _, item in sorted(queue, key=lambda entry: entry[:2]):
-        taken[item.accent] += 1
-        (kept if taken[item.accent] <= least else dropped).append(item)
+        taken[key(item)] += 1
+        (kept if taken[key(item)] <= least else dropped).append(item)
     return Choice(_by_id(kept), _by_id(dropped))
 
 

@@ -1,0 +1,54 @@
+"""Files that are whole or absent, folders with one writer at a time, and what to do when the system refuses."""
+
+import contextlib
+import errno
+import logging
+import os
+
+from accent_plugin.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file under a temporary name that takes its own when it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(folder, argument):
+    """Make ``folder``, and turn what the system says of it into what to do; ``argument`` is how the user gave it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        remedy = f"choose another {argument}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "make room and run the same command again: what is finished is kept"
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}\n{remedy}") from error
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Let one process at a time work in ``folder``; the lock goes with the process."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process works in %s: waiting for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): do not run two processes in it at once", folder, error)
+        yield
