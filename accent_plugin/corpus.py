@@ -1,0 +1,558 @@
+"""Any corpus -> a DatasetDict that can be trusted: accents mapped, clips chosen, split by client, and a card.
+
+What is made, in ``out``::
+
+    train/ validation/ test/    shards of Arrow, as datasets.load_from_disk wants them; audio referred to or embedded
+    accent_plugin.json          the card: source, arguments, counts, what was left out and why
+    README.md                   the same for people
+    dataset_dict.json           written last
+
+Nothing here imports torch. Audio is not decoded: that is what ``manifests.prepare`` and ``audit.check`` do.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import accent_plugin
+from accent_plugin import disk, labels, readers, selection, shards, sources, splits
+from accent_plugin.errors import ConfigError, DataError, ManifestError
+
+logger = logging.getLogger(__name__)
+
+SPLIT_KINDS = ("client", "official", "random")
+
+NO_AUDIO = "no audio file"
+FEW_UP_VOTES = "too few up-votes"
+MANY_DOWN_VOTES = "too many down-votes"
+TOO_SHORT = "too short"
+TOO_LONG = "too long"
+GENDER_UNKNOWN = "gender not given"
+GENDER_OTHER = "gender neither male nor female"
+GENDER_BALANCE = "gender balance"
+
+FORMAT_VERSION = 1
+COLUMNS = ("client_id", "path", "sentence", "accent", "raw_accent", "gender", "age")
+_BUILDING = ".building.json"
+_README = "README.md"
+# What a split is called in a DatasetDict.
+_NAMES = {splits.TRAIN: "train", splits.VALID: "validation", splits.TEST: "test"}
+_EXAMPLES = 20
+_SPELLINGS_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is to be built; together with the source it decides every byte of the result.
+
+    Arguments
+    ---------
+    accents : str or sequence of str
+        "three", "sixteen", a text with commas, or labels; see ``labels.preset``.
+    mapping : dict or path
+        More spellings, ``{spelling: label}``, or a YAML file of them; see ``labels.read_mapping``.
+    compound : str
+        "drop" leaves clips with several accents out; "agree" takes those whose accents all map to one label.
+    split : str
+        "client": no client in two splits, by a seeded hash, so that a client keeps its split when the release grows;
+        "official": the splits of the source; "random": by clip, leaky, for corpora that do not tell clients apart.
+    seed : int
+        Decides splits and draws.
+    valid_fraction, test_fraction : float
+        Probability of a client to be in validation and in test.
+    max_clips_per_client : int or None
+        Cap.
+    min_up_votes, max_down_votes : int or None
+        Filters on the votes of Common Voice's listeners.
+    min_seconds, max_seconds : float or None
+        Filters on duration, for clips whose duration the source tells.
+    balance_gender : bool
+        In each accent and split as many clips of women as of men; those of unknown gender are left out.
+    disjoint_sentences : bool
+        Leave sentences of test out of train and validation, and those of validation out of train.
+    embed : bool
+        Copy the audio into the result; False refers to the files where they are.
+    """
+
+    accents: tuple[str, ...] = "three"
+    mapping: dict | str | None = None
+    compound: str = "drop"
+    split: str = "client"
+    seed: int = 1986
+    valid_fraction: float = 0.1
+    test_fraction: float = 0.1
+    max_clips_per_client: int | None = 30
+    min_up_votes: int | None = None
+    max_down_votes: int | None = None
+    min_seconds: float | None = None
+    max_seconds: float | None = None
+    balance_gender: bool = False
+    disjoint_sentences: bool = True
+    embed: bool = False
+
+    def __post_init__(self):
+        """Resolve accents and mapping, and refuse values that cannot be meant, all at once."""
+        if isinstance(self.mapping, str | os.PathLike):
+            object.__setattr__(self, "mapping", labels.read_mapping(self.mapping))
+        object.__setattr__(self, "mapping", dict(self.mapping or {}))
+        named, known = self.accents, set(labels.SPELLINGS) | set(self.mapping.values())
+        object.__setattr__(self, "accents", labels.preset(named))
+        if isinstance(named, str) and len(self.accents) == 1 and self.accents[0] not in known:
+            raise ConfigError(f"accents {named!r} is no preset; choose {', '.join(labels.PRESETS)}, or list labels")
+        cap, valid, test = self.max_clips_per_client, self.valid_fraction, self.test_fraction
+        shortest, longest = self.min_seconds or 0, self.max_seconds
+        whole = ("seed", "max_clips_per_client", "min_up_votes", "max_down_votes")
+        given = {name: getattr(self, name) for name in (*whole, "valid_fraction", "test_fraction")}
+        given |= {"min_seconds": shortest, "max_seconds": longest}
+        wrong = {
+            name: value
+            for name, value in given.items()
+            if isinstance(value, bool) or not isinstance(value, int | None if name in whole else int | float | None)
+        }
+        if wrong or self.seed is None:
+            raise ConfigError(
+                f"these must be numbers: {', '.join(f'{k} {v!r}' for k, v in wrong.items()) or 'seed None'}"
+            )
+        checks = (
+            (
+                self.compound in selection.COMPOUNDS,
+                f"compound {self.compound!r} is unknown; choose {' or '.join(selection.COMPOUNDS)}",
+            ),
+            (self.split in SPLIT_KINDS, f"split {self.split!r} is unknown; choose {', '.join(SPLIT_KINDS)}"),
+            (cap is None or cap >= 1, f"max_clips_per_client is {cap}; give 1 or more, or none for no cap"),
+            (0 < valid < 1, f"valid_fraction is {valid}; give more than 0 and less than 1"),
+            (0 < test < 1 - valid, f"test_fraction is {test}; give more than 0, and less than 1 with valid_fraction"),
+            (
+                shortest >= 0 and (longest is None or shortest < longest),
+                f"min_seconds {shortest} and max_seconds {longest} leave no clip",
+            ),
+        )
+        if problems := [text for right, text in checks if not right]:
+            raise ConfigError("\n".join(problems))
+
+    def as_json(self):
+        """Plain values, accents sorted: their order decides indices in the model, nothing here."""
+        return json.loads(json.dumps(dataclasses.asdict(self) | {"accents": sorted(self.accents)}))
+
+
+@dataclass(frozen=True)
+class Built:
+    """A DatasetDict that was built.
+
+    Arguments
+    ---------
+    folder : Path
+        For ``datasets.load_from_disk``, and ``data_folder`` of the recipe.
+    counts : dict
+        Split -> accent -> {"clips", "clients", "seconds"}; seconds is None where some are not told.
+    dropped : dict
+        Reason -> number of clips left out.
+    warnings : tuple of str
+        What a user of the data should know.
+    card : dict
+        All of that, and how it was made.
+    """
+
+    folder: Path
+    counts: dict
+    dropped: dict
+    warnings: tuple[str, ...]
+    card: dict
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One raw accent: its number of clips and clients, and the label it maps to, or why to none."""
+
+    raw: str
+    clips: int
+    clients: int
+    label: str | None
+    reason: str | None
+
+
+def survey(source, *, mapping=None, compound="drop", **reading):
+    """What a corpus calls its accents.
+
+    Arguments
+    ---------
+    source : str or Path
+        As in ``build``.
+    mapping, compound
+        As in ``Choices``.
+    **reading
+        Fields of ``readers.Reading``.
+
+    Returns
+    -------
+    tuple of Spelling
+        The most frequent first; clips without an accent are one with an empty name.
+    """
+    mapping = labels.read_mapping(mapping) if isinstance(mapping, str | os.PathLike) else mapping
+    clips, clients = Counter(), defaultdict(set)
+    for cells in readers.open_source(source, readers.Reading(**reading)).cells():
+        key = cells["accent"], cells.get("variant", "")
+        clips[key] += 1
+        clients[key].add(cells["client"])
+    found = []
+    for key, count in sorted(clips.items(), key=lambda entry: (-entry[1], entry[0])):
+        parsed = selection.read_accent(*key, mapping, compound)
+        found.append(Spelling(selection.shown(key), count, len(clients[key] - {""}), parsed.label, parsed.reason))
+    return tuple(found)
+
+
+def build(source, out, *, workers=None, progress=True, **arguments):
+    """Choose and split the clips of a corpus, and write them as a DatasetDict; when it is there already, do nothing.
+
+    An interrupted run goes on where it was. With other arguments than those in ``out`` it is refused.
+
+    Arguments
+    ---------
+    source : str or Path
+        A Common Voice release, a DatasetDict, a folder per accent, a CSV file, or a name on the Hub; only read.
+    out : str or Path
+        Folder to write; nothing is written outside it.
+    workers : int, optional
+        Threads that copy audio; None takes the machine's cores.
+    progress : bool
+        Whether to draw a progress bar on stderr.
+    **arguments
+        Fields of ``Choices``, and of ``readers.Reading``: how to read the source.
+
+    Returns
+    -------
+    Built
+
+    Raises
+    ------
+    ConfigError
+        When arguments cannot be meant.
+    DataError
+        When the source cannot be used, or a split would be empty.
+    ManifestError
+        When ``out`` holds something else.
+    """
+    reading = {field.name for field in dataclasses.fields(readers.Reading)} & arguments.keys()
+    reading = readers.Reading(**{name: arguments.pop(name) for name in reading})
+    choices, out = Choices(**arguments), Path(out).absolute()
+    reader = readers.open_source(source, reading, official=choices.split == "official")
+    _require_outside(source, out)
+    _require_clients(reader, choices)
+    header = {"arguments": choices.as_json() | dataclasses.asdict(reading), "source": reader.fingerprint()}
+    header = json.loads(json.dumps(header))
+    if done := _finished(out, header):
+        return done
+    with disk.writing(out, "--out"), disk.locked(out):
+        if done := _finished(out, header):
+            return done
+        return _build(reader, out, choices, header, workers or _cores(), progress)
+
+
+def load(folder):
+    """What the card of a finished DatasetDict says.
+
+    Raises
+    ------
+    ManifestError
+        When there is none.
+    """
+    folder = Path(folder).absolute()
+    if not shards.is_finished(folder) or not (folder / sources.CARD_JSON).is_file():
+        raise ManifestError(f"{folder} holds no finished DatasetDict with a card: make it with accent-plugin prepare")
+    card = sources.read_json(folder / sources.CARD_JSON)
+    try:
+        return Built(folder, card["counts"], card["dropped"], tuple(card["warnings"]), card)
+    except KeyError as error:
+        raise ManifestError(f"{folder / sources.CARD_JSON} was written by something else: it lacks {error}") from None
+
+
+def plan(reader, choices, notes):
+    """Choose and split by what the source says of its clips: all that can be refused before anything is written.
+
+    Returns
+    -------
+    tuple
+        Split -> rows, and split -> because of split -> clips left out for their sentence.
+    """
+    table = _filtered(reader.cells(), choices, notes)
+    extra = {
+        "precedence": lambda row: (row.gender, row.age, row.raw_accent, row.split),
+        "mapping": choices.mapping,
+        "compound": choices.compound,
+        "content_of": getattr(reader, "content_of", None),
+    }
+    rows, has_clients = selection.select(table, choices.accents, notes, reader.name, **extra)
+    if not extra["content_of"]:
+        rows = _each_file_once(rows, notes)
+    notes.dropped += reader.damaged
+    if not has_clients and choices.split == "client":
+        raise DataError(_no_clients(reader))
+    absent = reader.absent(rows)
+    notes.drop(NO_AUDIO, int(absent.sum()))
+    notes.examples += [{"reason": NO_AUDIO, "id": r.path, "message": ""} for r in _first(rows, absent)]
+    notes.warnings += reader.warnings
+    parts = _split([row for row, gone in zip(rows, absent, strict=True) if not gone], choices)
+    if not has_clients:
+        notes.warnings.append(selection.NO_CLIENT_IDS)
+    if choices.split == "random":
+        notes.warnings.append(selection.RANDOM_SPLIT)
+        if has_clients:
+            notes.warnings.append("the recipe refuses splits that share speakers, unless it is given --split random")
+    else:
+        splits.require_disjoint(parts)
+    parts, lost = _trim(parts, choices, notes)
+    remedy = ""
+    if choices.split == "client":
+        clients = Counter(accent for accent, _ in {(row.accent, row.client) for row in rows})
+        told = ", ".join(f"{accent} {clients[accent]}" for accent in choices.accents)
+        remedy = f"clients: {told}; each falls into a split by its hash: few need larger fractions, or another seed"
+    selection.require_filled(parts, choices.accents, splits.SPLITS, notes.dropped, remedy=remedy)
+    return parts, lost
+
+
+def _build(reader, out, choices, header, workers, progress):
+    notes = selection.Notes()
+    parts, lost = plan(reader, choices, notes)
+    planned = selection.digest({name: [row.id for row in rows] for name, rows in parts.items()})
+    begun = sources.read_json(out / _BUILDING) if (out / _BUILDING).is_file() else {}
+    if begun.get("planned") != planned:
+        shards.remove(out)
+        with disk.replacing(out / _BUILDING) as file:
+            json.dump(header | {"planned": planned}, file)
+    named = {_NAMES[split]: rows for split, rows in parts.items()}
+    options = {"embed": choices.embed, "workers": workers, "progress": progress, "fingerprint": planned}
+    shards.write(out, named, COLUMNS, _record, reader.sound, **options)
+    card = _card(reader, parts, lost, choices, header, notes)
+    with disk.replacing(out / _README) as file:
+        file.write(describe(card))
+    with disk.replacing(out / sources.CARD_JSON) as file:
+        json.dump(card, file, indent=1, ensure_ascii=False)
+    shards.finish(out, named)
+    (out / _BUILDING).unlink()
+    for warning in notes.warnings:
+        logger.warning(warning)
+    return load(out)
+
+
+def describe(card):
+    """A card as Markdown: what it is, tables of clips and of what was left out."""
+    source = card["source"]
+    lines = [f"# {card['name']}", "", f"Made by {card['made_by']} from a {source['kind']}, {source['name']}.", ""]
+    lines += ["| split | accent | clips | clients | hours |", "|---|---|---|---|---|"]
+    for split, by_accent in card["counts"].items():
+        for accent, n in by_accent.items():
+            hours = "unknown" if n["seconds"] is None else f"{n['seconds'] / 3600:.2f}"
+            lines.append(f"| {split} | {accent} | {n['clips']} | {n['clients']} | {hours} |")
+    disjoint = {True: "No client is in two splits.", False: "Split by clip: clients are in several splits."}
+    lines += ["", disjoint.get(card["clients_disjoint"], "The source does not tell clients apart.")]
+    lines += [f"Note: {warning}." for warning in card["warnings"]]
+    lines += ["", "Left out:", "", "| reason | clips |", "|---|---|"]
+    lines += [f"| {reason} | {n} |" for reason, n in card["dropped"].items()] or ["| nothing | 0 |"]
+    lines += ["", "Values of the source that became each label:", "", "| label | values, with clips |", "|---|---|"]
+    for label, values in card["labels"].items():
+        shown = "; ".join(f"{_in_cell(value)} {n}" for value, n in values.items())
+        lines.append(f"| {label} | {shown} |")
+    given = ", ".join(f"{key} {value}" for key, value in card["arguments"].items() if value not in (None, {}))
+    lines += ["", f"Arguments: {_in_cell(given)}.", ""]
+    return "\n".join(lines)
+
+
+def _filtered(table, choices, notes):
+    """Clips that pass the filters on votes and duration."""
+    fewest, most = choices.min_up_votes, choices.max_down_votes
+    for cells in table:
+        seconds = cells.get("seconds")
+        if (fewest is not None or most is not None) and "up_votes" not in cells:
+            raise ConfigError("min_up_votes and max_down_votes need a Common Voice release: this source has no votes")
+        if fewest is not None and (cells["up_votes"] or 0) < fewest:
+            notes.drop(FEW_UP_VOTES)
+        elif most is not None and (cells["down_votes"] or 0) > most:
+            notes.drop(MANY_DOWN_VOTES)
+        elif seconds is not None and seconds < (choices.min_seconds or 0):
+            notes.drop(TOO_SHORT)
+        elif seconds is not None and choices.max_seconds is not None and seconds > choices.max_seconds:
+            notes.drop(TOO_LONG)
+        else:
+            yield cells
+
+
+def _each_file_once(rows, notes):
+    """One row for each file: a table may give a recording twice, with other words or another speaker."""
+    first = {}
+    for row in sorted(rows, key=lambda row: row.id):
+        first.setdefault(row.path, row)
+    notes.drop(selection.DUPLICATE, len(rows) - len(first))
+    return list(first.values())
+
+
+def _split(rows, choices):
+    fractions = {"valid_fraction": choices.valid_fraction, "test_fraction": choices.test_fraction}
+    if choices.split == "client":
+        return splits.by_hash(rows, seed=choices.seed, **fractions)
+    if choices.split == "random":
+        return splits.at_random(rows, seed=choices.seed, **fractions)
+    parts = {name: [] for name in splits.SPLITS}
+    for row in rows:
+        name = sources.canonical(row.split)
+        if name not in parts:
+            raise DataError(
+                f"split official needs splits called train, validation and test; the source has '{row.split}'"
+                if row.split
+                else "split official needs a source with splits, and this one has none: give split client"
+            )
+        parts[name].append(row)
+    return {name: tuple(sorted(items, key=lambda row: row.id)) for name, items in parts.items()}
+
+
+def _trim(parts, choices, notes):
+    """Sentences, cap and gender, test first: a sentence is taken only by clips that stay, so fewer are lost."""
+    made, taken, lost = {}, {}, {}
+    for name in (splits.TEST, splits.VALID, splits.TRAIN):
+        rows, lost[name] = parts[name], {}
+        for source, sentences in taken.items():
+            kept = tuple(row for row in rows if row.sentence not in sentences)
+            lost[name][source] = len(rows) - len(kept)
+            notes.drop(f"sentence in {source}", lost[name][source])
+            rows = kept
+        choice = splits.cap(rows, choices.max_clips_per_client, choices.seed)
+        notes.drop(selection.CLIENT_CAP, len(choice.dropped))
+        made[name] = _balanced(choice.kept, choices.seed, notes) if choices.balance_gender else choice.kept
+        if choices.disjoint_sentences:
+            taken[name] = {row.sentence for row in made[name]} - {""}
+    return {name: made[name] for name in splits.SPLITS}, lost
+
+
+def _balanced(rows, seed, notes):
+    """As many clips of women as of men in each accent."""
+    kept = []
+    for accent in sorted({row.accent for row in rows}):
+        of_accent = [row for row in rows if row.accent == accent]
+        binary = [row for row in of_accent if row.gender in ("female", "male")]
+        notes.drop(GENDER_UNKNOWN, sum(not row.gender for row in of_accent))
+        notes.drop(GENDER_OTHER, sum(row.gender not in ("female", "male", "") for row in of_accent))
+        one_sided = len({row.gender for row in binary}) < 2
+        choice = splits.downsample(binary, seed, key=lambda row: row.gender)
+        kept += () if one_sided else choice.kept
+        notes.drop(GENDER_BALANCE, len(binary) if one_sided else len(choice.dropped))
+    return tuple(sorted(kept, key=lambda row: row.id))
+
+
+def _card(reader, parts, lost, choices, header, notes):
+    spellings = defaultdict(Counter)
+    for rows in parts.values():
+        for row in rows:
+            spellings[row.accent][row.raw_accent] += 1
+    origin = header["source"].get("card", {})
+    disjoint = None if not reader.has_clients else choices.split != "random"
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": reader.name,
+        "synthetic": bool(origin.get("synthetic", False)),
+        "made_by": f"accent_plugin {accent_plugin.__version__}",
+        **header,
+        "clients_disjoint": disjoint,
+        "sentences_disjoint": choices.disjoint_sentences,
+        "counts": {split: _count(rows) for split, rows in parts.items()},
+        "dropped": {reason: n for reason, n in notes.dropped.most_common() if n},
+        "lost_sentences": lost,
+        "labels": {label: dict(spellings[label].most_common(_SPELLINGS_LISTED)) for label in sorted(spellings)},
+        "examples": notes.examples[:_EXAMPLES],
+        "warnings": notes.warnings,
+    }
+
+
+def _count(rows):
+    by_accent = defaultdict(list)
+    for row in rows:
+        by_accent[row.accent].append(row)
+    return {
+        accent: {
+            "clips": len(members),
+            "clients": len({row.client for row in members} - {""}),
+            "seconds": None if any(r.seconds is None for r in members) else round(sum(r.seconds for r in members), 2),
+        }
+        for accent, members in sorted(by_accent.items())
+    }
+
+
+def _record(row):
+    """The text of one clip in a DatasetDict."""
+    return dict(
+        zip(
+            COLUMNS,
+            (row.client, os.path.basename(row.path), row.text, row.accent, row.raw_accent, row.gender, row.age),
+            strict=True,
+        )
+    )
+
+
+def _finished(out, header):
+    """The DatasetDict when it is what is asked for, None when there is work to do; refused when it is another."""
+    begun, card = out / _BUILDING, out / sources.CARD_JSON
+    if not out.exists() or (out.is_dir() and not any(p.name != ".lock" for p in out.iterdir())):
+        return None
+    if not out.is_dir():
+        raise ManifestError(f"--out {out} is a file: give a folder")
+    if not begun.is_file() and not (card.is_file() and shards.is_finished(out)):
+        raise ManifestError(f"--out {out} holds files made by something else: choose another folder, or empty it")
+    made = sources.read_json(begun if begun.is_file() else card)
+    if differences := _differences(made, header):
+        raise ManifestError(
+            f"{out} was made {'(in part) ' if begun.is_file() else ''}from something else:\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nchoose another --out, give the old values, or remove that folder"
+        )
+    return None if begun.is_file() else load(out)
+
+
+def _differences(made, header):
+    """One line for each argument or table that differs, old -> new."""
+    old, new = made.get("arguments", {}), header["arguments"]
+    lines = [f"{key}: {_shown(old.get(key))} -> {_shown(new[key])}" for key in new if old.get(key) != new[key]]
+    before, now = made.get("source", {}), header["source"]
+    if before.get("name") != now["name"]:
+        lines.append(f"source: {before.get('name')} -> {now['name']}")
+    elif before != now:
+        then, now = (source.get("files") or source.get("splits") or {} for source in (before, now))
+        changed = ", ".join(sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)))
+        lines.append(f"contents of {header['source']['name']}: changed since ({changed})")
+    return lines
+
+
+def _shown(value):
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _in_cell(text):
+    return str(text).replace("|", "\\|").replace("\n", " ") or "(empty)"
+
+
+def _first(rows, chosen, count=5):
+    return [row for row, taken in zip(rows, chosen, strict=True) if taken][:count]
+
+
+def _require_outside(source, out):
+    folder = Path(source)
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"--out {out} is inside the source, which is only read: choose another folder")
+
+
+def _require_clients(reader, choices):
+    if choices.split == "client" and not reader.has_clients:
+        raise DataError(_no_clients(reader))
+
+
+def _no_clients(reader):
+    return (
+        f"{reader.name} has no client ids, so no split can keep speakers apart\n{reader.without_clients}\n"
+        "or give split official to keep the splits that it came with, or split random: every report will then say that"
+        " speakers may be shared, and its figures flatter"
+    )
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

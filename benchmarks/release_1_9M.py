@@ -1,0 +1,104 @@
+"""Seconds and peak memory of reading, choosing, splitting and writing a release as large as Common Voice 27 in English.
+
+The release is generated: 1.9 million rows in the columns of version 27, with that release's numbers of the three
+accents, of compound values and of distinct strings, durations for all, and an empty file for each clip. Audio is
+referred to, not read; all text is synthetic.
+
+python benchmarks/release_1_9M.py FOLDER                          # makes FOLDER/release, then measures
+python benchmarks/release_1_9M.py FOLDER --accents sixteen
+"""
+
+import argparse
+import random
+import resource
+import shutil
+import time
+from pathlib import Path
+
+from accent_plugin import corpus, labels
+
+HEADER = (
+    "client_id path sentence_id sentence sentence_domain up_votes down_votes age gender accents variant locale segment"
+).split()
+# Rows of version 27; what is left of the named ones has no accent, as about half of the real rows.
+KNOWN = {"United States English": 460_977, "England English": 163_648, "Australian English": 56_516}
+COMPOUND = 81_035
+FREE_STRINGS = 868
+WORDS = [f"word{i}" for i in range(20_000)]
+
+
+def make(folder, rows, clients):
+    """Write the release, a client's rows scattered over the table; return its path."""
+    rng = random.Random(0)
+    release = folder / "cv-corpus-27.0-generated" / "en"
+    (release / "clips").mkdir(parents=True)
+    share = rows / 1_900_000
+    others = [labels.SPELLINGS[name][0] for name in labels.PRESETS["sixteen"] if name not in labels.PRESETS["three"]]
+    values = [value for value, count in KNOWN.items() for _ in range(int(count * share))]
+    values += [
+        f"{rng.choice(list(KNOWN))}|free text {rng.randrange(FREE_STRINGS)}" for _ in range(int(COMPOUND * share))
+    ]
+    values += sorted(rng.choice(others) for _ in range(int(200_000 * share)))
+    values += [f"free text {rng.randrange(FREE_STRINGS)}" for _ in range(int(5_000 * share))]
+    values += [""] * (rows - len(values))
+    # One accent for a client: clients are numbered along the values, a few of them with most of the clips.
+    numbers = sorted(int(clients * rng.random() ** 2) for _ in range(rows))
+    pairs = list(zip(numbers, values, strict=True))
+    rng.shuffle(pairs)
+    with open(release / "validated.tsv", "w") as table, open(release / "clip_durations.tsv", "w") as durations:
+        table.write("\t".join(HEADER) + "\n")
+        durations.write("clip\tduration[ms]\n")
+        for row, (client, value) in enumerate(pairs):
+            name = f"common_voice_en_{40_000_000 + row}.mp3"
+            sentence = " ".join(rng.choices(WORDS, k=9)).capitalize() + "."
+            gender = ("", "male_masculine", "female_feminine")[client % 3]
+            cells = (
+                f"{client:0128x}",
+                name,
+                f"{row:064x}",
+                sentence,
+                "",
+                "2",
+                "0",
+                "twenties",
+                gender,
+                value,
+                "",
+                "en",
+                "",
+            )
+            table.write("\t".join(cells) + "\n")
+            durations.write(f"{name}\t{rng.randrange(1500, 9500)}\n")
+            open(release / "clips" / name, "w").close()
+    return release
+
+
+def peak():
+    """Peak memory of this process, GiB (Linux counts in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the release is, or is made: 1 GB and as many files as rows")
+    parser.add_argument("--rows", type=int, default=1_900_000)
+    parser.add_argument("--clients", type=int, default=100_000)
+    parser.add_argument("--accents", default="three")
+    arguments = parser.parse_args()
+    release = arguments.folder / "cv-corpus-27.0-generated" / "en"
+    if not release.exists():
+        make(arguments.folder, arguments.rows, arguments.clients)
+        print("made the release; run again to measure, since making it takes memory")
+        return
+    out = arguments.folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    start, cpu = time.perf_counter(), time.process_time()
+    built = corpus.build(release, out, accents=arguments.accents, progress=False)
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+    clips = sum(n["clips"] for by_accent in built.counts.values() for n in by_accent.values())
+    print(f"{clips:,} clips chosen in {wall:.1f} s ({cpu:.1f} s of CPU), peak {peak():.2f} GiB")
+    print(built.dropped)
+
+
+if __name__ == "__main__":
+    main()
