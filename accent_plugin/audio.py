@@ -37,14 +37,17 @@ _SILENCE = 3 / 32768
 # A header may announce any number of frames or channels: memory grows with what is really there, block by block.
 _BLOCK_VALUES = 1 << 21
 _RATES = range(1_000, 384_001)
+# Starting a process costs as much as decoding this many clips.
+_CLIPS_PER_WORKER = 100
 
 
 @dataclass(frozen=True)
 class Sound:
-    """Decoded mono samples and their rate in hertz."""
+    """Decoded mono samples, their rate in hertz, and how the file holds them ("MP3", "FLAC PCM_16", "OGG VORBIS")."""
 
     samples: np.ndarray
     sample_rate: int
+    codec: str = ""
 
     @property
     def seconds(self):
@@ -264,7 +267,42 @@ def convert(jobs, workers=1):
     OSError
         When a file cannot be written.
     """
-    return _in_processes(jobs, workers) if workers > 1 else (_convert(job) for job in jobs)
+    return each(_convert, jobs, workers, died=_lost)
+
+
+def each(work, jobs, workers=1, *, died):
+    """Do something with many clips, in the order that is quickest.
+
+    Arguments
+    ---------
+    work : function
+        A job -> what becomes of it; at the top of a module that imports neither torch nor the main script.
+    jobs : iterator
+        Drawn as they are needed, so that no more of them are in memory than there are workers. Each has an ``id``.
+    workers : int
+        Processes; below 2 the work is done in this one.
+    died : function
+        (the job's id, message) -> what becomes of a job whose process dies.
+
+    Yields
+    ------
+    object
+        What ``work`` or ``died`` gives, one for each job.
+
+    Raises
+    ------
+    OSError
+        When ``work`` does.
+    """
+    return _in_processes(work, jobs, workers, died) if workers > 1 else (work(job) for job in jobs)
+
+
+def worker_count(workers, clips):
+    """Processes worth starting for so many clips: ``workers`` where it is given, else the cores there are."""
+    if workers is not None:
+        return min(workers, clips)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, clips // _CLIPS_PER_WORKER)
 
 
 def _open(source, name):
@@ -302,7 +340,8 @@ def _decode(sound, name, max_seconds):
             raise AudioError(TOO_LONG, f"{name} lasts more than {max_seconds:g} s")
     if not total:
         raise AudioError(EMPTY, f"{name} holds no samples")
-    return Sound(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], rate)
+    codec = sound.format if sound.format == "MP3" else f"{sound.format} {sound.subtype}"
+    return Sound(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], rate, codec)
 
 
 def _why(error):
@@ -329,24 +368,28 @@ def _convert(job):
     return Converted(job.id, len(steps), os.stat(job.target).st_size, digest)
 
 
-def _serve(pipe):
-    """Convert what comes through the pipe until None does; runs in a process of its own."""
+def _lost(id_, message):
+    return Converted(id_, reason=UNDECODABLE, message=message)
+
+
+def _serve(pipe, work):
+    """Do the jobs that come through the pipe until None does; runs in a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError):
         while (job := pipe.recv()) is not None:
             try:
-                pipe.send(_convert(job))
+                pipe.send(work(job))
             except OSError as error:
                 pipe.send(error)
 
 
-def _in_processes(jobs, count):
+def _in_processes(work, jobs, count, died):
     """Yield outcomes from ``count`` processes as they come; no process holds more than one clip."""
     processes, busy = {}, {}
 
     def start():
         ours, theirs = context.Pipe()
-        processes[ours] = context.Process(target=_serve, args=(theirs,), daemon=True)
+        processes[ours] = context.Process(target=_serve, args=(theirs, work), daemon=True)
         with _main_hidden():
             processes[ours].start()
         theirs.close()
@@ -370,7 +413,7 @@ def _in_processes(jobs, count):
                 except (EOFError, ConnectionError):
                     processes[pipe].join()
                     message = f"the process that decoded it died (exit code {processes[pipe].exitcode})"
-                    answer, pipe = Converted(id_, reason=UNDECODABLE, message=message), start()
+                    answer, pipe = died(id_, message), start()
                 if isinstance(answer, OSError):
                     raise answer
                 idle.append(pipe)

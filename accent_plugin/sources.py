@@ -90,13 +90,7 @@ def open_splits(data_folder, source_splits=None):
     DataError
         When it cannot be read, or its splits are not those of training and testing.
     """
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(data_folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{data_folder} cannot be read as a DatasetDict: {error}") from None
-    asked = source_splits
+    loaded, asked = _load(data_folder), source_splits
     if missing := [name for name in asked or () if name not in loaded and name not in map(canonical, loaded)]:
         raise DataError(f"source_splits names {', '.join(missing)}; {data_folder} has {', '.join(loaded)}")
     used = {name: data for name, data in loaded.items() if not asked or name in asked or canonical(name) in asked}
@@ -110,6 +104,26 @@ def open_splits(data_folder, source_splits=None):
     unused = [f"split '{name}' of the source was not used ({len(loaded[name])} clips)" for name in loaded.keys() - used]
     # Once, not for each clip: it copies the features.
     return {name: data.with_format("arrow") for name, data in used.items()}, sorted(unused)
+
+
+def open_all(data_folder):
+    """Every split, whatever its name, as name in the source -> Dataset in Arrow format, which decodes nothing.
+
+    Raises
+    ------
+    DataError
+        When it cannot be read.
+    """
+    return {name: data.with_format("arrow") for name, data in _load(data_folder).items()}
+
+
+def _load(data_folder):
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(data_folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{data_folder} cannot be read as a DatasetDict: {error}") from None
 
 
 def canonical(name):
