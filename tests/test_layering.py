@@ -11,18 +11,33 @@ PACKAGE = Path(accent_plugin.__file__).parent
 # From the ground up; a room may import rooms of lower storeys, and of its own where it is named in BESIDE.
 STOREYS = [
     {"errors"},
-    {"labels", "audio", "pooling", "whitening"},
-    {"splits", "metrics", "augment", "encoder", "tiny"},
-    {"sources", "synthetic"},
-    {"manifests", "model", "batches", "pictures", "report_html", "report"},
+    {"labels", "audio", "disk", "pooling", "whitening"},
+    {"splits", "metrics", "augment", "encoder", "tiny", "nuisance"},
+    {"sources", "selection", "synthetic", "shards"},
+    {"manifests", "model", "batches", "pictures", "report_html", "report", "commonvoice", "readers", "corpus", "audit"},
     {"config", "brain", "baseline", "bands"},
     {"experiment"},
     {"cli"},
 ]
-BESIDE = {("report", "pictures"), ("report", "report_html"), ("report_html", "pictures")}
+BESIDE = {
+    ("readers", "commonvoice"),
+    ("corpus", "readers"),
+    ("audit", "pictures"),
+    ("report", "pictures"),
+    ("report", "report_html"),
+    ("report_html", "pictures"),
+}
 WITHOUT_TORCH = {
     "bands",
     "errors",
+    "disk",
+    "selection",
+    "shards",
+    "commonvoice",
+    "readers",
+    "corpus",
+    "nuisance",
+    "audit",
     "labels",
     "audio",
     "splits",
