@@ -29,6 +29,7 @@ setup(
         "transformers>=5.0",
         "huggingface_hub",
         "hyperpyyaml>=1.2.3",
+        "pyyaml",
         "datasets>=4.0",
         "pyarrow",
         "numpy>=2.0",

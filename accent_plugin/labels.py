@@ -172,6 +172,7 @@ def preset(accents):
     return accents
 
 
+@lru_cache(maxsize=1000)
 def gender(raw):
     """The gender that a cell gives in any release's spelling: "male", "female", another as given, or ""."""
     text = normalise(raw or "")

@@ -6,9 +6,11 @@ referred to, not read; all text is synthetic.
 
 python benchmarks/release_1_9M.py FOLDER                          # makes FOLDER/release, then measures
 python benchmarks/release_1_9M.py FOLDER --accents sixteen
+python benchmarks/release_1_9M.py FOLDER --rows 60000 --clients 5000 --clip FILE --embed   # memory while embedding
 """
 
 import argparse
+import os
 import random
 import resource
 import shutil
@@ -27,8 +29,8 @@ FREE_STRINGS = 868
 WORDS = [f"word{i}" for i in range(20_000)]
 
 
-def make(folder, rows, clients):
-    """Write the release, a client's rows scattered over the table; return its path."""
+def make(folder, rows, clients, clip):
+    """Write the release, a client's rows scattered over the table."""
     rng = random.Random(0)
     release = folder / "cv-corpus-27.0-generated" / "en"
     (release / "clips").mkdir(parents=True)
@@ -69,8 +71,10 @@ def make(folder, rows, clients):
             )
             table.write("\t".join(cells) + "\n")
             durations.write(f"{name}\t{rng.randrange(1500, 9500)}\n")
-            open(release / "clips" / name, "w").close()
-    return release
+            if clip:
+                os.link(clip, release / "clips" / name)
+            else:
+                open(release / "clips" / name, "w").close()
 
 
 def peak():
@@ -84,16 +88,18 @@ def main():
     parser.add_argument("--rows", type=int, default=1_900_000)
     parser.add_argument("--clients", type=int, default=100_000)
     parser.add_argument("--accents", default="three")
+    parser.add_argument("--clip", help="file that every clip is a link to, on the same disk; none: empty files")
+    parser.add_argument("--embed", action="store_true")
     arguments = parser.parse_args()
     release = arguments.folder / "cv-corpus-27.0-generated" / "en"
     if not release.exists():
-        make(arguments.folder, arguments.rows, arguments.clients)
+        make(arguments.folder, arguments.rows, arguments.clients, arguments.clip)
         print("made the release; run again to measure, since making it takes memory")
         return
     out = arguments.folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     start, cpu = time.perf_counter(), time.process_time()
-    built = corpus.build(release, out, accents=arguments.accents, progress=False)
+    built = corpus.build(release, out, accents=arguments.accents, embed=arguments.embed, progress=False)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     clips = sum(n["clips"] for by_accent in built.counts.values() for n in by_accent.values())
     print(f"{clips:,} clips chosen in {wall:.1f} s ({cpu:.1f} s of CPU), peak {peak():.2f} GiB")

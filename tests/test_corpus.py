@@ -539,7 +539,7 @@ def test_the_whole_way(tmp_path, embed):
     clips = {s: {a: c["clips"] for a, c in accents.items()} for s, accents in prepared.counts.items()}
     assert clips == {s: {a: c["clips"] for a, c in accents.items()} for s, accents in made.counts.items()}
     assert (prepared.dropped, prepared.speakers_disjoint, prepared.synthetic) == ({}, True, False)
-    assert prepared.name == made.card["name"]
+    assert (prepared.name, prepared.card) == (made.card["name"], made.card)
     read = {split: {clip.client_id for clip in manifests.read(path)} for split, path in prepared.splits.items()}
     assert read == {NAMES[split]: clients for split, clients in clients_of(made.folder).items()}
 

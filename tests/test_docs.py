@@ -1,20 +1,27 @@
 """What the documents say can be typed: every option in their commands exists, and every file they name is there."""
 
+import argparse
 import re
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from accent_plugin import config
+from accent_plugin import cli, config
 
-PAGES = [ROOT / "README.md", ROOT / "recipes/CommonVoiceAccent/README.md"]
+PAGES = [ROOT / "README.md", ROOT / "recipes/CommonVoiceAccent/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def options_of_the_command():
+    """Options of every verb of accent-plugin."""
+    verbs = next(action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return {name[2:] for verb in verbs.choices.values() for name in verb._option_string_actions if name[:2] == "--"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_options_exist(page):
     text = page.read_text(encoding="utf-8")
-    known = {*config.KEYS, *config._OPTION_NAMES, "out"}
+    known = {*config.KEYS, *config._OPTION_NAMES, *options_of_the_command()}
     given = set(re.findall(r"--([a-z0-9_]+)", text))
     assert given - known == set()
 

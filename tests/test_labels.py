@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from accent_plugin import labels
+from accent_plugin.errors import ConfigError
 from accent_plugin.labels import ParsedAccent, parse
 
 OLD_CODES = (
@@ -98,6 +99,73 @@ def test_no_spelling_belongs_to_two_labels():
 
 def test_three_accents_preset():
     assert labels.PRESETS["three"] == ("us", "england", "australia")
+
+
+def test_sixteen_accents_preset():
+    """Common Voice's codes up to version 7, without "other"; Northern Ireland came later."""
+    assert len(labels.PRESETS["sixteen"]) == 16
+    assert set(labels.PRESETS["sixteen"]) == set(labels.SPELLINGS) - {"northernireland"}
+
+
+def test_preset_takes_names_and_lists():
+    assert labels.preset("three") == ("us", "england", "australia")
+    assert labels.preset("wales, us") == ("wales", "us")
+    assert labels.preset(["kentish"]) == ("kentish",)
+
+
+@pytest.mark.parametrize("accents", [[], ["us", "us"], "us,,england", [1], ""])
+def test_preset_refuses(accents):
+    with pytest.raises(ConfigError, match="distinct names, or one of three, sixteen"):
+        labels.preset(accents)
+
+
+@pytest.mark.parametrize(
+    ("raw", "gender"),
+    [
+        ("male_masculine", "male"),
+        ("female_feminine", "female"),
+        ("Female", "female"),
+        ("non-binary", "non-binary"),
+        ("do_not_wish_to_say", ""),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_gender(raw, gender):
+    assert labels.gender(raw) == gender
+
+
+def test_a_mapping_is_written_either_way(tmp_path):
+    (tmp_path / "map.yaml").write_text("Geordie: england\naustralia: [Strine, Ocker]\n", encoding="utf-8")
+    mapping = labels.read_mapping(tmp_path / "map.yaml")
+    assert [parse(raw, mapping).label for raw in ("geordie", "STRINE", "Ocker")] == [
+        "england",
+        "australia",
+        "australia",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[Geordie]", "holds no table"),
+        ("", "holds no table"),
+        ("Geordie: [", "is no YAML"),
+        ("no: england", "in quotes"),
+        ("Geordie: null", "in quotes"),
+        ("Geordie: england\ngeordie: wales", "maps 'geordie' to england and to wales"),
+        ("!!python/object/apply:os.system [ls]", "is no YAML"),
+    ],
+)
+def test_a_mapping_that_cannot_be_meant(tmp_path, text, message):
+    (tmp_path / "map.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        labels.read_mapping(tmp_path / "map.yaml")
+
+
+def test_a_mapping_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        labels.read_mapping(tmp_path / "map.yaml")
 
 
 @pytest.mark.parametrize("module", ["labels", "audio", "splits", "manifests"])

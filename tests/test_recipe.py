@@ -196,6 +196,14 @@ def test_the_test_split_can_be_degraded(train, words, tmp_path):
     assert list(metrics_of(tmp_path / "out")["bands"]) == list(BANDS)
 
 
+def test_a_report_repeats_how_its_data_were_made():
+    from accent_plugin import experiment
+
+    prepared = SimpleNamespace(name="x", synthetic=False, speakers_disjoint=True, counts={}, dropped={})
+    prepared.arguments, prepared.card = {"split": "speaker"}, {"dropped": {"client cap": 3}, "examples": [1]}
+    assert experiment.describe_data(prepared)["made"] == {"dropped": {"client cap": 3}}
+
+
 def test_runs_are_compared_and_summarised_on_the_command_line(train, words, tmp_path, capsys):
     from accent_plugin import cli
 
