@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from accent_plugin import audio, disk, labels, nuisance, sources, splits
-from accent_plugin.errors import AudioError, ConfigError
+from accent_plugin.errors import AudioError, ConfigError, DataError
 
 ERROR, WARNING = "error", "warning"
 KINDS = (
@@ -218,11 +218,16 @@ def check(
         When ``permutations`` cannot show anything.
     """
     nuisance.require_permutations(permutations)
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}; give 1 or more")
+    mapping = labels.read_mapping(mapping) if isinstance(mapping, str | Path) else mapping
     data_folder = Path(data_folder).absolute()
     card = sources.fingerprint(data_folder)["card"]
     loaded = sources.open_all(data_folder)
     given = {"accent": accent_column, "client": client_column, "sentence": sentence_column, "audio": audio_column}
     columns = {split: sources.find_columns(split, data, data_folder, given) for split, data in loaded.items()}
+    if not sum(map(len, loaded.values())):
+        raise DataError(f"{data_folder} has no rows in any of its splits {', '.join(loaded)}: make it again")
     table = _Table(loaded, columns, seed, mapping)
 
     findings = [*_clients(table), *_sentences(table), *_contradictions(table), *_balance(table)]

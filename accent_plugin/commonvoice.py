@@ -10,6 +10,7 @@ import bisect
 import contextlib
 import csv
 import hashlib
+import math
 import os
 import re
 from array import array
@@ -86,7 +87,7 @@ class Release:
         self.files = tuple(dict.fromkeys([files] if isinstance(files, str) else files))
         for name in self.files:
             if Path(name).name != name or not (self.folder / name).is_file():
-                there = ", ".join(sorted(p.name for p in self.folder.glob("*.[tc]sv"))) or "none"
+                there = ", ".join(sorted(p.name for p in self.folder.glob("*.[tc]sv") if p.is_file())) or "none"
                 raise DataError(
                     f"{self.folder} has no table {name}"
                     + (f", and split official needs {', '.join(splits)}" if official else "")
@@ -110,7 +111,7 @@ class Release:
         """Names, sizes and digests of the tables that are read."""
         found = {}
         for path in self._tables():
-            with open(path, "rb") as file:
+            with readable(path), open(path, "rb") as file:
                 digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
             found[path.name] = {"bytes": path.stat().st_size, "blake2b": digest}
         return {"kind": self.kind, "name": self.name, "files": found}
@@ -151,7 +152,7 @@ class Release:
             self.damaged += read.damaged
             if read.cut:
                 self.warnings.append(f"{name} ends in the middle of a line: it may have been cut short")
-            if sum(read.damaged.values()) > max(1, _MOST_DAMAGED * read.lines):
+            if too_damaged(read.damaged, read.lines):
                 counts = ", ".join(f"{reason} {n}" for reason, n in read.damaged.most_common())
                 raise DataError(f"{self.folder / name} is damaged: of {read.lines} rows {counts}; get it again")
 
@@ -237,9 +238,10 @@ class Release:
             folders = [p for p in self.folder.glob("cv-*") if p.is_dir()]
         for folder in folders:
             prefix = f"{folder.name}/" if self.dialect == "v1" else ""
-            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            with contextlib.suppress(FileNotFoundError), readable(folder), os.scandir(folder) as entries:
                 for entry in entries:
-                    if not entry.name.startswith(".") and not entry.is_dir():
+                    # A link that leads nowhere, a folder and a pipe are no clips.
+                    if not entry.name.startswith(".") and entry.is_file():
                         yield prefix + entry.name
 
     def _named_elsewhere(self):
@@ -283,7 +285,7 @@ class _Rows:
         """Yield the cells of a line, None where it cannot be decoded, and whether the line was ended."""
         # Cut at line feeds in binary: sentences hold other characters that Python would take for ends of lines. Line by
         # line also with commas, so that a quotation mark that nobody closes costs its own line only.
-        with open(self._path, "rb") as file:
+        with readable(self._path), open(self._path, "rb") as file:
             for line in file:
                 try:
                     text = line.decode().rstrip("\r\n")
@@ -309,6 +311,15 @@ def _unquoted(cell):
     return cell
 
 
+def seconds_in(text):
+    """A duration as a number; None where it is none, not finite, or negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value >= 0 else None
+
+
 def _looked_up(seconds, path):
     names, values = seconds
     place = bisect.bisect_left(names, hash(path))
@@ -316,14 +327,28 @@ def _looked_up(seconds, path):
 
 
 def _integer(cells, place):
-    return int(cells[place]) if place is not None and cells[place].isdecimal() else None
+    # Python refuses to read numbers of thousands of digits.
+    return int(cells[place]) if place is not None and cells[place].isdecimal() and len(cells[place]) < 10 else None
 
 
 def _float(cells, place):
+    return seconds_in(cells[place]) if place is not None else None
+
+
+def too_damaged(damaged, rows):
+    """Whether so many rows are damaged that the table is something else, or broken."""
+    return sum(damaged.values()) > max(1, _MOST_DAMAGED * rows)
+
+
+@contextlib.contextmanager
+def readable(path):
+    """Say which part of a source the system refuses to read."""
     try:
-        return float(cells[place]) if place is not None and cells[place] else None
-    except ValueError:
-        return None
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
 
 
 def _header(path, commas):
@@ -337,7 +362,7 @@ def _header(path, commas):
 
 
 def _columns(path, commas):
-    with open(path, "rb") as file:
+    with readable(path), open(path, "rb") as file:
         first = file.readline(1 << 20)
     if first[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path} is UTF-16; save it as UTF-8")
@@ -345,6 +370,8 @@ def _columns(path, commas):
         columns = _cells(first.decode("utf-8-sig").rstrip("\r\n"), commas)
     except UnicodeDecodeError:
         raise DataError(f"{path} is no table: its first line is not UTF-8") from None
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise DataError(f"{path} has the column {twice[0]} more than once; its columns are {', '.join(columns)}")
     roles = {role: next((columns.index(n) for n in names if n in columns), None) for role, names in _COLUMNS.items()}
     return {role: place for role, place in roles.items() if place is not None}, columns
 

@@ -246,7 +246,15 @@ def build(source, out, *, workers=None, progress=True, **arguments):
     _require_clients(reader, choices)
     header = {"arguments": choices.as_json() | dataclasses.asdict(reading), "source": reader.fingerprint()}
     header = json.loads(json.dumps(header))
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}; give 1 or more")
     if done := _finished(out, header):
+        gone = done.dropped.get(NO_AUDIO)
+        logger.info(
+            "%s is there already, from the same source and arguments%s",
+            out,
+            f"; {gone} clips had no audio file then: remove it to look again" if gone else "",
+        )
         return done
     with disk.writing(out, "--out"), disk.locked(out):
         if done := _finished(out, header):
@@ -298,6 +306,10 @@ def plan(reader, choices, notes):
     notes.drop(NO_AUDIO, int(absent.sum()))
     notes.examples += [{"reason": NO_AUDIO, "id": r.path, "message": ""} for r in _first(rows, absent)]
     notes.warnings += reader.warnings
+    strange = sorted(set(choices.mapping.values()) - labels.SPELLINGS.keys() - set(choices.accents))
+    if strange:
+        known = ", ".join(labels.SPELLINGS)
+        notes.warnings.append(f"mapping gives labels that are not asked for: {', '.join(strange)}; known are {known}")
     parts = _split([row for row, gone in zip(rows, absent, strict=True) if not gone], choices)
     if not has_clients:
         notes.warnings.append(selection.NO_CLIENT_IDS)
@@ -344,13 +356,13 @@ def _build(reader, out, choices, header, workers, progress):
 def describe(card):
     """A card as Markdown: what it is, tables of clips and of what was left out."""
     source = card["source"]
-    lines = [f"# {card['name']}", "", f"Made by {card['made_by']} from a {source['kind']}, {source['name']}.", ""]
+    lines = [f"# {card['name']}", "", f"Made by {card['made_by']} from {source['name']} ({source['kind']}).", ""]
     lines += ["| split | accent | clips | clients | hours |", "|---|---|---|---|---|"]
     for split, by_accent in card["counts"].items():
         for accent, n in by_accent.items():
             hours = "unknown" if n["seconds"] is None else f"{n['seconds'] / 3600:.2f}"
-            lines.append(f"| {split} | {accent} | {n['clips']} | {n['clients']} | {hours} |")
-    disjoint = {True: "No client is in two splits.", False: "Split by clip: clients are in several splits."}
+            lines.append(f"| {_NAMES[split]} | {accent} | {n['clips']} | {n['clients']} | {hours} |")
+    disjoint = {True: "No client is in two splits.", False: "Split by clip: clients may be in several splits."}
     lines += ["", disjoint.get(card["clients_disjoint"], "The source does not tell clients apart.")]
     lines += [f"Note: {warning}." for warning in card["warnings"]]
     lines += ["", "Left out:", "", "| reason | clips |", "|---|---|"]
@@ -359,7 +371,7 @@ def describe(card):
     for label, values in card["labels"].items():
         shown = "; ".join(f"{_in_cell(value)} {n}" for value, n in values.items())
         lines.append(f"| {label} | {shown} |")
-    given = ", ".join(f"{key} {value}" for key, value in card["arguments"].items() if value not in (None, {}))
+    given = ", ".join(f"{key} {_shown(value)}" for key, value in card["arguments"].items() if value not in (None, {}))
     lines += ["", f"Arguments: {_in_cell(given)}.", ""]
     return "\n".join(lines)
 
@@ -384,12 +396,20 @@ def _filtered(table, choices, notes):
 
 
 def _each_file_once(rows, notes):
-    """One row for each file: a table may give a recording twice, with other words or another speaker."""
-    first = {}
+    """One row for each file, and none for a file that is given two accents or two clients."""
+    of_file = defaultdict(list)
     for row in sorted(rows, key=lambda row: row.id):
-        first.setdefault(row.path, row)
-    notes.drop(selection.DUPLICATE, len(rows) - len(first))
-    return list(first.values())
+        of_file[row.path].append(row)
+    kept = []
+    for path, members in of_file.items():
+        told = sorted({(row.accent, row.client) for row in members})
+        if len(told) > 1:
+            message = "given as " + " and ".join(f"{accent} by '{client}'" for accent, client in told[:2])
+            notes.drop(selection.CONTRADICTING, len(members), example={"id": path, "message": message})
+            continue
+        notes.drop(selection.DUPLICATE, len(members) - 1)
+        kept.append(members[0])
+    return kept
 
 
 def _split(rows, choices):
@@ -500,7 +520,7 @@ def _finished(out, header):
         return None
     if not out.is_dir():
         raise ManifestError(f"--out {out} is a file: give a folder")
-    if not begun.is_file() and not (card.is_file() and shards.is_finished(out)):
+    if not begun.is_file() and not card.is_file():
         raise ManifestError(f"--out {out} holds files made by something else: choose another folder, or empty it")
     made = sources.read_json(begun if begun.is_file() else card)
     if differences := _differences(made, header):
@@ -509,7 +529,7 @@ def _finished(out, header):
             + "\n".join(f"  {line}" for line in differences)
             + "\nchoose another --out, give the old values, or remove that folder"
         )
-    return None if begun.is_file() else load(out)
+    return load(out) if shards.is_finished(out) and not begun.is_file() else None
 
 
 def _differences(made, header):
@@ -527,7 +547,7 @@ def _differences(made, header):
 
 
 def _shown(value):
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def _in_cell(text):

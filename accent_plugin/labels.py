@@ -203,7 +203,7 @@ def read_mapping(path):
         table = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
     if not isinstance(table, dict) or not table:
         raise ConfigError(f"{path} holds no table; write one line for each spelling, such as 'Geordie: england'")

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from accent_plugin import commonvoice, selection, sources
+from accent_plugin import audio, commonvoice, selection, sources
 from accent_plugin.errors import ConfigError, DataError
 
-_SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au")
 _TABLE_COLUMNS = {
     "path": ("path", "file", "filename", "file_name", "wav", "audio"),
     "accent": sources.COLUMN_NAMES["accent"],
@@ -137,8 +136,11 @@ class Table:
     def __init__(self, path, columns):
         self.path, self.name = path.absolute(), path.stem
         self.damaged, self.warnings = Counter(), []
-        with self._open() as file:
-            header = file.readline()
+        try:
+            with self._open() as file:
+                header = file.readline()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path} is not UTF-8: {error}; save it as UTF-8") from None
         self._delimiter = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
         names = next(csv.reader([header], delimiter=self._delimiter), [])
         self._columns = _find_columns(self.path, names, _TABLE_COLUMNS, columns, ("path", "accent"))
@@ -152,6 +154,7 @@ class Table:
     def cells(self):
         """Yield what the table says of each clip."""
         self.damaged.clear()
+        number = -1
         with self._open() as file:
             table = csv.DictReader(file, delimiter=self._delimiter, strict=True)
             try:
@@ -163,9 +166,11 @@ class Table:
                     if not cells["path"]:
                         self.damaged[commonvoice.NO_PATH] += 1
                         continue
-                    yield cells | {"row": number, "seconds": _number(cells["seconds"])}
+                    yield cells | {"row": number, "seconds": commonvoice.seconds_in(cells["seconds"])}
             except (csv.Error, UnicodeDecodeError) as error:
                 raise DataError(f"{self.path} is damaged near line {table.line_num}: {error}") from None
+        if commonvoice.too_damaged(self.damaged, number + 1):
+            raise DataError(f"{self.path} is damaged: of {number + 1} rows {selection.in_words(self.damaged)}")
 
     def absent(self, rows):
         """Which rows have no file."""
@@ -208,6 +213,12 @@ class Folders:
             for path in _sounds(child)
         )
         self.has_clients = any(self._client(*entry) for entry in self._files)
+        others = Counter(path.suffix.lower() or path.name for path in _files(self.folder))
+        for _, below in self._files:
+            others[Path(below).suffix.lower()] -= 1
+        if left := +others:
+            told = selection.in_words(left)
+            self.warnings.append(f"files that are no audio by their ending, or in no accent's folder: {told}")
 
     def fingerprint(self):
         """Digest of names, sizes and times of all files."""
@@ -356,7 +367,20 @@ def _find_columns(where, names, known, given, required):
 
 
 def _sounds(folder):
-    return [path for path in folder.rglob("*") if path.suffix.lower() in _SOUNDS and path.is_file()]
+    return [path for path in _files(folder) if path.suffix.lower() in audio.SUFFIXES]
+
+
+def _files(folder):
+    """Files in and below a folder, also through links; not those that systems hide, such as macOS's ._a.wav."""
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        # A link may lead back to where it came from.
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(where, name) for name in names if not name.startswith(".") and Path(where, name).is_file())
 
 
 def _looks_like_release(folder):
@@ -368,10 +392,3 @@ def _without_file(reader, rows):
     if len(rows) and missing.all():
         raise DataError(f"none of the {len(rows)} clips of {reader.name} is there, for example {reader.sound(rows[0])}")
     return missing
-
-
-def _number(text):
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -190,7 +190,7 @@ def require_filled(parts, accents, wanted, reasons, where="", remedy=""):
 
 def in_words(counts):
     """Counts by reason on one line, the largest first."""
-    return ", ".join(f"{reason} {n}" for reason, n in Counter(counts).most_common() if n)
+    return ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items(), key=lambda e: (-e[1], e[0])) if n)
 
 
 def digest(value):

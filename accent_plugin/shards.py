@@ -22,8 +22,18 @@ _BATCH_BYTES = 1 << 26
 
 
 def is_finished(folder):
-    """Whether ``folder`` holds a DatasetDict that was written to the end."""
-    return (folder / _LISTING).is_file()
+    """Whether ``folder`` holds a DatasetDict that was written to the end, and all its shards."""
+    try:
+        listing = json.loads((folder / _LISTING).read_text(encoding="utf-8"))
+        for split in listing["splits"]:
+            state = json.loads((folder / split / "state.json").read_text(encoding="utf-8"))
+            info = json.loads((folder / split / "dataset_info.json").read_text(encoding="utf-8"))
+            sizes = [(folder / split / file["filename"]).stat().st_size for file in state["_data_files"]]
+            if sum(sizes) != info["dataset_size"]:
+                return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 def write(folder, parts, columns, record, sound, *, fingerprint, embed=True, workers=1, progress=True):
@@ -64,6 +74,9 @@ def write(folder, parts, columns, record, sound, *, fingerprint, embed=True, wor
     jobs = []
     for split, rows in parts.items():
         (folder / split).mkdir(exist_ok=True)
+        for leftover in (folder / split).glob(".data-*.tmp"):
+            # Of a process that was killed: the caller holds the folder's lock, so nobody writes it now.
+            leftover.unlink()
         size = _CLIPS_EMBEDDED if embed else _CLIPS_REFERRED
         names = _names(len(rows), size)
         jobs += [(folder / split / name, rows[i * size : (i + 1) * size]) for i, name in enumerate(names)]
@@ -141,7 +154,8 @@ def _sound(row, content, embed):
     except OSError as error:
         raise DataError(
             f"{content} cannot be read: {error.strerror or error}\n"
-            "make it readable or take it away, and run the same command again: it goes on from here"
+            "make it readable and run the same command again: it goes on from here\n"
+            "(or take it away: it is then left out, and the copying begins anew)"
         ) from None
 
 

@@ -50,8 +50,8 @@ def fingerprint(data_folder):
     if not data_folder.is_dir():
         raise DataError(
             f"there is no folder {data_folder}\n"
-            "data_folder is a DatasetDict saved with save_to_disk; to make one from your clips, see the README\n"
-            "to try the built-in synthetic corpus instead: make demo"
+            "a DatasetDict saved with save_to_disk is wanted; to make one of a Common Voice release or of other clips:"
+            " accent-plugin prepare\nto try the built-in synthetic corpus instead: make demo"
         )
     listing = data_folder / _LISTING
     if not listing.is_file():
@@ -63,7 +63,8 @@ def fingerprint(data_folder):
             )
         raise DataError(
             f"{data_folder} holds no DatasetDict: it has no dataset_dict.json\n"
-            "data_folder is a DatasetDict saved with save_to_disk; to try the built-in synthetic corpus: make demo"
+            "a DatasetDict saved with save_to_disk is wanted; to make one of a Common Voice release or of other clips:"
+            " accent-plugin prepare"
         )
     found = {}
     for split in sorted(read_json(listing, DataError).get("splits", ())):

@@ -411,3 +411,13 @@ def test_real_speech_has_no_leak_until_one_is_planted(tmp_path):
     assert places(finding) == [[("train", 7, path), ("test", 5, path)]]
     assert finding_of(result, "client", "error").count == 1
     shutil.rmtree(tmp_path / "data")
+
+
+def test_a_dataset_without_rows(tmp_path):
+    from datasets import DatasetDict
+
+    data = save(tmp_path / "data", train=rows("us", 1))
+    empty = DatasetDict.load_from_disk(str(data)).filter(lambda _: False, input_columns=["accent"])
+    empty.save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(DataError, match="has no rows in any of its splits train"):
+        audit.check(tmp_path / "empty")

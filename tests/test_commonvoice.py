@@ -1,4 +1,5 @@
 import csv
+import os
 import shutil
 
 import pytest
@@ -477,3 +478,36 @@ def test_a_real_release_in_another_place(tmp_path):
     source = shared_data("common_voice_6_1_sample") / "en"
     shutil.copytree(source, tmp_path / "en")
     assert cells(tmp_path / "en") == cells(source)
+
+
+def test_numbers_that_are_none(tmp_path):
+    """Python refuses to read thousands of digits; a duration may be nan."""
+    folder = release(tmp_path, 1, train=[row("a", "us", up_votes="9" * 5000, seconds="nan")])
+    found = next(commonvoice.Release(folder).cells())
+    assert (found["up_votes"], found["seconds"]) == (None, None)
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    folder = release(tmp_path, 6, pool(2))
+    table = folder / "validated.tsv"
+    table.write_text(table.read_text(encoding="utf-8").replace("locale", "client_id", 1), encoding="utf-8")
+    with pytest.raises(DataError, match="has the column client_id more than once"):
+        commonvoice.Release(folder)
+
+
+def test_only_regular_files_are_clips(tmp_path):
+    folder = release(tmp_path, 6, pool(40, 2))
+    clips = sorted((folder / "clips").iterdir())
+    for clip in clips[:3]:
+        clip.unlink()
+    clips[0].symlink_to("nowhere.mp3")
+    clips[1].mkdir()
+    os.mkfifo(clips[2])
+    assert build(folder, tmp_path / "out").dropped == {"no audio file": 3}
+
+
+def test_a_recording_with_two_accents(tmp_path):
+    """Neither row is right: chance must not decide."""
+    twice = [row("x", "us", path="same.mp3"), row("y", "england", path="same.mp3")]
+    built = build(release(tmp_path, 6, [*pool(40), *twice]), tmp_path / "out")
+    assert built.dropped == {"contradicting accents": 2}

@@ -11,7 +11,7 @@ from datasets_for_tests import dataset, encode, noise, save, shared_data
 from datasets_for_tests import rows as clips_in_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from releases_for_tests import clients_of, flat, kept, people, pool, release, row, saved, tree
+from releases_for_tests import clients_of, flat, kept, people, pool, release, row, saved, sound, tree
 
 from accent_plugin import corpus, labels, manifests, sources, splits
 from accent_plugin.errors import AccentPluginError, DataError, ManifestError
@@ -781,3 +781,58 @@ def test_any_release_gives_disjoint_splits(seed, cap, generator, texts):
     read = [clip["client_id"] for clips in parts.values() for clip in clips]
     assert max(map(read.count, set(read))) <= cap
     assert sum(kept(made).values()) + sum(made.dropped.values()) == len(rows)
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    folder = release(tmp_path, 6, pool(accents=TWO))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 30)
+        with pytest.raises(KeyboardInterrupt):
+            build(folder, tmp_path / "out", accents=TWO, embed=True)
+    leftover = tmp_path / "out" / "train" / ".data-00000-of-00001.arrow.4711.tmp"
+    leftover.write_bytes(b"half")
+    build(folder, tmp_path / "out", accents=TWO, embed=True)
+    assert not leftover.exists()
+
+
+def test_a_result_whose_shards_are_gone_is_made_again(tmp_path):
+    folder = release(tmp_path, 6, pool(accents=TWO))
+    made = build(folder, tmp_path / "out", accents=TWO)
+    before = saved(made.folder)
+    next((made.folder / "train").glob("*.arrow")).unlink()
+    assert saved(build(folder, tmp_path / "out", accents=TWO).folder) == before
+
+
+def test_folders_leave_nothing_out_in_silence(tmp_path):
+    source = tmp_path / "speech"
+    elsewhere = tmp_path / "elsewhere"
+    for accent in TWO:
+        for number in range(40):
+            (source / accent / f"s{number}").mkdir(parents=True)
+            (source / accent / f"s{number}" / "a.mp3").write_bytes(sound())
+    (source / "us" / "s0").rename(elsewhere)
+    (source / "us" / "s0").symlink_to(elsewhere)
+    (source / "us" / "s1" / "back").symlink_to(source / "us")
+    (source / "us" / "s1" / "._a.mp3").write_bytes(b"macOS")
+    (source / "us" / "s1" / "b.m4a").touch()
+    (source / "loose.wav").touch()
+    made = build(source, tmp_path / "out", accents=TWO)
+    assert kept(made) == {"us": 40, "england": 40}
+    assert made.warnings == ("files that are no audio by their ending, or in no accent's folder: .m4a 1, .wav 1",)
+
+
+def test_a_mapping_to_a_label_that_nobody_asks_for(tmp_path):
+    made = build(release(tmp_path, 6, pool()), tmp_path / "out", mapping={"Geordie": "atlantis"})
+    assert [text for text in made.warnings if text.startswith("mapping gives labels that are not asked for: atlantis;")]
+
+
+def test_a_table_that_is_not_utf8(tmp_path):
+    (tmp_path / "clips.csv").write_bytes(b"path,accent\n" + b"a.wav,us\n" * 1000 + b"b.wav,\xff\n")
+    with pytest.raises(DataError, match="clips.csv is (not UTF-8|damaged near line)"):
+        build(tmp_path / "clips.csv", tmp_path / "out", split="random", accents=TWO)
+
+
+def test_a_table_with_too_many_damaged_rows(tmp_path):
+    (tmp_path / "clips.csv").write_text("path,accent\n" + "a.wav,us\n" * 80 + "b.wav\n" * 10, encoding="utf-8")
+    with pytest.raises(DataError, match="of 90 rows wrong number of cells 10"):
+        build(tmp_path / "clips.csv", tmp_path / "out", split="random", accents=TWO)
