@@ -39,6 +39,7 @@ setup(
         "soxr>=0.5",
         "matplotlib>=3.9",
         "tqdm",
+        "shtab",
     ],
     extras_require={
         # GPL-3.0: needed only to make the built-in synthetic corpus, loaded with ctypes, never bundled.

@@ -9,6 +9,7 @@ import hashlib
 import io
 import multiprocessing
 import multiprocessing.connection
+import numbers
 import os
 import signal
 import stat
@@ -25,6 +26,9 @@ from accent_plugin.errors import AudioError
 
 SAMPLE_RATE = 16_000
 
+# Endings of files that are looked for in folders; what a file is, its content tells.
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au")
+
 UNDECODABLE = "undecodable"
 EMPTY = "empty"
 TOO_SHORT = "too short"
@@ -37,6 +41,8 @@ _SILENCE = 3 / 32768
 # A header may announce any number of frames or channels: memory grows with what is really there, block by block.
 _BLOCK_VALUES = 1 << 21
 _RATES = range(1_000, 384_001)
+# Of one recording in memory; more rows than this are a batch of clips, whose mean would be no clip.
+_MAX_CHANNELS = 32
 # Starting a process costs as much as decoding this many clips.
 _CLIPS_PER_WORKER = 100
 
@@ -151,6 +157,107 @@ def load(source, min_seconds=0.0, max_seconds=None):
     sound = decode(source, max_seconds)
     check(sound.samples, sound.sample_rate, min_seconds, max_seconds)
     return resample(sound.samples, sound.sample_rate)
+
+
+def stream(source, block_seconds=60.0):
+    """Decode, check and resample a clip of any length, block by block; what `load` gives, in constant memory.
+
+    Arguments
+    ---------
+    source : bytes, str, Path or binary file object
+        As in `decode`.
+    block_seconds : float
+        Length of a block.
+
+    Yields
+    ------
+    (samples,) np.ndarray
+        float32 at ``SAMPLE_RATE``, `block_seconds` long, the last one shorter. Blocks are decoded as they are drawn.
+
+    Raises
+    ------
+    AudioError
+        "undecodable", "empty" or "non-finite", where the file comes to it, and "silent" before the last block.
+    """
+    # Not a Path's name, which is its last part alone.
+    opened = hasattr(source, "read")
+    name = "clip" if isinstance(source, bytes) else str(getattr(source, "name", "clip") if opened else source)
+    size = int(block_seconds * SAMPLE_RATE)
+    held, total = [], 0
+    try:
+        with _open(source, name) as sound:
+            for piece in _pieces(sound, name, block_seconds):
+                held.append(piece)
+                total += len(piece)
+                if total > size:
+                    joined = np.concatenate(held)
+                    whole = (total - 1) // size * size
+                    yield from np.split(joined[:whole], whole // size)
+                    held, total = [joined[whole:]], total - whole
+            if not total:
+                raise AudioError(EMPTY, f"{name} is shorter than one sample at {SAMPLE_RATE} Hz")
+            yield np.concatenate(held)
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
+        if _nothing_in(source):
+            raise AudioError(EMPTY, f"{name} holds no bytes") from None
+        raise AudioError(UNDECODABLE, f"{name} cannot be decoded: {_why(error)}") from None
+
+
+def from_array(samples, sample_rate):
+    """Check and resample a clip that is in memory.
+
+    Arguments
+    ---------
+    samples : (samples,), (samples, channels) or (channels, samples) np.ndarray
+        Floats with full scale 1, or integers of 8, 16 or 32 bits, which are scaled by their range (unsigned ones are
+        centred first, as in WAV). The shorter axis is the channels, of which the mean is taken; a square has its
+        samples in the first axis, as soundfile reads them.
+    sample_rate : float
+        In hertz.
+
+    Returns
+    -------
+    (samples,) np.ndarray
+        float32 at ``SAMPLE_RATE``.
+
+    Raises
+    ------
+    AudioError
+        "empty", "non-finite", "silent"; "undecodable" for what is no audio.
+    """
+    samples = np.asarray(samples)
+    if not isinstance(sample_rate, numbers.Real) or not _RATES.start <= sample_rate < _RATES.stop:
+        raise AudioError(
+            UNDECODABLE, f"a sample rate of {sample_rate} Hz is not supported; {_RATES.start} to {_RATES[-1]} Hz are"
+        )
+    if not samples.size:
+        raise AudioError(EMPTY, f"the clip holds no samples: its shape is {samples.shape}")
+    kind, bits = samples.dtype.kind, 8 * samples.dtype.itemsize
+    if kind not in "fiu" or (kind != "f" and bits > 32):
+        raise AudioError(
+            UNDECODABLE,
+            f"samples of type {samples.dtype} have no agreed full scale; give floats in [-1, 1], or integers of 8, 16 "
+            "or 32 bits",
+        )
+    if samples.ndim not in (1, 2) or (samples.ndim == 2 and min(samples.shape) > _MAX_CHANNELS):
+        raise AudioError(
+            UNDECODABLE,
+            f"an array of shape {samples.shape} is not one clip: give (samples,), (samples, channels) or "
+            f"(channels, samples) with at most {_MAX_CHANNELS} channels, and a batch as a list of clips",
+        )
+    if samples.ndim == 2:
+        samples = samples.T if samples.shape[0] < samples.shape[1] else samples
+    with np.errstate(over="ignore", invalid="ignore"):
+        samples = samples.astype(np.float32)
+        if samples.ndim == 2:
+            samples = samples.mean(axis=1)
+    if kind != "f":
+        samples = samples / np.float32(2 ** (bits - 1)) - np.float32(kind == "u")
+    check(samples, sample_rate)
+    resampled = resample(samples, sample_rate)
+    if not len(resampled):
+        raise AudioError(EMPTY, f"the clip is shorter than one sample at {SAMPLE_RATE} Hz")
+    return resampled
 
 
 def read(path, start=0, frames=-1):
@@ -344,6 +451,27 @@ def _decode(sound, name, max_seconds):
     return Sound(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], rate, codec)
 
 
+def _pieces(sound, name, seconds):
+    """Yield an open file's samples as mono at ``SAMPLE_RATE``, in pieces of about so many seconds at most."""
+    rate = sound.samplerate
+    if rate not in _RATES:
+        raise AudioError(UNDECODABLE, f"{name} announces a sample rate of {rate} Hz")
+    resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
+    wanted = max(1, min(_BLOCK_VALUES // sound.channels, int(seconds * rate)))
+    low, high = np.inf, -np.inf
+    while len(block := sound.read(wanted, dtype="float32", always_2d=True)):
+        piece = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+        if not np.isfinite(piece).all():
+            raise AudioError(NON_FINITE, f"{name} has samples that are NaN or infinite")
+        low, high = min(low, piece.min()), max(high, piece.max())
+        yield piece if resampler is None else resampler.resample_chunk(piece)
+    if low > high:
+        raise AudioError(EMPTY, f"{name} holds no samples")
+    if high - low <= _SILENCE:
+        raise AudioError(SILENT, f"{name} is silent: its samples do not differ")
+    yield np.zeros(0, np.float32) if resampler is None else resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
 def _why(error):
     """The library's own words, without the Python object that it prefixes."""
     return getattr(error, "error_string", error)
@@ -354,7 +482,7 @@ def _nothing_in(source):
         return not source
     try:
         return not hasattr(source, "read") and os.path.getsize(source) == 0
-    except (OSError, ValueError):
+    except (OSError, TypeError, ValueError):
         return False
 
 

@@ -9,7 +9,9 @@ pads every clip). A family enters `FAMILIES` only with a test of that.
 
 import contextlib
 import difflib
+import json
 import logging
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from safetensors import SafetensorError
 from speechbrain.integrations.huggingface.huggingface import HFTransformersInterface
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from torch import nn
-from transformers import AutoConfig, AutoModel, WhisperFeatureExtractor
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, WhisperFeatureExtractor
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Of Hugging Face's Wav2Vec2FeatureExtractor, so that a clip is normalised exactly as there.
 _NORMALISATION_FLOOR = 1e-7
+# Of a configuration: what says where it came from, not what it is.
+_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map")
 
 
 def sample_counts(wavs, wav_lens=None):
@@ -69,6 +73,8 @@ class MaskedGroupNorm(nn.GroupNorm):
     def forward(self, inputs):
         """Normalise (batch, channels, frames); what stands in padded frames afterwards is finite and meaningless."""
         with torch.autocast(inputs.device.type, enabled=False):
+            if inputs.device.type == "cpu" and not torch.is_grad_enabled():
+                return self._clip_by_clip(inputs)
             inputs = inputs.float()
             if self.valid is None:
                 return super().forward(inputs)
@@ -81,6 +87,21 @@ class MaskedGroupNorm(nn.GroupNorm):
             scale = self.weight.view(1, self.num_groups, -1, 1) * torch.rsqrt(variance + self.eps)
             shift = self.bias.view(1, self.num_groups, -1, 1) - mean * scale
             return torch.addcmul(shift, grouped, scale).view(batch, channels, frames)
+
+    def _clip_by_clip(self, inputs):
+        """The same with torch's own kernel, which goes over memory twice where the formula above does six times.
+
+        It adds up in float32 whatever the inputs are, and gives back their type.
+        """
+        if self.valid is None:
+            return nn.functional.group_norm(inputs, self.num_groups, self.weight, self.bias, self.eps)
+        output = torch.zeros_like(inputs)
+        for row, count in enumerate(self.valid.sum(dim=-1).tolist()):
+            clip = inputs[row : row + 1, :, :count]
+            output[row, :, :count] = nn.functional.group_norm(clip, self.num_groups, self.weight, self.bias, self.eps)[
+                0
+            ]
+        return output
 
     @classmethod
     def replacing(cls, norm):
@@ -112,10 +133,12 @@ class InvariantEncoder:
         weighted_layers=None,
         standardise_layers=False,
         config_overrides=None,
+        weights=True,
         **kwargs,
     ):
         # The parent calls override_config while it is being built, so these come before it.
         self._num_layers, self._config_overrides = num_layers, config_overrides or {}
+        self._weights = weights
         with _quiet():
             super().__init__(source, save_path, **kwargs)
         self._adapt(source)
@@ -239,6 +262,9 @@ class InvariantEncoder:
 
     def _from_pretrained(self, source, save_path, cache_dir, device=None, **kwargs):
         """Load from a local folder and insist on whole weights: the stock lobe draws missing ones at random."""
+        if not self._weights:
+            self.model = self._without_weights()
+            return
         try:
             model, info = AutoModel.from_pretrained(
                 source, config=self.config, dtype=torch.float32, output_loading_info=True, **kwargs
@@ -252,6 +278,21 @@ class InvariantEncoder:
                 "the folder holds another model or a damaged file"
             )
         self.model = model
+
+    def _without_weights(self):
+        """The model as its configuration describes it, for weights that are loaded later."""
+        return AutoModel.from_config(self.config)
+
+    def describe(self):
+        """What `build_encoder` needs to build this encoder again, as plain JSON without paths."""
+        config = json.loads(self.config.to_json_string())
+        return {
+            "family": self.config.model_type,
+            "config": {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE},
+            "preprocessor": json.loads(self.feature_extractor.to_json_string()),
+            "weighted_layers": self.weighted_layers,
+            "standardise_layers": self.standardise_layers,
+        }
 
     def _may_be_missing(self, key):
         # Drawn at random by Hugging Face where SpecAugment was never used; never used here either.
@@ -341,6 +382,14 @@ class EncoderHalf(InvariantEncoder, HFTransformersInterface):
 
     def _may_be_missing(self, key):
         return not key.startswith("encoder.")
+
+    def _without_weights(self):
+        # The decoder is dropped at once: on this device it takes no memory.
+        with torch.device("meta"):
+            whole = AutoModel.from_config(self.config)
+        if torch.get_default_device().type != "meta":
+            whole.encoder = type(whole.encoder)(whole.encoder.config)
+        return whole
 
     @property
     def blocks(self):
@@ -559,6 +608,52 @@ def make_encoder(
         config_overrides=config_overrides,
         attn_implementation=attn_implementation,
     )
+
+
+def build_encoder(description):
+    """Build an encoder again, with random weights.
+
+    Arguments
+    ---------
+    description : dict
+        What `InvariantEncoder.describe` gave. Nothing in it is run; a family, or a key of the configuration, that is
+        not known is refused.
+
+    Returns
+    -------
+    InvariantEncoder
+        Frozen.
+
+    Raises
+    ------
+    EncoderError
+        If it describes no encoder.
+    """
+    family = description["family"]
+    if family not in FAMILIES:
+        raise EncoderError(f"the encoder's family {family!r} is unknown; known are {', '.join(FAMILIES)}")
+    known = CONFIG_MAPPING[family]().to_dict().keys()
+    if strange := sorted(description["config"].keys() - known):
+        raise EncoderError(f"the encoder's configuration has keys that a {family} has not: {', '.join(strange[:5])}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in (("config", description["config"]), ("preprocessor_config", description["preprocessor"])):
+            text = json.dumps(content | ({"model_type": family} if name == "config" else {}))
+            Path(folder, f"{name}.json").write_text(text, encoding="utf-8")
+        try:
+            return FAMILIES[family](
+                folder,
+                "",
+                freeze=True,
+                weighted_layers=description["weighted_layers"],
+                standardise_layers=description["standardise_layers"],
+                weights=False,
+            )
+        except EncoderError:
+            raise
+        except Exception as error:
+            # Hugging Face's constructors check little: a wrong value fails somewhere in torch.
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise EncoderError(f"the encoder's configuration describes no {family}: {problem}") from error
 
 
 def find_source(source):

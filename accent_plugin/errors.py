@@ -47,3 +47,7 @@ class EncoderError(AccentPluginError):
 
 class ReportError(AccentPluginError):
     """Predictions that cannot be evaluated: none at all, probabilities that are no probabilities, ..."""
+
+
+class BundleError(AccentPluginError):
+    """A bundle that is missing, damaged, or not to be trusted."""

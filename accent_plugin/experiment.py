@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hyperpyyaml import load_hyperpyyaml
 from scipy.special import log_softmax
+from speechbrain.utils.checkpoints import Checkpointer
 from tqdm import tqdm
 
-from accent_plugin import manifests, report
+from accent_plugin import bundle, calibration, config, manifests, report
 from accent_plugin.augment import change_speed
 from accent_plugin.bands import BANDS
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, inverse_frequency, make_loader
-from accent_plugin.brain import read_history
+from accent_plugin.brain import AccentBrain, read_history
 from accent_plugin.errors import ConfigError, ManifestError
 from accent_plugin.metrics import Predictions, compare, out_of_set, pool, summarise
 
@@ -114,7 +116,7 @@ def require_checkpoint(save_folder):
         )
 
 
-def predict(brain, clips, hparams, degrade=None):
+def predict(brain, clips, hparams, degrade=None, temperature=1.0):
     """Apply the best epoch's model to clips.
 
     Arguments
@@ -124,6 +126,8 @@ def predict(brain, clips, hparams, degrade=None):
     hparams : dict
     degrade : callable
         Of `accent_plugin.bands.BANDS`; None takes the clips as they are.
+    temperature : float
+        Of `calibrate`.
 
     Returns
     -------
@@ -140,7 +144,21 @@ def predict(brain, clips, hparams, degrade=None):
         copies.append(dict(zip(ids, log_probabilities, strict=True)))
     seen = [clip for clip in clips if all(clip.id in copy for copy in copies)]
     mean = np.mean([[copy[clip.id] for clip in seen] for copy in copies], axis=0)
-    return seen, log_softmax(mean, axis=1)
+    return seen, calibration.apply_temperature(log_softmax(mean, axis=1), temperature)
+
+
+def calibrate(brain, loaders, hparams):
+    """Fit the temperature of the best epoch's model, and what its probabilities are worth, on validation.
+
+    Returns
+    -------
+    dict
+        As `accent_plugin.calibration.describe` gives it.
+    """
+    predictions = as_predictions(*predict(brain, loaders["valid"].dataset.clips, hparams), hparams["accents"])
+    found = calibration.describe(predictions.log_probabilities, predictions.truth)
+    logger.info("temperature %.3f, fitted on %d clips of validation", found["temperature"], found["clips"])
+    return found
 
 
 def _played(samples, rng, speed):
@@ -202,6 +220,8 @@ def describe_data(prepared, fold=None):
     """What a report says of the data: name, whether it is synthetic, how it was split, counts and what was left out."""
     counts = prepared.counts if fold is None else prepared.counts[f"fold_{fold}"]
     made = {key: value for key, value in prepared.card.items() if key in _CARD_REPEATED}
+    if "arguments" in made:
+        made["arguments"] = {key: value for key, value in made["arguments"].items() if value not in (None, {})}
     return {
         "name": prepared.name,
         "synthetic": prepared.synthetic,
@@ -209,7 +229,7 @@ def describe_data(prepared, fold=None):
         "split": prepared.arguments["split"],
         "counts": counts,
         "left_out": prepared.dropped,
-    } | ({"made": made} if made else {})
+    } | ({"made_before": made} if made else {})
 
 
 def describe_model(hparams):
@@ -241,7 +261,7 @@ def versions():
     return found
 
 
-def write_report(brain, loaders, prepared, hparams, command, fold=None, outsiders=None):
+def write_report(brain, loaders, prepared, hparams, command, temperature=1.0, fold=None, outsiders=None):
     """Evaluate on the test split and write the run's report.
 
     Arguments
@@ -252,6 +272,8 @@ def write_report(brain, loaders, prepared, hparams, command, fold=None, outsider
     prepared : accent_plugin.manifests.Prepared
     hparams : dict
     command : str
+    temperature : float
+        Of `calibrate`.
     fold : int
     outsiders : accent_plugin.manifests.Prepared
         Speech of accents that are not among the classes; None for none.
@@ -263,21 +285,23 @@ def write_report(brain, loaders, prepared, hparams, command, fold=None, outsider
         The content of metrics.json.
     """
     accents, clips = hparams["accents"], loaders["test"].dataset.clips
-    predictions = as_predictions(*predict(brain, clips, hparams), accents)
+
+    def scores(clips, degrade=None):
+        return predict(brain, clips, hparams, degrade, temperature)
+
+    predictions = as_predictions(*scores(clips), accents)
     outside = None
     if outsiders is not None:
-        heard, log_probabilities = predict(brain, manifests.read(outsiders.paths()["test"]), hparams)
+        heard, log_probabilities = scores(manifests.read(outsiders.paths()["test"]))
         outside = out_of_set(predictions, log_probabilities, [clip.accent for clip in heard])
     degraded = None
     if hparams["bands"]:
-        degraded = {
-            name: as_predictions(*predict(brain, clips, hparams, degrade), accents) for name, degrade in BANDS.items()
-        }
+        degraded = {name: as_predictions(*scores(clips, degrade), accents) for name, degrade in BANDS.items()}
     metrics = _write(
         hparams["output_folder"],
         predictions,
         data=describe_data(prepared, fold),
-        model=describe_model(hparams),
+        model=describe_model(hparams) | {"temperature": temperature},
         command=command,
         curves=read_history(brain.history_file),
         notes=list(prepared.warnings),
@@ -287,6 +311,90 @@ def write_report(brain, loaders, prepared, hparams, command, fold=None, outsider
         bands=degraded,
     )
     return predictions, metrics
+
+
+def write_bundle(folder, brain, hparams, calibrated, metrics=None):
+    """Write the best epoch's model, which `brain` holds after `calibrate`, as a bundle.
+
+    Arguments
+    ---------
+    folder : str or Path
+    brain : AccentBrain
+    hparams : dict
+    calibrated : dict
+        As `calibrate` returns it.
+    metrics : dict
+        The content of the run's metrics.json, for the model card; None where there is none.
+    """
+    written = bundle.write(
+        folder,
+        hparams["model"],
+        hparams["accents"],
+        encoder_name=describe_model(hparams)["encoder"],
+        pooling=hparams["pooling"],
+        speeds=hparams["test_speeds"],
+        calibration=calibrated,
+        metrics=metrics,
+        versions=versions(),
+    )
+    logger.info("bundle: %s", written)
+
+
+def export(run, out=None, device="cpu"):
+    """Write the bundle of a finished run anew, for example of a fold.
+
+    Arguments
+    ---------
+    run : str or Path
+        Its output folder. Its hyperparams.yaml is run, as by SpeechBrain: it must be your own.
+    out : str or Path
+        None for `bundle` in it.
+    device : str
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    ConfigError
+        When the folder holds no trained run.
+    """
+    run = Path(run).absolute()
+    hparams_file, save_folder = run / "hyperparams.yaml", run / "save"
+    if not hparams_file.is_file():
+        raise ConfigError(f"{run} is no output folder of a run: it has no hyperparams.yaml")
+    folders = [
+        "--output_folder",
+        str(run),
+        "--save_folder",
+        str(save_folder),
+        "--train_log",
+        str(run / "train_log.txt"),
+    ]
+    settings = config.read([str(hparams_file), *folders], run, look_at_data=False)
+    if settings.values["method"] != "fine_tuning":
+        raise ConfigError(f"{run} was made with method {settings.values['method']}, of which there are no bundles")
+    require_checkpoint(save_folder)
+    with open(hparams_file, encoding="utf-8") as file:
+        hparams = load_hyperpyyaml(file, settings.overrides, overrides_must_match=False)
+    hparams["checkpointer"] = Checkpointer(save_folder, hparams["checkpointer"].recoverables)
+    prepared = manifests.load(settings.preparation()["prepared_folder"])
+    fold = int(run.name.removeprefix("fold_")) if prepared.folds else None
+    loaders = {"valid": whole_clips(manifests.read(prepared.paths(fold)["valid"]), hparams)}
+    brain = AccentBrain(
+        modules=hparams["modules"],
+        hparams=hparams,
+        run_opts={"device": device},
+        checkpointer=hparams["checkpointer"],
+        history_file=save_folder / "history.json",
+    )
+    calibrated = calibrate(brain, loaders, hparams)
+    metrics_file = run / "report" / report.METRICS_FILE
+    metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else None
+    out = Path(out or run / "bundle")
+    write_bundle(out, brain, hparams, calibrated, metrics)
+    return out
 
 
 def run_baseline(loaders, prepared, hparams, command, fold=None, device="cpu"):

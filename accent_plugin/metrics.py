@@ -12,6 +12,11 @@ Conventions
 * Expected calibration error: 15 equal-width bins [k/15, (k+1)/15) of the largest probability, 1 in the last one; the
   mean over clips of the distance between a bin's accuracy and its mean probability (Guo et al., 2017). Few clips make
   it too large, and a resample of few clips larger still: its interval may lie above it.
+* Risk and coverage: only clips whose largest probability reaches a threshold are answered; coverage is their share,
+  risk the share of wrong answers among them, and clips of equal probability are answered together. The area under the
+  curve is the mean over clips of the risk at the clip's own probability (AURC of Geifman and El-Yaniv, 2017; of several
+  clips with the same probability each counts with the risk of all). Its interval comes from tenths of the clips by
+  probability, moved so that it belongs to the exact value.
 * Intervals are 95 % percentile intervals of a bootstrap that draws speakers with replacement within each accent and
   keeps all clips of a speaker together, since clips of one speaker are right or wrong together. Without client ids it
   draws clips, which is too narrow, and a note says so. ``n`` is the number of units drawn for the figure.
@@ -33,11 +38,14 @@ from accent_plugin.errors import ReportError
 
 FIGURES = ("accuracy", "unweighted_average_recall", "macro_f1", "log_loss", "expected_calibration_error")
 BINS = 15
+SURE = (0.5, 0.8, 0.9)  # shares of clips that are answered, the surest ones
 SMALL = 5  # speakers; a cell with fewer is marked
 CONFIDENT = (0.5, 0.8, 0.9)  # probabilities from which an answer to out-of-set speech is counted as given
 UNKNOWN = "unknown"
 
-_FLOOR = -700.0  # exp of it is still a normal double
+FLOOR = -700.0  # of log-probabilities; exp of it is still a normal double
+_POINTS = 200  # of a curve that is kept
+_TENTHS = 10
 _BLOCK = 4_000_000  # counts held at once while resampling: 32 MB
 _AGES = ("teens", "twenties", "thirties", "forties", "fifties", "sixties", "seventies", "eighties", "nineties")
 _GENDERS = {"m": "male", "f": "female", "male_masculine": "male", "female_feminine": "female"}
@@ -104,7 +112,7 @@ class Predictions:
         put("log_probabilities", np.asarray(self.log_probabilities, dtype=np.float64))
         self._check()
         put("truth", self.truth.astype(np.int64))
-        put("log_probabilities", np.maximum(self.log_probabilities, _FLOOR))
+        put("log_probabilities", np.maximum(self.log_probabilities, FLOOR))
 
     def _check(self):
         clips, classes = len(self.ids), len(self.labels)
@@ -281,6 +289,171 @@ def calibration_bins(probabilities, truth):
     return count, *(_ratio(np.bincount(bins, weights=w, minlength=BINS), count) for w in (top, right))
 
 
+def expected_calibration_error(probabilities, truth):
+    """Mean over clips of the distance between the accuracy and the mean probability of their bin (Guo et al., 2017).
+
+    Arguments
+    ---------
+    probabilities : (clips, classes) np.ndarray
+    truth : (clips,) np.ndarray of int
+
+    Returns
+    -------
+    error : float
+
+    Example
+    -------
+    >>> round(expected_calibration_error(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0])), 3)
+    0.45
+    """
+    count, confidence, accuracy = calibration_bins(probabilities, truth)
+    return float((count * np.abs(confidence - accuracy)).sum() / count.sum())
+
+
+# ---- answering only when sure ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What answering only the surest clips costs and gains, from the surest ones to all.
+
+    Arguments
+    ---------
+    threshold : tuple of float
+        Largest probability from which a clip is answered; falling.
+    coverage : tuple of float
+        Share of the clips that are answered; rising to 1.
+    risk : tuple of float
+        Share of these answers that is wrong; the last one is the error rate.
+    area : float
+        Mean of the risk over the clips, of all points, also those that were thinned out (Geifman and El-Yaniv, 2017).
+    """
+
+    threshold: tuple
+    coverage: tuple
+    risk: tuple
+    area: float
+
+    def threshold_for(self, *, max_risk=None, min_coverage=None):
+        """Choose a threshold for a wanted risk or coverage.
+
+        What held on these clips need not hold on others: a small risk seen on few clips is no bound.
+
+        Arguments
+        ---------
+        max_risk : float
+            Answer as many clips as possible with at most this share of wrong answers.
+        min_coverage : float
+            Answer at least this share of clips, and as few as that allows.
+
+        Returns
+        -------
+        threshold : float
+
+        Raises
+        ------
+        ReportError
+            When not exactly one is given, it is no share, or no threshold reaches that risk.
+
+        Example
+        -------
+        >>> curve = risk_coverage(np.array([0.9, 0.8, 0.6, 0.5]), np.array([True, True, False, True]))
+        >>> curve.threshold_for(max_risk=0.1), curve.threshold_for(min_coverage=0.7)
+        (0.8, 0.6)
+        """
+        given = {k: v for k, v in (("max_risk", max_risk), ("min_coverage", min_coverage)) if v is not None}
+        if len(given) != 1:
+            raise ReportError(
+                f"a threshold is chosen by max_risk or by min_coverage, one of them; got {given or 'none'}"
+            )
+        ((name, share),) = given.items()
+        if not 0 <= share <= 1:
+            raise ReportError(f"{name} is {share}; it is a share, from 0 to 1")
+        if min_coverage is not None:
+            return next(t for t, c in zip(self.threshold, self.coverage, strict=True) if c >= min_coverage)
+        reached = [t for t, r in zip(self.threshold, self.risk, strict=True) if r <= max_risk]
+        if not reached:
+            raise ReportError(
+                f"no threshold keeps the share of wrong answers at or below {max_risk}: the lowest is "
+                f"{min(self.risk):.3g}, at a probability of {self.threshold[int(np.argmin(self.risk))]:.3g}\n"
+                "allow a larger max_risk, or choose by min_coverage"
+            )
+        return reached[-1]
+
+
+def risk_coverage(top, right):
+    """Trace risk against coverage as the threshold falls.
+
+    Arguments
+    ---------
+    top : (clips,) np.ndarray
+        Largest probability of each clip.
+    right : (clips,) np.ndarray of bool
+        Whether its answer is right.
+
+    Returns
+    -------
+    curve : Curve
+        At most 200 points, evenly spaced in coverage, with both ends.
+
+    Example
+    -------
+    >>> risk_coverage(np.array([0.9, 0.6, 0.6]), np.array([True, True, False])).risk
+    (0.0, 0.3333333333333333)
+    """
+    order = np.argsort(top)[::-1]
+    top, wrong = top[order], np.cumsum(~right[order])
+    last = np.flatnonzero(np.append(top[1:] != top[:-1], True))  # of the clips with the same probability
+    count, clips = last + 1, len(top)
+    risk = wrong[last] / count
+    area = float((np.diff(count, prepend=0) * risk).sum() / clips)
+    kept = np.unique(np.searchsorted(count, np.linspace(count[0], clips, _POINTS)))
+    points = (top[last], count / clips, risk)
+    return Curve(*(tuple(values[kept].tolist()) for values in points), area)
+
+
+class _Tenths:
+    """Tenths of the clips by their largest probability, the surest first: how many, and how many are wrong."""
+
+    def __init__(self, items):
+        self.unit, self.right, clips = items.unit, items.right, len(items.top)
+        ranked = np.sort(items.top)[::-1]
+        # Of each tenth the smallest probability; all clips that share it belong to the same one.
+        self.edges = ranked[(np.arange(1, _TENTHS + 1) * clips - 1) // _TENTHS]
+        self.tenth = np.searchsorted(-self.edges, -items.top)
+
+    def statistics(self, first, last):
+        """(units, 2 * tenths) np.ndarray for units first to last - 1."""
+        a, b = np.searchsorted(self.unit, [first, last])
+        unit, units, tenth = self.unit[a:b] - first, last - first, self.tenth[a:b]
+        return np.hstack([
+            _sums(unit, units, tenth, _TENTHS), _sums(unit, units, tenth, _TENTHS, ~self.right[a:b])
+        ])  # fmt: skip
+
+    def figures(self, totals, curve, n):
+        """Make the report's part on risk and coverage of (1 + draws, classes, 2 * tenths) totals."""
+        count, wrong = np.cumsum(totals.sum(axis=1).reshape(-1, 2, _TENTHS), axis=-1).swapaxes(0, 1)
+        risk = _ratio(wrong, count)
+        # Within a tenth the risk is taken to change evenly; in the first there is no telling where it began.
+        middle = (risk + np.hstack([risk[:, :1], risk[:, :-1]])) / 2
+        area = (np.diff(count, prepend=0) * middle).sum(axis=-1) / count[:, -1]
+        surest = {}
+        for share in SURE:
+            k = round(share * _TENTHS) - 1
+            surest[str(share)] = {
+                "threshold": float(self.edges[k]),
+                "coverage": float(count[0, k] / count[0, -1]),
+                "accuracy": _interval(np.where(count[:, k] > 0, 1 - risk[:, k], np.nan), n),
+            }
+        return {
+            "threshold": list(curve.threshold),
+            "coverage": list(curve.coverage),
+            "risk": list(curve.risk),
+            "area": _interval(np.maximum(area - area[0] + curve.area, 0), n),
+            "surest": surest,
+        }
+
+
 # ---- speakers and the bootstrap --------------------------------------------------------------------------------------
 
 
@@ -361,8 +534,8 @@ class _Items:
         self.predicted = log_probabilities.argmax(axis=1)
         self.right = self.predicted == truth
         self.loss = -np.take_along_axis(log_probabilities, truth[:, None], axis=1)[:, 0]
-        top = np.exp(log_probabilities.max(axis=1))
-        self.bin, self.gap = np.minimum((top * BINS).astype(int), BINS - 1), top - self.right
+        self.top = np.exp(log_probabilities.max(axis=1))
+        self.bin, self.gap = np.minimum((self.top * BINS).astype(int), BINS - 1), self.top - self.right
 
     def statistics(self, first, last):
         """(units, classes + 1 + BINS) np.ndarray for units first to last - 1."""
@@ -456,8 +629,9 @@ def evaluate(predictions, draws=1000, seed=0):
     Returns
     -------
     metrics : dict
-        "clip", "speaker" (None without client ids), "per_accent", "confusion", "groups", "absent_accents", "notes";
-        every figure is {"value", "low", "high", "n"}, and nothing in it is NaN.
+        "clip", "speaker" (None without client ids), "per_accent", "confusion", "risk_coverage" (by clip: "threshold",
+        "coverage", "risk", "area", and "surest": what accuracy the surest 50, 80 and 90 % of clips have), "groups",
+        "absent_accents", "notes"; every figure is {"value", "low", "high", "n"}, and nothing in it is NaN.
 
     Example
     -------
@@ -472,11 +646,12 @@ def evaluate(predictions, draws=1000, seed=0):
     if units.names is not None:
         items.append(_Items(units.speaker_log_probabilities(p), units.accent, np.arange(len(units))))
     groups = [(kind, values, cell[units.order]) for kind, values, cell in _groups(p)]
+    tenths = _Tenths(items[0])
 
     def statistics(first, last):
         a, b = np.searchsorted(units.unit, [first, last])
         unit, size = units.unit[a:b] - first, last - first
-        parts = [i.statistics(first, last) for i in items]
+        parts = [i.statistics(first, last) for i in (*items, tenths)]
         for _, values, cell in groups:
             parts.append(_sums(unit, size, cell[a:b], max(1, len(values))))
             parts.append(_sums(unit, size, cell[a:b], max(1, len(values)), items[0].right[a:b]))
@@ -486,6 +661,7 @@ def evaluate(predictions, draws=1000, seed=0):
     width = classes + 1 + BINS
     clips, *speakers = (totals[..., i * width : (i + 1) * width] for i in range(len(items)))
     rest = totals[..., len(items) * width :]
+    sure, rest = rest[..., : 2 * _TENTHS], rest[..., 2 * _TENTHS :]
     metrics = {
         "clip": {name: _interval(v, len(units)) for name, v in _figures(clips).items()},
         "speaker": {n: _interval(v, len(units)) for n, v in _figures(speakers[0]).items()} if speakers else None,
@@ -495,6 +671,7 @@ def evaluate(predictions, draws=1000, seed=0):
             "clips": clips[0, :, :classes].astype(int).tolist(),
             "speakers": speakers[0][0, :, :classes].astype(int).tolist() if speakers else None,
         },
+        "risk_coverage": tenths.figures(sure, risk_coverage(items[0].top, items[0].right), len(units)),
         "groups": {},
         "absent_accents": [labels[a] for a in np.flatnonzero(units.per_accent == 0)],
     }

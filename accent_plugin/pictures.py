@@ -239,6 +239,37 @@ def scores(path, predictions):
     _save(figure, path)
 
 
+def coverage(path, part):
+    """Draw the share of wrong answers against the share of clips answered.
+
+    Arguments
+    ---------
+    path : Path
+    part : dict
+        As `accent_plugin.metrics.evaluate` gives it under "risk_coverage".
+    """
+    figure = _figure(5.6, 3.9)
+    ax = figure.subplots()
+    share, risk = part["coverage"], part["risk"]
+    ax.axhline(risk[-1], color=GREY, linewidth=1, linestyle="--")
+    ax.annotate(f"all clips answered: {risk[-1]:.3f}", (0, risk[-1]), (4, 4), textcoords="offset points", color=GREY,
+                fontsize=8)  # fmt: skip
+    ax.plot(share, risk, color=RIGHT, linewidth=1.8, marker="o" if len(share) < 20 else None, markersize=3)
+    for sure in part["surest"].values():
+        wrong = 1 - sure["accuracy"]["value"]
+        ax.plot(sure["coverage"], wrong, "o", color=RIGHT, markersize=6, clip_on=False, zorder=3)
+        text = f"{wrong:.3f}\np ≥ {sure['threshold']:.3f}"
+        ax.annotate(text, (sure["coverage"], wrong), (-7, 5), textcoords="offset points", ha="right", va="bottom",
+                    fontsize=8, linespacing=1.3)  # fmt: skip
+    ax.set(xlim=(0, 1), ylim=(0, 1.25 * max(*risk, 0.04)))
+    ax.set(xlabel="share of clips answered, the surest first", ylabel="share of these answers that is wrong")
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    area = part["area"]["value"]
+    ax.set_title(f"Risk and coverage by clip: area {area:.3f}", fontsize=10, loc="left")
+    _plain(ax, "y")
+    _save(figure, path)
+
+
 def _bar(x, y, width, half=0.41):
     """Corners of a horizontal bar."""
     return [(x, y - half), (x + width, y - half), (x + width, y + half), (x, y + half)]

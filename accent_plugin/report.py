@@ -160,7 +160,7 @@ def read_predictions(path):
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def _value(v, signed=False):
+def show(v, signed=False):
     """Show a figure with its interval: 0.912 (0.861 to 0.955)."""
     if v is None or v["value"] is None:
         return "–"
@@ -173,11 +173,13 @@ def _percent(share):
     return f"{share:.0%}"
 
 
-def _many(count, word):
+def many(count, word):
+    """Count in words: 1 clip, 2 clips."""
     return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
-def _span(seconds):
+def span(seconds):
+    """Show a duration in the unit that suits it."""
     return (
         f"{seconds:.0f} s"
         if seconds < 120
@@ -187,8 +189,8 @@ def _span(seconds):
     )
 
 
-def _warnings(data):
-    """Say what the data cannot show, as (short form for the title, sentence)."""
+def warnings_of(data):
+    """Say what the data of a report cannot show, as a list of (short form for a title, sentence)."""
     warnings = []
     if data.get("split") == "random":
         warnings.append(("LEAKY split: speakers shared", LEAKY))
@@ -202,7 +204,7 @@ def _warnings(data):
 
 
 def _title(data):
-    short = "; ".join(w for w, _ in _warnings(data))
+    short = "; ".join(w for w, _ in warnings_of(data))
     return f"English accents: {data['name']}" + (f" ({short})" if short else "")
 
 
@@ -210,13 +212,13 @@ def _contents(metrics, rows, images):
     """Yield the blocks of a report: (kind, ...), all text plain."""
     data, clip, speaker = metrics["data"], metrics["clip"], metrics["speaker"]
     yield "heading", 1, _title(data)
-    for _, sentence in _warnings(data):
+    for _, sentence in warnings_of(data):
         yield "warning", sentence
-    amount = [_many(data["clips"], "clip"), _span(data["seconds"])]
+    amount = [many(data["clips"], "clip"), span(data["seconds"])]
     if data["speakers"] is not None:
-        amount.insert(0, _many(data["speakers"], "speaker"))
+        amount.insert(0, many(data["speakers"], "speaker"))
     levels = [("clip", clip)] + ([("speaker", speaker)] if speaker else [])
-    average = " and ".join(f"{_value(v['unweighted_average_recall'])} by {name}" for name, v in levels)
+    average = " and ".join(f"{show(v['unweighted_average_recall'])} by {name}" for name, v in levels)
     present = len(metrics["per_accent"])
     yield (
         "text",
@@ -226,7 +228,7 @@ def _contents(metrics, rows, images):
         ),
     )
     yield "table", ["", *(f"by {name}" for name, _ in levels)], [
-        [text, *(_value(v[name]) for _, v in levels)] for name, text in NAMES.items()
+        [text, *(show(v[name]) for _, v in levels)] for name, text in NAMES.items()
     ]  # fmt: skip
     unit = "speakers within their accent" if speaker else "clips (speakers are not known)"
     yield "text", f"In brackets: 95 % intervals, from a bootstrap over {clip['accuracy']['n']:,} {unit}."
@@ -237,14 +239,14 @@ def _contents(metrics, rows, images):
     yield "heading", 2, "What is taken for what"
     yield "picture", images["confusion"], "Confusion matrices by clip and by speaker; rows are the true accent"
     yield "table", ["accent", "recall", "precision", "F1", "clips", "speakers"], [
-        [label, *(_value(v[k]) for k in ("recall", "precision", "f1")), f"{v['clips']:,}", _count(v["speakers"])]
+        [label, *(show(v[k]) for k in ("recall", "precision", "f1")), f"{v['clips']:,}", _count(v["speakers"])]
         for label, v in metrics["per_accent"].items()
     ]  # fmt: skip
 
     yield "heading", 2, "Who is recognised how well"
     yield "picture", images["recall"], "Recall of each accent and group with its interval"
     cells = [
-        [kind, name, _value(v["unweighted_average_recall"]), f"{v['clips']:,}", _count(v["speakers"]),
+        [kind, name, show(v["unweighted_average_recall"]), f"{v['clips']:,}", _count(v["speakers"]),
          "too few to read" if v["small"] else ""]
         for kind, group in metrics["groups"].items() for name, v in group.items()
     ]  # fmt: skip
@@ -269,14 +271,18 @@ def _contents(metrics, rows, images):
     yield "heading", 2, "How far to trust a probability"
     yield "picture", images["reliability"], "Share of right answers against their probability, and number of clips"
     yield "picture", images["scores"], "Probability given to the true accent, by accent"
+
+    yield "heading", 2, "Answering only when sure"
+    yield "text", _surest(metrics["risk_coverage"], clip["accuracy"])
+    yield "picture", images["coverage"], "Share of wrong answers against the share of clips answered, the surest first"
     yield ("errors",)
 
     if "bands" in metrics:
         yield "heading", 2, "Worse recordings"
         yield "text", "The same clips, degraded; the cost is paired, resampling speakers."
         yield "table", ["band", "unweighted average recall by clip", "cost", "accuracy by clip"], [
-            ["as recorded", _value(clip["unweighted_average_recall"]), "", _value(clip["accuracy"])],
-            *([name, _value(v["unweighted_average_recall"]), _value(v["difference"], True), _value(v["accuracy"])]
+            ["as recorded", show(clip["unweighted_average_recall"]), "", show(clip["accuracy"])],
+            *([name, show(v["unweighted_average_recall"]), show(v["difference"], True), show(v["accuracy"])]
               for name, v in metrics["bands"].items()),
         ]  # fmt: skip
     if "out_of_set" in metrics:
@@ -289,7 +295,7 @@ def _contents(metrics, rows, images):
     facts = {**data, "seconds": round(data["seconds"], 1)}
     for name, table in (("data", facts), ("model", metrics["model"]), ("versions", metrics["versions"])):
         if table:
-            yield "table", [name, ""], list(_facts(table))
+            yield "table", [name, ""], list(rows_of(table))
     if metrics["command"]:
         yield "code", metrics["command"]
 
@@ -298,11 +304,11 @@ def _count(number):
     return "–" if number is None else f"{number:,}"
 
 
-def _facts(table, above=""):
+def rows_of(table, above=""):
     """Yield rows of a nested dict; its innermost dicts take one row each."""
     for key, value in table.items():
         if isinstance(value, dict) and any(isinstance(v, dict) for v in value.values()):
-            yield from _facts(value, f"{above}{key}, ")
+            yield from rows_of(value, f"{above}{key}, ")
         elif isinstance(value, dict):
             yield [f"{above}{key}", ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) or "none"]
         else:
@@ -321,7 +327,7 @@ def _few_or_many(rows):
     """Say whether errors are a few speakers or many clips."""
     total, clips = sum(r["clips"] - r["clips_right"] for r in rows), sum(r["clips"] for r in rows)
     if not total:
-        return f"All {clips:,} clips of {_many(len(rows), 'speaker')} are right."
+        return f"All {clips:,} clips of {many(len(rows), 'speaker')} are right."
     lost = [r for r in rows if not r["right"]]
     theirs = sum(r["clips"] - r["clips_right"] for r in lost)
     clean = sum(r["clips"] == r["clips_right"] for r in rows)
@@ -329,6 +335,18 @@ def _few_or_many(rows):
         f"Wrong clips: {total:,} of {clips:,}. Speakers whose answer over all clips is wrong: {len(lost):,} of "
         f"{len(rows):,}, with {theirs:,} of the wrong clips. Speakers without a wrong clip: {clean:,}."
     )
+
+
+def _surest(part, accuracy):
+    """Say what leaving the least sure clips unanswered gains."""
+    points = {sure["threshold"]: sure for sure in reversed(part["surest"].values())}  # ties make some of them equal
+    return " ".join([
+        f"Answering all clips: accuracy {show(accuracy)}.",
+        *(f"Answering only the surest {_percent(sure['coverage'])} of clips (probability at least {threshold:.3f}): "
+          f"accuracy {show(sure['accuracy'])}." for threshold, sure in points.items()),
+        f"Area under the curve of risk and coverage (lower is better, 0 without an error): {show(part['area'])}.",
+        "These thresholds were chosen on the clips they are tested on.",
+    ])  # fmt: skip
 
 
 def _out_of_set(result):
@@ -354,7 +372,7 @@ def _escape(text):
     return re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _markdown(blocks):
+def to_markdown(blocks):
     """Write blocks as GitHub's Markdown."""
     lines = []
     for kind, *rest in blocks:
@@ -461,7 +479,7 @@ def write_report(
     images = _draw(folder, p, metrics, rows, curves, selected_epoch)
     blocks = list(_contents(metrics, rows, images))
     write_predictions(folder / PREDICTIONS_FILE, p)
-    _write(folder / MARKDOWN_FILE, _markdown(blocks))
+    _write(folder / MARKDOWN_FILE, to_markdown(blocks))
     _write(
         folder / HTML_FILE, report_html.render(_title(metrics["data"]), blocks, folder, report_html.players(p, audio))
     )
@@ -483,13 +501,14 @@ def _band(clean, degraded, draws, seed):
 
 def _draw(folder, p, metrics, rows, curves, selected_epoch):
     """Draw every picture and return their file names."""
-    images = {name: f"{name}.png" for name in ("confusion", "recall", "reliability", "scores")}
+    images = {name: f"{name}.png" for name in ("confusion", "recall", "reliability", "scores", "coverage")}
     counts = metrics["confusion"]
     matrices = {"by clip": counts["clips"], "by speaker": counts["speakers"]}
     pictures.confusion(folder / images["confusion"], p.labels, {k: v for k, v in matrices.items() if v is not None})
     pictures.recall(folder / images["recall"], metrics)
     pictures.reliability(folder / images["reliability"], p, metrics["clip"]["expected_calibration_error"]["value"])
     pictures.scores(folder / images["scores"], p)
+    pictures.coverage(folder / images["coverage"], metrics["risk_coverage"])
     for name, wanted in (("speakers", rows), ("curves", curves)):
         if wanted:
             images[name] = f"{name}.png"
@@ -513,21 +532,21 @@ def write_comparison(folder, a_name, b_name, comparison):
         From `accent_plugin.metrics.compare`.
     """
     _write_json(Path(folder) / "comparison.json", {"a": a_name, "b": b_name, **comparison})
-    _write(Path(folder) / "comparison.md", _markdown(_compared(a_name, b_name, comparison)))
+    _write(Path(folder) / "comparison.md", to_markdown(_compared(a_name, b_name, comparison)))
 
 
 def _compared(a_name, b_name, comparison):
     yield "heading", 1, f"{b_name} against {a_name}"
-    speakers = "" if comparison["speakers"] is None else f" of {_many(comparison['speakers'], 'speaker')}"
+    speakers = "" if comparison["speakers"] is None else f" of {many(comparison['speakers'], 'speaker')}"
     text = (
-        f"The same {_many(comparison['clips'], 'clip')}{speakers}. Difference: {b_name} minus {a_name}, with the 95 % "
+        f"The same {many(comparison['clips'], 'clip')}{speakers}. Difference: {b_name} minus {a_name}, with the 95 % "
     )
     yield "text", text + "interval of a paired bootstrap; an interval that holds 0 shows no difference."
     for level in ("clip", "speaker"):
         if comparison[level]:
             yield "heading", 2, f"By {level}"
             yield "table", ["", a_name, b_name, "difference"], [
-                [text, f"{v['a']:.3f}", f"{v['b']:.3f}", _value(v["difference"], signed=True)]
+                [text, f"{v['a']:.3f}", f"{v['b']:.3f}", show(v["difference"], signed=True)]
                 for v, text in ((comparison[level][name], text) for name, text in NAMES.items())
             ]  # fmt: skip
     if comparison["notes"]:
@@ -559,11 +578,11 @@ def write_summary(folder, summary):
         From `accent_plugin.metrics.summarise`.
     """
     _write_json(Path(folder) / "summary.json", summary)
-    _write(Path(folder) / "summary.md", _markdown(_summarised(summary)))
+    _write(Path(folder) / "summary.md", to_markdown(_summarised(summary)))
 
 
 def _summarised(summary):
-    yield "heading", 1, f"Summary of {_many(len(summary['runs']), 'run')}"
+    yield "heading", 1, f"Summary of {many(len(summary['runs']), 'run')}"
     for level in ("clip", "speaker"):
         if summary[level]:
             yield "heading", 2, f"By {level}"
@@ -584,7 +603,7 @@ def write_leak(folder, runs):
     runs : dict
         Name of a run -> the content of its metrics.json; the honest one first.
     """
-    _write(Path(folder) / LEAK_FILE, _markdown(_leaked(runs)))
+    _write(Path(folder) / LEAK_FILE, to_markdown(_leaked(runs)))
 
 
 def _leaked(runs):
@@ -596,5 +615,5 @@ def _leaked(runs):
             yield (
                 "table",
                 ["", *runs],
-                [[text, *(_value(run[level][name]) for run in runs.values())] for name, text in NAMES.items()],
+                [[text, *(show(run[level][name]) for run in runs.values())] for name, text in NAMES.items()],
             )

@@ -132,3 +132,28 @@ def tiny_encoder(tmp_path_factory):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory, tiny_encoder):
+    """A bundle of three accents around a tiny encoder with random weights."""
+    import torch
+
+    from accent_plugin import bundle
+    from accent_plugin.encoder import make_encoder
+    from accent_plugin.model import AccentModel
+
+    labels = ("us", "england", "australia")
+    torch.manual_seed(0)
+    model = AccentModel(make_encoder(str(tiny_encoder("moonshine"))), labels)
+    torch.nn.init.normal_(model.classifier.weight, std=20.0)
+    curve = {"threshold": [0.34, 0.5, 0.9], "coverage": [1.0, 0.6, 0.2], "risk": [0.4, 0.2, 0.0]}
+    calibrated = {
+        "temperature": 1.0,
+        "clips": 100,
+        "log_loss": {"before": 1.0, "after": 1.0},
+        "expected_calibration_error": {"before": 0.1, "after": 0.1},
+        "curve": curve,
+    }
+    folder = tmp_path_factory.mktemp("bundle") / "bundle"
+    return bundle.write(folder, model, labels, encoder_name="tiny", pooling="mean", calibration=calibrated)

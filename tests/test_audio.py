@@ -227,3 +227,110 @@ def test_workers_do_not_run_the_main_script(tmp_path):
     )
     run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout == "once\n[16000, 16000, 16000, 16000]\n"
+
+
+@pytest.mark.parametrize("block_seconds", [0.1, 0.5, 0.77, 60.0])
+@pytest.mark.parametrize(("format", "subtype", "rate"), [*KINDS, ("WAV", "FLOAT", 192_000), ("FLAC", "PCM_24", 8000)])
+def test_a_stream_gives_what_load_gives(format, subtype, rate, block_seconds):
+    encoded = encode(noise(2.0, rate, channels=2), rate, format, subtype)
+    whole, blocks = audio.load(encoded), list(audio.stream(encoded, block_seconds))
+    assert np.abs(np.concatenate(blocks) - whole).max() < 1e-4
+    size = int(block_seconds * 16_000)
+    assert [len(block) for block in blocks[:-1]] == [size] * (len(blocks) - 1)
+    assert 0 < len(blocks[-1]) <= size
+    assert {block.dtype for block in blocks} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (b"", "empty"),
+        (encode(np.zeros(0, np.float32), format="WAV"), "empty"),
+        (b"not audio at all" * 100, "undecodable"),
+        (encode(noise())[:3000], "undecodable"),
+        (encode(BROKEN, format="WAV", subtype="FLOAT"), "non-finite"),
+        (encode(silence(), format="WAV"), "silent"),
+        (encode(silence(0.5), format="WAV"), "silent"),
+        (None, "undecodable"),
+    ],
+)
+def test_a_stream_refuses_what_load_refuses(source, reason):
+    for read in (audio.load, lambda source: list(audio.stream(source))):
+        with pytest.raises(AudioError) as caught:
+            read(source)
+        assert caught.value.reason == reason
+
+
+def test_what_is_shorter_than_a_sample_at_16_khz_is_empty():
+    with pytest.raises(AudioError, match="shorter than one sample at 16000 Hz") as caught:
+        next(audio.stream(encode(tone(192_000)[:3], 192_000, format="WAV")))
+    assert caught.value.reason == "empty"
+
+
+def test_a_stream_refuses_paths_that_are_no_audio_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "text.wav").write_text("hello")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    expected = {"pipe.wav": "undecodable", "text.wav": "undecodable", "": "undecodable", "empty.wav": "empty"}
+    for name, reason in {**expected, "absent.wav": "undecodable"}.items():
+        with pytest.raises(AudioError) as caught:
+            next(audio.stream(tmp_path / name))
+        assert caught.value.reason == reason, name
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_a_stream_decodes_as_it_is_drawn(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "long.wav", noise(60.0, 48_000), 48_000)
+    decoded = []
+    original = soundfile.SoundFile.read
+
+    def counted(self, *args, **kwargs):
+        got = original(self, *args, **kwargs)
+        decoded.append(len(got))
+        return got
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
+    blocks = audio.stream(tmp_path / "long.wav", block_seconds=2.0)
+    for number in range(1, 10):
+        assert len(next(blocks)) == 32_000
+        assert max(decoded) == 96_000
+        assert sum(decoded) <= (2 * number + 4) * 48_000
+
+
+def test_a_long_silence_is_refused_at_its_end():
+    encoded = encode(np.zeros(16_000 * 5, np.float32))
+    blocks = audio.stream(encoded, block_seconds=2.0)
+    assert [len(next(blocks)), len(next(blocks))] == [32_000, 32_000]
+    with pytest.raises(AudioError, match="is silent"):
+        next(blocks)
+
+
+def test_a_header_that_promises_too_much_costs_a_stream_nothing():
+    encoded = bytearray(encode(noise(1.0)))
+    encoded[21:26] = bytes([encoded[21] | 0x0F, 0xFF, 0xFF, 0xFF, 0xFF])
+    try:
+        assert sum(map(len, audio.stream(bytes(encoded)))) == 16_000
+    except AudioError as error:
+        assert error.reason == "undecodable"
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        (np.array([-128, 0, 64], np.int8), [-1, 0, 0.5]),
+        (np.array([0, 128, 192], np.uint8), [-1, 0, 0.5]),
+        (np.array([-32768, 0, 16384], np.int16), [-1, 0, 0.5]),
+        (np.array([0, 32768, 49152], np.uint16), [-1, 0, 0.5]),
+        (np.array([-(2**31), 0, 2**30], np.int32), [-1, 0, 0.5]),
+        (np.array([-1, 0, 0.5], np.float64), [-1, 0, 0.5]),
+        (np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]), [0.5, 0.5, 0.25]),
+        (np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]).T, [0.5, 0.5, 0.25]),
+        # A square is read as soundfile gives it: samples first.
+        (np.array([[1.0, 0.0], [0.0, 0.5]]), [0.5, 0.25]),
+        (np.array([[100, 50, 0], [28, 78, 0]], np.int8), [0.5, 0.5, 0]),
+    ],
+)
+def test_arrays_are_scaled_by_their_range_and_averaged_over_channels(samples, expected):
+    found = audio.from_array(samples, 16_000)
+    assert found.dtype == np.float32
+    assert found.tolist() == expected

@@ -150,6 +150,66 @@ def test_calibration_error_is_that_of_the_diagram():
     assert m.evaluate(p, draws=5)["clip"]["expected_calibration_error"]["value"] == pytest.approx(expected)
 
 
+def test_risk_and_coverage_by_hand():
+    # The two of 0.8 are answered together; they count with a risk of 1 / 3 each, the last with 2 / 4.
+    p = build([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.4, 0.6]], [0, 0, 0, 0], list("abcd"), labels=("us", "england"))
+    part = m.evaluate(p, draws=20)["risk_coverage"]
+    assert part["threshold"] == pytest.approx([0.9, 0.8, 0.6])
+    assert part["coverage"] == [0.25, 0.75, 1] and part["risk"] == pytest.approx([0, 1 / 3, 1 / 2])
+    assert part["area"]["value"] == pytest.approx((0 + 2 / 3 + 1 / 2) / 4) and part["area"]["n"] == 4
+    assert list(part["surest"]) == [str(share) for share in m.SURE]
+    sure = part["surest"]["0.5"]
+    assert (sure["threshold"], sure["coverage"]) == (pytest.approx(0.8), 0.75)
+    assert sure["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert part["surest"]["0.9"]["accuracy"]["value"] == pytest.approx(1 / 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.booleans()), min_size=1, max_size=80))
+def test_area_agrees_with_a_plain_loop_over_clips(clips):
+    top, right = np.array([t / 30 for t, _ in clips]), np.array([r for _, r in clips])
+    curve = m.risk_coverage(top, right)
+    assert curve.area == pytest.approx(np.mean([1 - right[top >= t].mean() for t in top]))
+    assert curve.risk[-1] == pytest.approx(1 - right.mean()) and curve.coverage[-1] == 1
+    assert sorted(curve.coverage) == list(curve.coverage) and sorted(curve.threshold)[::-1] == list(curve.threshold)
+
+
+def test_a_long_curve_is_thinned_without_losing_its_ends():
+    rng = np.random.default_rng(0)
+    top, right = rng.uniform(size=20_000), rng.uniform(size=20_000) < 0.8
+    curve = m.risk_coverage(top, right)
+    assert 190 <= len(curve.coverage) <= 200
+    assert (curve.threshold[0], curve.threshold[-1]) == (top.max(), top.min())
+    assert (curve.coverage[0], curve.coverage[-1]) == (1 / 20_000, 1)
+    assert np.diff(curve.coverage).max() < 0.006
+
+
+def test_interval_of_the_area_agrees_with_a_plain_loop_over_speakers():
+    p = simulate(speakers=30, clips=8, seed=3)
+    top, right = p.probabilities.max(axis=1), p.predicted == p.truth
+    rng, areas = np.random.default_rng(0), []
+    of_accent = [np.arange(30)[np.arange(30) % 3 == a] for a in range(3)]
+    for _ in range(500):
+        drawn = np.concatenate([rng.choice(speakers, len(speakers)) for speakers in of_accent])
+        clips = (drawn[:, None] * 8 + np.arange(8)).ravel()
+        areas.append(m.risk_coverage(top[clips], right[clips]).area)
+    v = m.evaluate(p)["risk_coverage"]["area"]
+    assert (v["low"], v["high"]) == pytest.approx(np.percentile(areas, [2.5, 97.5]), abs=0.02)
+    assert v["low"] < v["value"] < v["high"]
+
+
+@pytest.mark.parametrize("clips", [1, 9, 10, 11, 95])
+def test_the_surest_clips_are_those_of_the_curve(clips):
+    p = simulate(speakers=clips, clips=1)
+    metrics = m.evaluate(p, draws=5)
+    top, right = p.probabilities.max(axis=1), p.predicted == p.truth
+    for share, sure in metrics["risk_coverage"]["surest"].items():
+        mine = top >= sure["threshold"]
+        assert sure["coverage"] == pytest.approx(mine.mean()) and float(share) <= sure["coverage"]
+        assert sure["coverage"] < float(share) + 1 / clips
+        assert sure["accuracy"]["value"] == pytest.approx(right[mine].mean())
+
+
 def test_an_impossible_answer_costs_much_but_not_everything():
     p = build([[0.0, 1.0], [1.0, 0.0]], [0, 0], ["a", "b"], labels=("us", "england"))
     metrics = m.evaluate(p, draws=5)
@@ -159,7 +219,8 @@ def test_an_impossible_answer_costs_much_but_not_everything():
 
 def test_structure_is_that_of_the_design():
     metrics = m.evaluate(simulate(), draws=20)
-    assert list(metrics) == ["clip", "speaker", "per_accent", "confusion", "groups", "absent_accents", "notes"]
+    assert list(metrics) == ["clip", "speaker", "per_accent", "confusion", "risk_coverage", "groups", "absent_accents",
+                             "notes"]  # fmt: skip
     assert list(metrics["clip"]) == list(metrics["speaker"]) == list(m.FIGURES)
     assert set(metrics["clip"]["accuracy"]) == {"value", "low", "high", "n"}
     assert list(metrics["per_accent"]) == list(LABELS)

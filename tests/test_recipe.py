@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import datasets_for_tests as made
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -92,6 +93,34 @@ def test_a_finished_run_is_evaluated_again_alone(train, words, tmp_path):
     assert train(*words, "--test_only", "True").code == 0
     assert metrics_of(tmp_path / "out")["clip"] == first["clip"]
     assert (tmp_path / "out/train_log.txt").read_text() == log
+
+
+@pytest.mark.parametrize("speeds", ["[1.0]", "[0.9, 1.1]"])
+def test_a_run_leaves_a_bundle_with_the_scores_of_its_report(train, words, tmp_path, speeds):
+    from accent_plugin import evaluation, report
+    from accent_plugin.inference import AccentClassifier
+
+    head = ["--freeze_wav2vec2", "True", "--whitening_passes", "1"]
+    assert train(*words, "--test_speeds", speeds, "--pooling", "statistics", *head).code == 0
+    out = tmp_path / "out"
+    classifier = AccentClassifier.from_bundle(out / "bundle", device="cpu", **evaluation.WHOLE_CLIPS)
+    rows, _ = evaluation.read(next(tmp_path.glob("prepared/test.csv")), ACCENTS)
+    again, _ = evaluation.evaluate(classifier, rows, progress=False)
+    reported = report.read_predictions(out / "report")
+    assert again.ids == reported.ids
+    np.testing.assert_allclose(np.exp(again.log_probabilities), np.exp(reported.log_probabilities), atol=1e-5)
+    assert metrics_of(out)["model"]["temperature"] == classifier.config["calibration"]["temperature"]
+
+
+def test_a_run_and_a_fold_are_exported_again(train, words, tmp_path):
+    from accent_plugin import cli
+
+    assert train(*words, "--n_folds", "3", "--fold", "1", "--number_of_epochs", "1").code == 0
+    run = next(path.parent for path in (tmp_path / "out").rglob("hyperparams.yaml"))
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "first")]) == 0
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "second")]) == 0
+    weights = [(tmp_path / name / "model.ckpt").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
 
 
 def test_evaluating_what_was_never_trained_is_refused(train, words, tmp_path):
@@ -201,7 +230,7 @@ def test_a_report_repeats_how_its_data_were_made():
 
     prepared = SimpleNamespace(name="x", synthetic=False, speakers_disjoint=True, counts={}, dropped={})
     prepared.arguments, prepared.card = {"split": "speaker"}, {"dropped": {"client cap": 3}, "examples": [1]}
-    assert experiment.describe_data(prepared)["made"] == {"dropped": {"client cap": 3}}
+    assert experiment.describe_data(prepared)["made_before"] == {"dropped": {"client cap": 3}}
 
 
 def test_runs_are_compared_and_summarised_on_the_command_line(train, words, tmp_path, capsys):

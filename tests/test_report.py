@@ -93,7 +93,7 @@ def whole(tmp_path_factory):
 def small(tmp_path_factory):
     """Metrics of an honest report, and names for its pictures."""
     metrics = write(tmp_path_factory.mktemp("small"), simulate(speakers=3, clips=1))
-    return metrics, {name: f"{name}.png" for name in ("confusion", "recall", "reliability", "scores")}
+    return metrics, {name: f"{name}.png" for name in ("confusion", "recall", "reliability", "scores", "coverage")}
 
 
 # ---- predictions.csv
@@ -160,7 +160,9 @@ def test_damaged_predictions_are_refused(tmp_path, text, match):
 
 def test_all_files_are_there_and_nothing_else(whole):
     folder, *_ = whole
-    pngs = {f"{name}.png" for name in ("confusion", "recall", "reliability", "scores", "speakers", "curves")}
+    pngs = {
+        f"{name}.png" for name in ("confusion", "recall", "reliability", "scores", "coverage", "speakers", "curves")
+    }
     assert {f.name for f in folder.iterdir()} == {"metrics.json", "predictions.csv", "report.md", "report.html"} | pngs
     for name in pngs:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
@@ -175,7 +177,7 @@ def test_metrics_are_strict_json_with_the_keys_of_the_design(whole):
     read = json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
     assert read == metrics
     wanted = {"data", "clip", "speaker", "per_accent", "confusion", "groups", "model", "versions", "command"}
-    assert set(read) == wanted | {"absent_accents", "notes", "out_of_set", "bands"}
+    assert set(read) == wanted | {"risk_coverage", "absent_accents", "notes", "out_of_set", "bands"}
     assert {"name", "synthetic", "speakers_disjoint", "speakers", "clips", "seconds"} <= set(read["data"])
     assert (read["data"]["speakers"], read["data"]["clips"]) == (12, 48)
     assert read["data"]["seconds"] == pytest.approx(p.seconds.sum())
@@ -207,7 +209,10 @@ def test_markdown_says_what_it_must(whole):
     assert f"{v['value']:.3f} ({v['low']:.3f} to {v['high']:.3f}) by clip" in text
     for picture in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (folder / picture).is_file()
-    assert len(re.findall(r"!\[", text)) == 6
+    assert len(re.findall(r"!\[", text)) == 7
+    sure = metrics["risk_coverage"]["surest"]["0.8"]
+    words = f"the surest {sure['coverage']:.0%} of clips (probability at least {sure['threshold']:.3f}): accuracy "
+    assert words + f"{sure['accuracy']['value']:.3f} (" in text
     for words in ("Wrong clips", "too few to read", "telephone", "AUROC", "torch", "2.11.0", "12,345", "second <line>"):
         assert words in text
     assert "3 clips were &lt;left&gt; out." in text
@@ -234,7 +239,7 @@ def test_html_is_one_file_without_scripts(whole):
     )
     assert "url(" not in text and "@import" not in text
     assert 'alert("x")' in page.text  # shown, not run
-    assert page.tags.count("img") == 6
+    assert page.tags.count("img") == 7
     assert "prefers-color-scheme: dark" in text
     for words in ("Most confident errors", "Speakers at a glance", "telephone", "second <line>", "corpus <b>"):
         assert words in page.text
@@ -283,7 +288,7 @@ def test_players_are_few_and_leave_out_what_cannot_be_read(tmp_path):
 def test_title_and_first_lines_say_what_the_data_cannot_show(small, data, title, sentence):
     facts = {**small[0]["data"], **data}
     blocks = list(report._contents({**small[0], "data": facts}, [], small[1]))[:4]
-    lines = report._markdown(blocks).splitlines()
+    lines = report.to_markdown(blocks).splitlines()
     assert lines[0].endswith(title)
     assert any(sentence in line for line in lines[:5] if line.startswith("> "))
     page = report_html.render(report._title(facts), blocks, Path())
@@ -342,6 +347,22 @@ def test_names_that_matplotlib_would_read_as_formulas(tmp_path):
     p = simulate(6, clips=1, labels=labels)
     p = m.Predictions(p.ids, [f"$\\bad{i}$" for i in range(6)], p.truth, p.log_probabilities, labels, p.seconds)
     write(tmp_path, p)
+
+
+@pytest.mark.parametrize("clips", [1, 2, 300])
+@pytest.mark.parametrize("skill", [1.0, 50.0])
+def test_coverage_of_any_size(tmp_path, clips, skill):
+    p = simulate(clips, clips=1, skill=skill)
+    part = m.evaluate(p, draws=5)["risk_coverage"]
+    pictures.coverage(tmp_path / "coverage.png", part)
+    assert (tmp_path / "coverage.png").stat().st_size > 1000
+
+
+def test_equal_probabilities_make_one_line_of_text():
+    p = build([[0.9, 0.1]] * 10, [0] * 9 + [1], labels=("us", "england"))
+    metrics = m.evaluate(p, draws=5)
+    text = report._surest(metrics["risk_coverage"], metrics["clip"]["accuracy"])
+    assert text.count("Answering only") == 1 and "the surest 100% of clips (probability at least 0.900)" in text
 
 
 @pytest.mark.parametrize(

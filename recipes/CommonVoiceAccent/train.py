@@ -30,6 +30,8 @@ FOLDER_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ED
 
 def run(settings, command, fold=None):
     """Prepare, train and evaluate once; return predictions and metrics of the test split."""
+    # Written down with the run, so that it can be exported from anywhere.
+    settings = settings.but(prepared_folder=str(settings.preparation()["prepared_folder"]))
     values = settings.values
     if settings.run_opts.test_only:
         experiment.require_checkpoint(values["save_folder"])
@@ -57,7 +59,13 @@ def run(settings, command, fold=None):
     )
     experiment.fit_whitening(brain, loaders["train"], hparams)
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
-    return experiment.write_report(brain, loaders, prepared, hparams, command, fold, outsiders)
+    calibrated = experiment.calibrate(brain, loaders, hparams)
+    predictions, metrics = experiment.write_report(
+        brain, loaders, prepared, hparams, command, calibrated["temperature"], fold, outsiders
+    )
+    if fold is None:
+        experiment.write_bundle(Path(values["output_folder"]) / "bundle", brain, hparams, calibrated, metrics)
+    return predictions, metrics
 
 
 def run_folds(settings, command):

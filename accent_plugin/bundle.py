@@ -1,0 +1,518 @@
+"""A trained classifier as one folder that travels: no paths, no code, no base checkpoint.
+
+::
+
+    config.json        the source of truth: labels, architecture, calibration, size and digest of the weights
+    model.ckpt         the weights, as safetensors under the name that SpeechBrain's Pretrainer looks for
+    hyperparams.yaml   generated from config.json, for SpeechBrain's `EncoderClassifier.from_hparams`
+    README.md          the model card
+
+`load` reads config.json and the weights, runs no YAML and unpickles nothing, and refuses what is not whole: so a bundle
+of unknown origin is safe to open with it. `from_hparams` runs hyperparams.yaml, as SpeechBrain does with every model.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from speechbrain.dataio.encoder import CategoricalEncoder
+from speechbrain.utils.checkpoints import mark_as_transfer, register_checkpoint_hooks
+from torch import nn
+
+import accent_plugin
+from accent_plugin import audio, disk, model_card
+from accent_plugin.augment import change_speed
+from accent_plugin.encoder import build_encoder
+from accent_plugin.errors import AccentPluginError, BundleError
+from accent_plugin.model import AccentModel
+from accent_plugin.pooling import POOLINGS
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.ckpt"
+YAML_FILE = "hyperparams.yaml"
+
+# A configuration of some kilobytes; a hostile one may be anything.
+_LARGEST_CONFIG = 1 << 22
+_LARGEST_NUMBER = 1 << 22
+_MOST_LAYERS = 1000
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a bundle holds, ready for SpeechBrain's `EncoderClassifier`.
+
+    Arguments
+    ---------
+    modules : dict
+        "compute_features", "mean_var_norm", "embedding_model" and "classifier".
+    hparams : dict
+        "label_encoder", "sample_rate", "audio_normalizer" and "bundle_config".
+    model : AccentModel
+        Its weights have the temperature folded in.
+    config : dict
+        The content of config.json.
+    """
+
+    modules: dict
+    hparams: dict
+    model: AccentModel
+    config: dict
+
+
+@register_checkpoint_hooks
+class BundledModel(AccentModel):
+    """An `AccentModel` whose weights come from a bundle, all of them and no others."""
+
+    @mark_as_transfer
+    def load_weights(self, path):
+        """Take the weights of a safetensors file, whatever its name; SpeechBrain's Pretrainer calls it."""
+        _require_shapes(path, _shapes(path), self)
+        # One tensor at a time: memory never holds all of them twice.
+        with torch.no_grad(), safe_open(path, framework="pt") as file:
+            for key, value in self.state_dict().items():
+                value.copy_(file.get_tensor(key))
+
+
+class AsIs(nn.Module):
+    """Gives back its first argument: the encoder computes features and normalises by itself."""
+
+    def forward(self, features, lengths=None):
+        """Give back the features."""
+        return features
+
+
+class Embedding(nn.Module):
+    """Waveforms -> one vector for each clip and each speed it is played at.
+
+    Arguments
+    ---------
+    model : AccentModel
+    speeds : sequence of float
+        1 is the clip as it is.
+    """
+
+    def __init__(self, model, speeds=(1.0,)):
+        super().__init__()
+        self.model, self.speeds = model, tuple(speeds)
+
+    def forward(self, wavs, wav_lens=None):
+        """Embed (batch, samples) at 16 kHz; returns (batch, speeds, features)."""
+        return torch.stack([self.model.embed(*_played(wavs, wav_lens, speed)) for speed in self.speeds], dim=1)
+
+
+class Head(nn.Module):
+    """Vectors of a clip's copies -> log-probabilities, averaged over the copies and normalised anew.
+
+    Arguments
+    ---------
+    model : AccentModel
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, embeddings):
+        """Classify (batch, speeds, features); returns (batch, 1, classes) log-probabilities in float32."""
+        # In float32 whatever the encoder runs in: it costs nothing, and probabilities are made of it.
+        with torch.autocast(embeddings.device.type, enabled=False):
+            copies = torch.log_softmax(self.model.classifier(embeddings.float()), dim=-1)
+        return torch.log_softmax(copies.mean(dim=1, keepdim=True), dim=-1)
+
+
+class Normalizer:
+    """Any waveform -> mono at 16 kHz, resampled as in training; in place of SpeechBrain's `AudioNormalizer`."""
+
+    def __call__(self, wav, sample_rate):
+        """Convert (samples,) or (samples, channels) torch.Tensor; returns (samples,)."""
+        mono = wav if wav.dim() == 1 else wav.mean(dim=1)
+        return torch.from_numpy(audio.resample(mono.float().cpu().numpy(), sample_rate)).to(wav.device)
+
+
+def write(
+    folder, model, labels, *, encoder_name, pooling, speeds=(1.0,), calibration=None, metrics=None, versions=None
+):
+    """Write a bundle, load it back, and compare.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Replaced when it holds a bundle already.
+    model : AccentModel
+        Trained.
+    labels : sequence of str
+        In the order of the output.
+    encoder_name : str
+        What the encoder was pretrained as, for the card.
+    pooling : str
+        A name in `accent_plugin.pooling.POOLINGS`.
+    speeds : sequence of float
+        Copies of a clip to average over.
+    calibration : dict
+        As `accent_plugin.calibration.describe` gives it; its temperature is folded into the classifier.
+    metrics : dict
+        The content of the run's metrics.json, for the card.
+    versions : dict
+        Package -> version.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    BundleError
+        When the folder holds something else, or what was written gives other scores.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+        raise BundleError(f"{folder} holds files that are no bundle: choose another folder, or empty it")
+    model = copy.deepcopy(model).cpu().float().eval()
+    temperature = calibration["temperature"] if calibration else 1.0
+    with torch.no_grad():
+        model.classifier.weight /= temperature
+        model.classifier.bias /= temperature
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with disk.writing(temporary, "folder"):
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary / WEIGHTS_FILE)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "made_by": f"accent_plugin {accent_plugin.__version__}",
+            "labels": list(labels),
+            "sample_rate": audio.SAMPLE_RATE,
+            "model": {
+                "encoder": {"name": encoder_name, **model.wav2vec2.describe()},
+                "pooling": pooling,
+                "projector_size": None if model.projector is None else model.projector[0].out_features,
+                "projector_activation": model.projector is not None and len(model.projector) > 1,
+                "whitening": model.whitening is not None,
+                "speeds": [float(speed) for speed in speeds],
+            },
+            "calibration": calibration,
+            "weights": _identity(temporary / WEIGHTS_FILE),
+            "versions": versions or {},
+        }
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+        (temporary / YAML_FILE).write_text(_yaml(config), encoding="utf-8")
+        model_card.write(temporary, config, metrics)
+        _compare(model, load(temporary), config["model"]["speeds"])
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    return folder
+
+
+def load(folder):
+    """Load a bundle; nothing in it is run, and every doubt is an error.
+
+    Raises
+    ------
+    BundleError
+        When a file is missing, damaged, of another size or digest than config.json says, of an unknown
+        format_version, or does not fit the others.
+    """
+    folder = Path(folder).absolute()
+    config = read_config(folder)
+    weights = folder / WEIGHTS_FILE
+    _require_size(weights, config)
+    # On this device tensors have shapes and no memory, so that a configuration of any size can be compared first.
+    with torch.device("meta"):
+        expected = _build(config, folder / CONFIG_FILE)
+    _require_shapes(weights, _shapes(weights), expected)
+    if _identity(weights) != config["weights"]:
+        raise BundleError(f"{weights} has another SHA-256 than {CONFIG_FILE} says: it was changed, or copied badly")
+    model = _build(config, folder / CONFIG_FILE)
+    model.load_weights(weights)
+    return _ready(model.eval(), config)
+
+
+def check(folder):
+    """Refuse a folder that is no whole bundle; see `load`."""
+    load(folder)
+
+
+def read_config(folder):
+    """Read and check config.json, and that the files it speaks of are there.
+
+    Raises
+    ------
+    BundleError
+    """
+    folder = Path(folder).absolute()
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise BundleError(
+            f"there is no folder {folder}; a bundle is the folder that training writes, with {CONFIG_FILE}"
+        )
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} is no bundle: it has no {CONFIG_FILE}; training writes one to OUTPUT_FOLDER/bundle"
+        )
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise BundleError(f"{path} has {path.stat().st_size:,} bytes, which no bundle's has: do not trust it")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise BundleError(f"{path} holds no mapping")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format_version {config.get('format_version')!r}; this accent_plugin "
+            f"({accent_plugin.__version__}) understands {FORMAT_VERSION}: update it, or export the bundle again"
+        )
+    if problems := list(_problems(config)):
+        raise BundleError(f"{path} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return config
+
+
+def build(config):
+    """Build the model that a bundle's hyperparams.yaml asks for, to be filled by SpeechBrain's Pretrainer.
+
+    Arguments
+    ---------
+    config : str
+        The content of config.json.
+    """
+    config = json.loads(config)
+    return _build(config, YAML_FILE)
+
+
+def make_label_encoder(config):
+    """SpeechBrain's label encoder with the labels of a bundle, in their order; ``config`` as in `build`."""
+    labels = json.loads(config)["labels"]
+    encoder = CategoricalEncoder()
+    encoder.update_from_iterable(labels, sequence_input=False)
+    encoder.expect_len(len(labels))
+    return encoder
+
+
+def _ready(model, config):
+    text = json.dumps(config)
+    modules = {
+        "compute_features": AsIs(),
+        "mean_var_norm": AsIs(),
+        "embedding_model": Embedding(model, config["model"]["speeds"]),
+        "classifier": Head(model),
+    }
+    hparams = {
+        "label_encoder": make_label_encoder(text),
+        "sample_rate": config["sample_rate"],
+        "audio_normalizer": Normalizer(),
+        "bundle_config": config,
+    }
+    return Bundle(modules, hparams, model, config)
+
+
+def _build(config, where):
+    described = config["model"]
+    try:
+        model = BundledModel(
+            build_encoder(described["encoder"]),
+            config["labels"],
+            pooling=described["pooling"],
+            projector_size=described["projector_size"],
+            projector_activation=described["projector_activation"],
+            whitening=described["whitening"],
+        )
+    except AccentPluginError as error:
+        raise BundleError(f"{where}: {error}") from None
+    return model
+
+
+def _played(wavs, wav_lens, speed):
+    """A batch at another speed: each clip by itself, so that padding has no influence."""
+    if speed == 1:
+        return wavs, wav_lens
+    lens = torch.ones(len(wavs)) if wav_lens is None else wav_lens
+    counts = torch.round(lens.double().cpu() * wavs.shape[1]).long().tolist()
+    clips = [
+        torch.from_numpy(change_speed(wav[:count].float().cpu().numpy(), speed))
+        for wav, count in zip(wavs, counts, strict=True)
+    ]
+    padded = nn.utils.rnn.pad_sequence(clips, batch_first=True).to(wavs.device)
+    lengths = torch.tensor([len(clip) for clip in clips], dtype=torch.double) / padded.shape[1]
+    return padded, lengths.to(wavs.device)
+
+
+def _compare(model, bundle, speeds):
+    """Both must give the same scores, on noise: the very weights are compared, not what they are good for."""
+    noise = 0.1 * torch.randn(2, 2 * audio.SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([0.6, 1.0])
+    with torch.inference_mode():
+        before = Head(model)(Embedding(model, speeds)(noise, lengths))
+        after = bundle.modules["classifier"](bundle.modules["embedding_model"](noise, lengths))
+    difference = (before - after).abs().max().item()
+    # Not "difference > tolerance": that would let NaN pass.
+    if not difference <= _TOLERANCE:
+        raise BundleError(
+            f"the bundle gives other scores than the model it was made of (by {difference:.1e}): report it"
+        )
+
+
+def _identity(path):
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _require_size(path, config):
+    if not path.is_file():
+        raise BundleError(f"{path} is missing: copy the whole folder")
+    size, said = path.stat().st_size, config["weights"]["bytes"]
+    if size != said:
+        raise BundleError(
+            f"{path} has {size:,} bytes, {CONFIG_FILE} says {said:,}: it was cut or changed; copy it again"
+        )
+
+
+def _shapes(path):
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path} is not in the safetensors format: {error}") from None
+
+
+def _require_shapes(path, found, model):
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if missing := sorted(expected.keys() - found.keys()):
+        raise BundleError(f"{path} lacks {len(missing)} tensors of the model, {missing[0]} for one")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise BundleError(f"{path} has {len(extra)} tensors that the model has not, {extra[0]} for one")
+    for key, shape in expected.items():
+        if found[key] != shape:
+            raise BundleError(f"{path} has {key} of shape {found[key]}, {CONFIG_FILE} describes {shape}")
+
+
+def _problems(config):
+    """Yield what is wrong with a configuration's values, before anything is built from them."""
+    labels, model, weights = (config.get(key) for key in ("labels", "model", "weights"))
+    named = isinstance(labels, list) and all(isinstance(name, str) and name for name in labels)
+    if not named or not 1 <= len(labels) <= _MOST_LAYERS or len(set(labels)) < len(labels):
+        yield f"labels is {_short(labels)}, not a list of distinct names"
+    if config.get("sample_rate") != audio.SAMPLE_RATE:
+        yield f"sample_rate is {_short(config.get('sample_rate'))}, not {audio.SAMPLE_RATE}"
+    if not isinstance(weights, dict) or weights.get("file") != WEIGHTS_FILE or not _is_count(weights.get("bytes")):
+        yield f"weights is {_short(weights)}, not the file, bytes and sha256 of {WEIGHTS_FILE}"
+    yield from _problems_of_calibration(config.get("calibration"))
+    if not isinstance(model, dict):
+        yield f"model is {_short(model)}, not a mapping"
+        return
+    if model.get("pooling") not in POOLINGS:
+        yield f"model.pooling is {_short(model.get('pooling'))}; known are {', '.join(POOLINGS)}"
+    size = model.get("projector_size")
+    if "projector_size" not in model or not (size is None or _is_count(size)):
+        yield f"model.projector_size is {_short(size)}, not a number of features or null"
+    for key in ("projector_activation", "whitening"):
+        if not isinstance(model.get(key), bool):
+            yield f"model.{key} is {_short(model.get(key))}, not true or false"
+    speeds = model.get("speeds")
+    if not isinstance(speeds, list) or not 1 <= len(speeds) <= 16 or not all(_is_speed(speed) for speed in speeds):
+        yield f"model.speeds is {_short(speeds)}, not a list of factors from 0.5 to 2"
+    encoder = model.get("encoder")
+    parts = ("config", "preprocessor")
+    if not isinstance(encoder, dict) or not all(isinstance(encoder.get(key), dict) for key in parts):
+        yield "model.encoder lacks its config or its preprocessor"
+        return
+    layers = encoder.get("weighted_layers")
+    if layers is not None and not (isinstance(layers, list) and all(_is_count(layer) for layer in layers)):
+        yield f"model.encoder.weighted_layers is {_short(layers)}, not a list of layers or null"
+    if not isinstance(encoder.get("family"), str) or not isinstance(encoder.get("standardise_layers"), bool):
+        yield "model.encoder lacks its family or standardise_layers"
+    for key, value in encoder["config"].items():
+        largest = _MOST_LAYERS if "layers" in key else _LARGEST_NUMBER
+        for number in _numbers(value):
+            if not math.isfinite(number) or abs(number) > largest:
+                yield f"model.encoder.config.{key} is {_short(value)}, more than any encoder has"
+                break
+
+
+def _problems_of_calibration(found):
+    if found is None:
+        return
+    curve = found.get("curve") if isinstance(found, dict) else None
+    temperature = found.get("temperature") if isinstance(found, dict) else None
+    if not isinstance(curve, dict) or not _is_positive(temperature):
+        yield f"calibration is {_short(found)}, not null or a temperature above 0 and a curve"
+        return
+    columns = [curve.get(name) for name in ("threshold", "coverage", "risk")]
+    if not all(isinstance(column, list) and all(_is_share(value) for value in column) for column in columns):
+        yield "calibration.curve lacks lists of numbers called threshold, coverage and risk"
+    elif len(set(map(len, columns))) > 1:
+        yield "calibration.curve has columns of different lengths"
+
+
+def _is_positive(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_share(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _numbers(value):
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, list | dict):
+        if len(value) > _MOST_LAYERS:
+            yield math.inf
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
+
+
+def _is_count(value):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_speed(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.5 <= value <= 2
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _yaml(config):
+    """SpeechBrain's file of the bundle; the configuration goes in as one quoted text, which no YAML dialect changes."""
+    # Escaped as ASCII, and with nothing that HyperPyYAML takes for a reference.
+    text = json.dumps(config).replace("<", "\\u003c").replace(">", "\\u003e").replace("'", "\\u0027")
+    return f"""\
+# Made from config.json by {config["made_by"]}; not to be edited. SpeechBrain runs this file when it loads the model, so
+# load only models that you trust. accent_plugin.inference.AccentClassifier.from_bundle does not read it.
+
+bundle_config: '{text}'
+sample_rate: {config["sample_rate"]}
+
+model: !apply:accent_plugin.bundle.build
+    config: !ref <bundle_config>
+
+label_encoder: !apply:accent_plugin.bundle.make_label_encoder
+    config: !ref <bundle_config>
+
+audio_normalizer: !new:accent_plugin.bundle.Normalizer
+
+modules:
+    compute_features: !new:accent_plugin.bundle.AsIs
+    mean_var_norm: !new:accent_plugin.bundle.AsIs
+    embedding_model: !new:accent_plugin.bundle.Embedding
+        model: !ref <model>
+        speeds: {json.dumps(config["model"]["speeds"])}
+    classifier: !new:accent_plugin.bundle.Head
+        model: !ref <model>
+
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        model: !ref <model>
+"""

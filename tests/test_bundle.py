@@ -1,0 +1,413 @@
+"""Bundles: written, read back, opened by SpeechBrain's own interface; and what is refused."""
+
+import copy
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from speechbrain.inference.classifiers import EncoderClassifier
+
+from accent_plugin import bundle
+from accent_plugin.encoder import make_encoder
+from accent_plugin.errors import AccentPluginError, BundleError
+from accent_plugin.model import AccentModel
+
+LABELS = ("us", "england", "australia")
+# Names that YAML, HyperPyYAML or SpeechBrain might take for something else.
+ODD = ("!new:os.system", "<ref>", "it's: #1", "no", "1e-05", "über\\n")
+
+
+def calibrated(temperature):
+    """What calibration.describe gives."""
+    return {
+        "temperature": temperature,
+        "clips": 10,
+        "log_loss": {"before": 1.0, "after": 0.9},
+        "expected_calibration_error": {"before": 0.2, "after": 0.1},
+        "curve": {"threshold": [0.3, 0.9], "coverage": [1.0, 0.1], "risk": [0.5, 0.0]},
+    }
+
+
+def made_model(source, labels=LABELS, pooling="mean", **options):
+    torch.manual_seed(0)
+    model = AccentModel(make_encoder(str(source)), labels, pooling=pooling, **options)
+    for parameter in (model.classifier.weight, model.classifier.bias):
+        torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+def written(folder, model, labels=LABELS, pooling="mean", **options):
+    return bundle.write(folder, model, labels, encoder_name="tiny", pooling=pooling, **options)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory, tiny_encoder):
+    """A whole bundle, for tests that spoil a copy of it."""
+    folder = tmp_path_factory.mktemp("bundle") / "bundle"
+    return written(folder, made_model(tiny_encoder("wav2vec2-group")), calibration=calibrated(2.0))
+
+
+@pytest.fixture
+def spoilt(template, tmp_path):
+    return shutil.copytree(template, tmp_path / "spoilt")
+
+
+def scores(found, wavs, lens):
+    with torch.inference_mode():
+        return found.modules["classifier"](found.modules["embedding_model"](wavs, lens)).squeeze(1)
+
+
+def clips():
+    generator = torch.Generator().manual_seed(1)
+    return 0.1 * torch.randn(2, 24_000, generator=generator), torch.tensor([0.7, 1.0])
+
+
+def change(folder, **values):
+    """Write other values into config.json; a dotted name reaches into mappings."""
+    path = folder / bundle.CONFIG_FILE
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in values.items():
+        inner = config
+        *above, last = name.split("__")
+        for key in above:
+            inner = inner[key]
+        inner[last] = value
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_scores_come_back(tiny_encoder, tmp_path, family):
+    model = made_model(tiny_encoder(family))
+    wavs, lens = clips()
+    with torch.inference_mode():
+        expected = model(wavs, lens)
+    torch.testing.assert_close(
+        scores(bundle.load(written(tmp_path / "b", model)), wavs, lens), expected, atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("pooling", "options"),
+    [
+        ("attentive", {}),
+        ("statistics", {"whitening": True}),
+        ("mean", {"projector_size": 8}),
+        ("attentive_statistics", {"projector_size": 8, "projector_activation": True}),
+    ],
+)
+def test_every_head_comes_back(tiny_encoder, tmp_path, pooling, options):
+    model = made_model(tiny_encoder("moonshine"), pooling=pooling, **options)
+    if model.whitening:
+        model.whitening.fit(torch.randn(50, model.pooling.out_features), torch.arange(50) % 3)
+    wavs, lens = clips()
+    with torch.inference_mode():
+        expected = model(wavs, lens)
+    found = bundle.load(written(tmp_path / "b", model, pooling=pooling))
+    torch.testing.assert_close(scores(found, wavs, lens), expected, atol=1e-6, rtol=0)
+
+
+def test_layers_of_the_encoder_come_back(tiny_encoder, tmp_path):
+    torch.manual_seed(0)
+    encoder = make_encoder(
+        str(tiny_encoder("moonshine")), num_layers=1, weighted_layers=[0, 1], standardise_layers=True
+    )
+    torch.nn.init.normal_(encoder.layer_weights)
+    model = AccentModel(encoder, LABELS).eval()
+    wavs, lens = clips()
+    with torch.inference_mode():
+        expected = model(wavs, lens)
+    torch.testing.assert_close(
+        scores(bundle.load(written(tmp_path / "b", model)), wavs, lens), expected, atol=1e-6, rtol=0
+    )
+
+
+def test_the_temperature_is_in_the_weights(tiny_encoder, tmp_path):
+    model = made_model(tiny_encoder("moonshine"))
+    found = bundle.load(written(tmp_path / "b", model, calibration=calibrated(4.0)))
+    torch.testing.assert_close(found.model.classifier.weight, model.classifier.weight / 4)
+    wavs, lens = clips()
+    with torch.inference_mode():
+        expected = torch.log_softmax(model.classifier(model.embed(wavs, lens)) / 4, dim=-1)
+    torch.testing.assert_close(scores(found, wavs, lens), expected, atol=1e-6, rtol=0)
+
+
+def test_writing_leaves_the_model_alone(tiny_encoder, tmp_path):
+    model = made_model(tiny_encoder("moonshine"))
+    before = copy.deepcopy(model.state_dict())
+    written(tmp_path / "b", model, calibration=calibrated(4.0))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_copies_at_other_speeds_are_averaged(tiny_encoder, tmp_path):
+    """As experiment.predict does it: mean of log-probabilities, normalised anew."""
+    from accent_plugin.augment import change_speed
+
+    model = made_model(tiny_encoder("moonshine"))
+    found = bundle.load(written(tmp_path / "b", model, speeds=(0.9, 1.0)))
+    wavs, lens = clips()
+    wav = wavs[0, : round(0.7 * 24_000)]
+    slow = torch.from_numpy(change_speed(wav.numpy(), 0.9))
+    with torch.inference_mode():
+        mean = (model(wav[None]) + model(slow[None])) / 2
+    torch.testing.assert_close(scores(found, wavs, lens)[:1], torch.log_softmax(mean, dim=-1), atol=1e-5, rtol=0)
+
+
+def test_what_is_in_it(template):
+    assert {path.name for path in template.iterdir()} >= {"config.json", "model.ckpt", "hyperparams.yaml", "README.md"}
+    text = "".join(path.read_text(encoding="utf-8") for path in template.iterdir() if path.suffix != ".ckpt")
+    assert str(template.parent) not in text and "/tmp" not in text
+    # The content is safetensors whatever the name says.
+    assert load_file(template / "model.ckpt").keys() == bundle.load(template).model.state_dict().keys()
+
+
+def test_a_bundle_is_replaced_and_other_folders_are_not(tiny_encoder, tmp_path):
+    model = made_model(tiny_encoder("moonshine"))
+    written(tmp_path / "b", model)
+    assert bundle.load(written(tmp_path / "b", model, calibration=calibrated(2.0))).config["calibration"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(BundleError, match="holds files that are no bundle"):
+        written(tmp_path / "mine", model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "mine"]
+
+
+# ---------------------------------------------------------------------------------------- SpeechBrain's own interface
+
+
+def test_stock_interface(template, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stock = EncoderClassifier.from_hparams(source=str(template), savedir=str(tmp_path / "saved"))
+    wavs, lens = clips()
+    out, score, index, text = stock.classify_batch(wavs, lens)
+    assert (out.shape, score.shape, index.shape) == ((2, 3), (2,), (2,))
+    assert torch.equal(out, scores(bundle.load(template), wavs, lens))
+    assert torch.equal(score, out.max(dim=-1).values)
+    assert text == [LABELS[i] for i in index.tolist()]
+    torch.testing.assert_close(out.exp().sum(dim=-1), torch.ones(2))
+    assert stock.encode_batch(wavs, lens).shape[:2] == (2, 1)
+
+
+def test_stock_interface_on_a_file_of_another_rate(template, tmp_path):
+    import soundfile
+
+    from accent_plugin import audio
+
+    stock = EncoderClassifier.from_hparams(source=str(template), savedir=str(tmp_path / "saved"))
+    sound = clips()[0].T.numpy()
+    soundfile.write(tmp_path / "a.wav", sound, 44_100)
+    out, _, index, text = stock.classify_file(str(tmp_path / "a.wav"))
+    wav = torch.from_numpy(audio.load(str(tmp_path / "a.wav")))
+    torch.testing.assert_close(out, scores(bundle.load(template), wav[None], None), atol=1e-4, rtol=0)
+    assert text == [LABELS[index.item()]]
+
+
+def test_labels_that_yaml_would_misread(tiny_encoder, tmp_path):
+    folder = written(tmp_path / "b", made_model(tiny_encoder("moonshine"), ODD), ODD)
+    stock = EncoderClassifier.from_hparams(source=str(folder), savedir=str(tmp_path / "saved"))
+    assert [stock.hparams.label_encoder.decode_ndim(i) for i in range(len(ODD))] == list(ODD)
+    assert json.loads(stock.hparams.bundle_config) == bundle.read_config(folder)
+
+
+def test_stock_interface_refuses_other_weights(spoilt, tmp_path):
+    state = load_file(spoilt / "model.ckpt")
+    state.pop("classifier.bias")
+    save_file(state, spoilt / "model.ckpt")
+    with pytest.raises(BundleError, match="lacks 1 tensors of the model, classifier.bias"):
+        EncoderClassifier.from_hparams(source=str(spoilt), savedir=str(tmp_path / "saved"))
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(BundleError, match="there is no folder"):
+        bundle.load(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="is no bundle: it has no config.json"):
+        bundle.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"format_version": 2}, "format_version 2; .* understands 1"),
+        ({"format_version": None}, "format_version None"),
+        ({"labels": ["us", "england"]}, "classifier.weight of shape .3, .*describes .2,"),
+        ({"labels": ["us", "us", "england"]}, "labels is .* distinct names"),
+        ({"labels": "us"}, "labels is 'us'"),
+        ({"sample_rate": 8000}, "sample_rate is 8000, not 16000"),
+        ({"weights__sha256": "0" * 64}, "another SHA-256"),
+        ({"weights__bytes": 3}, "config.json says 3"),
+        ({"weights__file": "../../etc/passwd"}, "weights is .*passwd"),
+        ({"calibration": {"temperature": 2.0}}, "calibration is .*, not null or"),
+        ({"calibration__curve__risk": [0.5]}, "calibration.curve has columns of different lengths"),
+        ({"calibration__temperature": 0}, "calibration is"),
+        ({"model": None}, "model is None"),
+        ({"model__pooling": "os.system"}, "model.pooling is 'os.system'; known are mean"),
+        ({"model__projector_size": "8"}, "model.projector_size is '8'"),
+        ({"model__whitening": 1}, "model.whitening is 1"),
+        ({"model__speeds": [0]}, "model.speeds is .0."),
+        ({"model__speeds": []}, "model.speeds is"),
+        ({"model__encoder__family": "bert"}, "family 'bert' is unknown"),
+        ({"model__encoder__config__custom": 1}, "keys that a wav2vec2 has not: custom"),
+        ({"model__encoder__config__hidden_size": 10**9}, "hidden_size is 1000000000, more than any"),
+        ({"model__encoder__config__num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, more than any"),
+        ({"model__encoder__config__hidden_size": "wide"}, "describes no wav2vec2"),
+        ({"model__encoder__config__hidden_size": 48}, "of shape|describes no wav2vec2"),
+        ({"model__encoder__weighted_layers": [99]}, "weighted_layers is .99."),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_is_wrong(spoilt, values, message):
+    change(spoilt, **values)
+    with pytest.raises(BundleError, match=message):
+        bundle.load(spoilt)
+
+
+def test_a_configuration_of_enormous_size_takes_no_memory(spoilt):
+    """Compared with the weights as shapes alone: the tensors it describes would be terabytes."""
+    change(spoilt, model__encoder__config__intermediate_size=4_000_000, model__encoder__config__num_hidden_layers=900)
+    with pytest.raises(BundleError, match="lacks|of shape"):
+        bundle.load(spoilt)
+
+
+def test_a_json_bomb(spoilt):
+    (spoilt / "config.json").write_text("[" * 200_000, encoding="utf-8")
+    with pytest.raises(BundleError, match="cannot be read"):
+        bundle.load(spoilt)
+    (spoilt / "config.json").write_text(" " * (1 << 22) + "{}", encoding="utf-8")
+    with pytest.raises(BundleError, match="do not trust it"):
+        bundle.load(spoilt)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.ckpt"])
+def test_a_file_that_is_missing(spoilt, name):
+    (spoilt / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        bundle.load(spoilt)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.ckpt"])
+def test_a_file_that_is_cut_or_empty(spoilt, name):
+    content = (spoilt / name).read_bytes()
+    for kept in (len(content) // 2, 0):
+        (spoilt / name).write_bytes(content[:kept])
+        with pytest.raises(BundleError, match=name):
+            bundle.load(spoilt)
+
+
+def test_one_bit_of_the_weights(spoilt):
+    content = bytearray((spoilt / "model.ckpt").read_bytes())
+    content[-1] ^= 1
+    (spoilt / "model.ckpt").write_bytes(content)
+    with pytest.raises(BundleError, match="another SHA-256"):
+        bundle.load(spoilt)
+
+
+def test_more_weights_than_the_model_has(spoilt):
+    state = load_file(spoilt / "model.ckpt") | {"backdoor": torch.zeros(1)}
+    save_file(state, spoilt / "model.ckpt")
+    change(spoilt, weights=bundle._identity(spoilt / "model.ckpt"))
+    with pytest.raises(BundleError, match="has 1 tensors that the model has not, backdoor"):
+        bundle.load(spoilt)
+
+
+def test_a_sparse_file_of_ten_gigabytes(spoilt):
+    with open(spoilt / "model.ckpt", "wb") as file:
+        file.truncate(10 << 30)
+    change(spoilt, weights__bytes=10 << 30)
+    with pytest.raises(BundleError, match="not in the safetensors format"):
+        bundle.load(spoilt)
+
+
+def test_a_header_that_lies_about_its_length(spoilt):
+    (spoilt / "model.ckpt").write_bytes(struct.pack("<Q", 1 << 60) + b"{}" * 100)
+    change(spoilt, weights__bytes=208)
+    with pytest.raises(BundleError, match="not in the safetensors format"):
+        bundle.load(spoilt)
+
+
+class Trap:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_is_not_opened(spoilt, tmp_path):
+    torch.save(Trap(tmp_path / "ran"), spoilt / "model.ckpt")
+    change(spoilt, weights=bundle._identity(spoilt / "model.ckpt"))
+    with pytest.raises(BundleError, match="not in the safetensors format"):
+        bundle.load(spoilt)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["!apply:os.mkdir ['{}']", "!!python/object/apply:os.mkdir ['{}']", "!new:os.mkdir ['{}']"]
+)
+def test_the_safe_door_runs_no_yaml(spoilt, tmp_path, line):
+    yaml = (spoilt / "hyperparams.yaml").read_text(encoding="utf-8")
+    (spoilt / "hyperparams.yaml").write_text(f"trap: {line.format(tmp_path / 'ran')}\n{yaml}", encoding="utf-8")
+    (spoilt / "custom.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})", encoding="utf-8")
+    assert bundle.load(spoilt).config["labels"] == list(LABELS)
+    assert not (tmp_path / "ran").exists()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_change_to_the_configuration_is_refused_by_name(template, tmp_path, data):
+    """Whatever stands in config.json, the answer is a bundle or a BundleError."""
+    config = json.loads((template / "config.json").read_text(encoding="utf-8"))
+    keys, inner = [], config
+    while isinstance(inner, dict) and inner:
+        keys.append(data.draw(st.sampled_from(sorted(inner))))
+        inner = inner[keys[-1]]
+    value = data.draw(
+        st.one_of(
+            st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.just([]), st.just({}), st.just([{}])
+        )
+    )
+    inner = config
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    folder = tmp_path / "fuzzed"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    os.link(template / "model.ckpt", folder / "model.ckpt")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    try:
+        bundle.load(folder)
+    except AccentPluginError as error:
+        assert isinstance(error, BundleError)
+
+
+def test_without_a_network_and_from_another_folder(template, tmp_path):
+    """In a process of its own, so that nothing is loaded yet."""
+    code = (
+        "import socket\n"
+        "def refuse(*_): raise AssertionError('the network was asked')\n"
+        "socket.socket.connect = refuse\n"
+        "from speechbrain.inference.classifiers import EncoderClassifier\n"
+        f"found = EncoderClassifier.from_hparams(source={str(template)!r}, savedir='saved')\n"
+        "print(found.hparams.label_encoder.decode_ndim(2))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split()[-1:] == ["australia"], done.stderr
