@@ -143,3 +143,39 @@ def test_real_release(tmp_path):
     code, _, stderr = run("prepare", source, "--out", tmp_path / "out")
     assert code == 2
     assert "us 34, england 4, australia 3" in stderr
+
+
+def test_check_takes_a_mapping(tmp_path):
+    """It was once given the path in place of the table."""
+    (tmp_path / "more.yaml").write_text("Kentish: england\n", encoding="utf-8")
+    data = save(tmp_path / "data", **three_splits(("us", "Kentish")))
+    code, stdout, stderr = run("check", data, "--no_audio", "--mapping", tmp_path / "more.yaml")
+    assert code == 0, stderr
+    assert "england" in stdout and "Kentish" not in stdout
+
+
+@pytest.mark.parametrize("verb", ["prepare", "check"])
+def test_workers_below_one(tmp_path, verb):
+    data = save(tmp_path / "data", **three_splits())
+    out = ["--out", tmp_path / "out", "--accents", "us,england"] if verb == "prepare" else []
+    code, _, stderr = run(verb, data, "--workers", "-1", *out)
+    assert code == 2 and "workers is -1; give 1 or more" in stderr
+
+
+def test_a_report_inside_the_data_is_refused(tmp_path):
+    data = save(tmp_path / "data", **three_splits())
+    code, _, stderr = run("check", data, "--no_audio", "--report", data / "report")
+    assert code == 2 and "only read" in stderr
+    assert not (data / "report").exists()
+
+
+def test_values_that_a_terminal_would_obey(tmp_path):
+    table = tmp_path / "clips.csv"
+    table.write_text('path,accent\na.wav,"Bell\x07\tand\nline"\n', encoding="utf-8")
+    _, stdout, _ = run("accents", table, "--format", "tsv")
+    assert stdout.splitlines()[1] == "1\t0\t(unknown accent)\tBell\\x07\\tand\\nline"
+
+
+def test_a_number_that_is_none(tmp_path):
+    code, _, stderr = run("prepare", tmp_path, "--out", tmp_path / "out", "--max_clips_per_client", "many")
+    assert code == 2 and "'many' is neither a number nor none" in stderr

@@ -1,0 +1,174 @@
+"""Any bundle on anybody's labelled speech: the report that training writes, and the paired comparison of two."""
+
+import functools
+import importlib.metadata
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from accent_plugin import labels, manifests, metrics, report, sources, splits
+from accent_plugin.errors import DataError
+from accent_plugin.inference import Failure
+
+logger = logging.getLogger(__name__)
+
+# Nothing is cut into windows, as in the report that training writes.
+WHOLE_CLIPS = {"window_seconds": 600.0, "hop_seconds": 300.0}
+
+_PACKAGES = ("accent_plugin", "speechbrain", "transformers", "torch", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A clip, its label, and a function that gives its sound: bytes, or a path."""
+
+    clip: manifests.Clip
+    accent: str
+    sound: Callable
+
+
+def read(data, accents, *, mapping=None, split=None):
+    """Labelled clips of a DatasetDict or a manifest.
+
+    Arguments
+    ---------
+    data : str or Path
+        Folder of a DatasetDict, or a CSV manifest of the recipe.
+    accents : sequence of str
+        The classes that can be told apart; clips of others are left out.
+    mapping : dict
+        More spellings, ``{spelling: label}``.
+    split : str
+        Of a DatasetDict; None takes its test split, or all where it has none.
+
+    Returns
+    -------
+    rows : list of Labelled
+        None of them holds audio.
+    left_out : collections.Counter
+        Reason -> clips.
+
+    Raises
+    ------
+    DataError
+        When there is nothing to evaluate on.
+    """
+    data, extra = Path(data), {accent: accent for accent in accents} | (mapping or {})
+    rows, left_out = [], Counter()
+    found = _of_manifest(data) if data.is_file() else _of_dataset(data, split)
+    for clip, sound in found:
+        parsed = labels.parse(clip.accent, extra)
+        if parsed.label not in accents:
+            left_out[parsed.reason or "other accent"] += 1
+            continue
+        rows.append(Labelled(clip, parsed.label, sound))
+    if not rows:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in left_out.most_common()) or "it has no clips"
+        raise DataError(f"no clip of {data} has one of the accents {', '.join(accents)}: {reasons}")
+    return rows, left_out
+
+
+def evaluate(classifier, rows, progress=True, **reading):
+    """Predictions of a classifier for the rows of `read`.
+
+    Returns
+    -------
+    predictions : accent_plugin.metrics.Predictions
+    failures : collections.Counter
+        Reason -> clips that could not be classified.
+    """
+    from tqdm import tqdm
+
+    answers = classifier.predict_files((row.sound() for row in rows), **reading)
+    seen, scores, failures = [], [], Counter()
+    for row, answer in zip(rows, tqdm(answers, total=len(rows), unit="clip", disable=not progress), strict=True):
+        if isinstance(answer, Failure):
+            failures[answer.reason] += 1
+            logger.warning("%s: %s", row.clip.id, answer.message)
+        else:
+            seen.append((row.clip, row.accent, answer.seconds))
+            scores.append([answer.probabilities[label] for label in classifier.labels])
+    if not seen:
+        raise DataError("no clip could be classified: " + ", ".join(f"{reason} {n}" for reason, n in failures.items()))
+    clients = [clip.client_id for clip, _, _ in seen]
+    with np.errstate(divide="ignore"):
+        log_probabilities = np.log(np.array(scores, dtype=np.float64))
+    predictions = metrics.Predictions(
+        ids=tuple(clip.id for clip, _, _ in seen),
+        client_ids=tuple(clients) if any(clients) else None,
+        truth=np.array([classifier.labels.index(accent) for _, accent, _ in seen]),
+        log_probabilities=np.maximum(log_probabilities, -700.0),
+        labels=tuple(classifier.labels),
+        seconds=np.array([seconds for _, _, seconds in seen]),
+        gender=tuple(labels.gender(clip.gender) for clip, _, _ in seen),
+        age=tuple(clip.age for clip, _, _ in seen),
+    )
+    return predictions, failures
+
+
+def write(folder, classifier, predictions, data, left_out, command=""):
+    """Write the report of a bundle on other data; returns the content of metrics.json."""
+    card = sources.card(Path(data)) if Path(data).is_dir() else {}
+    encoder = classifier.config["model"]["encoder"]
+    return report.write_report(
+        folder,
+        predictions,
+        data={
+            "name": card.get("name") or Path(data).name,
+            "synthetic": bool(card.get("synthetic", False)),
+            # Whether the model has heard these speakers is not known here.
+            "speakers_disjoint": None,
+            "left_out": dict(left_out),
+        },
+        model={"bundle": classifier.identity, "encoder": encoder["name"], "family": encoder["family"]},
+        versions=versions(),
+        command=command,
+        notes=["whether the model has heard these speakers in training is not known to the evaluation"],
+    )
+
+
+def versions():
+    """Versions that matter when a result is to be repeated, without importing the packages."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def _of_manifest(path):
+    for clip in manifests.read(path):
+        yield clip, functools.partial(str, clip.wav)
+
+
+def _of_dataset(folder, split):
+    sources.fingerprint(folder)
+    loaded = sources.open_all(folder)
+    if split is not None and split not in loaded:
+        raise DataError(f"{folder} has no split '{split}'; it has {', '.join(loaded)}")
+    chosen = [name for name in loaded if name == split or (split is None and sources.canonical(name) == splits.TEST)]
+    for name in chosen or loaded:
+        data = loaded[name]
+        columns = sources.find_columns(name, data, folder, {})
+        for number, cells in enumerate(sources.read_cells(data, columns)):
+            clip = manifests.Clip(
+                id=f"{name}:{number}",
+                duration=0.0,
+                wav="",
+                accent=cells["accent"],
+                client_id=cells["client"],
+                gender=cells["gender"],
+                age=cells["age"],
+            )
+            yield clip, functools.partial(_sound, folder, data, columns, number)
+
+
+def _sound(folder, data, columns, number):
+    content = sources.sound(data, columns, number)
+    return content if isinstance(content, bytes) else str(folder / content)

@@ -1,0 +1,95 @@
+"""Files per second of this package's classifier against transformers' pipeline and SpeechBrain's stock interface.
+
+wav2vec2-base with random weights (the same for all but the head, which costs nothing), the same files, one process, the
+peers taking turns on small groups of files so that a machine whose speed drifts slows all of them.
+
+python benchmarks/inference.py FOLDER_OF_CLIPS --files 48 --group 12
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import soundfile
+import torch
+from speechbrain.inference.classifiers import EncoderClassifier
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForSequenceClassification, pipeline
+
+from accent_plugin import bundle
+from accent_plugin.encoder import make_encoder
+from accent_plugin.inference import AccentClassifier, bf16_is_faster
+from accent_plugin.model import AccentModel
+
+LABELS = ("us", "england", "australia")
+
+
+def make(folder):
+    """A Hugging Face checkpoint of wav2vec2-base's shape, and a bundle around the same encoder."""
+    torch.manual_seed(0)
+    names = {"num_labels": 3, "id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
+    model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**names))
+    model.save_pretrained(folder / "hf")
+    model.wav2vec2.save_pretrained(folder / "encoder")
+    for name in ("hf", "encoder"):
+        Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(folder / name)
+    accents = AccentModel(make_encoder(str(folder / "encoder"), freeze=True), LABELS, projector_size=256)
+    bundle.write(folder / "bundle", accents, LABELS, encoder_name="wav2vec2-base, random weights", pooling="mean")
+
+
+def peers(folder):
+    """Name -> function that classifies a list of paths."""
+    pipe = pipeline("audio-classification", model=str(folder / "hf"), device="cpu")
+    stock = EncoderClassifier.from_hparams(source=str(folder / "bundle"), savedir=str(folder / "saved"))
+
+    def run_pipeline(paths):
+        # Decoded here, since the pipeline would need FFmpeg; it resamples by itself.
+        for path in paths:
+            samples, rate = soundfile.read(path, dtype="float32")
+            pipe({"raw": samples if samples.ndim == 1 else samples.mean(axis=1), "sampling_rate": rate})
+
+    def run_stock(paths):
+        for path in paths:
+            stock.classify_file(str(path))
+
+    found = {"transformers pipeline, defaults": run_pipeline, "SpeechBrain classify_file, one by one": run_stock}
+    for precision in ("fp32", "auto"):
+        ours = AccentClassifier.from_bundle(folder / "bundle", device="cpu", precision=precision)
+        found[f"accent_plugin, {precision}"] = lambda paths, ours=ours: list(ours.predict_files(paths))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("clips", type=Path, help="folder of audio files")
+    parser.add_argument("--files", type=int, default=48)
+    parser.add_argument("--group", type=int, default=12, help="files of one turn")
+    arguments = parser.parse_args()
+    paths = sorted(path for path in arguments.clips.iterdir() if path.is_file())[: arguments.files]
+    seconds = sum(soundfile.info(path).duration for path in paths)
+    print(f"{len(paths)} files, {seconds:.0f} s of audio; {torch.get_num_threads()} threads", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder))
+        running = peers(Path(folder))
+        groups = [paths[i : i + arguments.group] for i in range(0, len(paths), arguments.group)]
+        took = {name: [] for name in running}
+        for run in running.values():
+            run(groups[0][:2])
+        for group in groups:
+            for name, run in running.items():
+                start = time.perf_counter()
+                run(group)
+                took[name].append(time.perf_counter() - start)
+    print(f"bf16 is faster on this processor: {bf16_is_faster('cpu')}")
+    print("| | audio seconds per second | ratio to the pipeline (median of groups, lowest to highest) |\n|---|---|---|")
+    first = took[next(iter(took))]
+    for name, times in took.items():
+        ratios = [reference / own for reference, own in zip(first, times, strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {name} | {seconds / sum(times):.1f} | {spread} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""`accent-plugin classify` and `evaluate`: many files, formats, going on, and the report of a bundle."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from datasets_for_tests import encode, noise, save, three_splits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from accent_plugin import classify, cli, evaluation, manifests
+from accent_plugin.errors import ConfigError, DataError
+from accent_plugin.inference import AccentClassifier, Failure
+
+LABELS = ("us", "england", "australia")
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_bundle):
+    return AccentClassifier.from_bundle(tiny_bundle, device="cpu")
+
+
+@pytest.fixture
+def speech(tmp_path):
+    """Four clips in two folders, one of them damaged, and a file that is none."""
+    folder = tmp_path / "speech"
+    (folder / "more").mkdir(parents=True)
+    for number, name in enumerate(("a.wav", "b.flac", "more/c.wav")):
+        soundfile.write(folder / name, noise(1.2, seed=number), 16_000)
+    (folder / "d.wav").write_text("not a sound")
+    (folder / "notes.txt").write_text("not looked at")
+    return folder
+
+
+def answers(classifier, sources, output, format="jsonl"):
+    return classify.run(classifier, sources, format, output, progress=False)
+
+
+def read(output):
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def test_folders_are_searched_and_files_taken_as_they_are(speech):
+    found = [path.removeprefix(str(speech)) for path in classify.find([speech, speech / "notes.txt"])]
+    assert found == ["/a.wav", "/b.flac", "/d.wav", "/more/c.wav", "/notes.txt"]
+
+
+def test_a_folder_without_audio_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no audio file .*.wav"):
+        list(classify.find([tmp_path]))
+
+
+def test_one_line_for_each_file_in_order_and_bad_ones_named(classifier, speech, tmp_path, capsys):
+    sources = list(classify.find([speech]))
+    assert answers(classifier, sources, tmp_path / "out.jsonl") == (3, 1)
+    records = read(tmp_path / "out.jsonl")
+    assert [record["source"] for record in records] == sources
+    bad = records[2]
+    assert bad["error"].startswith("undecodable: ") and bad["accent"] is None
+    assert "d.wav: undecodable" in capsys.readouterr().err
+    good = records[0]
+    assert good["accent"] == max(good["probabilities"], key=good["probabilities"].get)
+    assert sum(good["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert good["seconds"] == pytest.approx(1.2)
+
+
+def test_csv(classifier, speech, tmp_path):
+    answers(classifier, list(classify.find([speech])), tmp_path / "out.csv", "csv")
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0])[-3:] == ["p_us", "p_england", "p_australia"]
+    assert [bool(row["error"]) for row in table] == [False, False, True, False]
+    assert table[2]["p_us"] == ""
+
+
+def test_table(classifier, speech, capsys):
+    classify.run(classifier, [str(speech / "a.wav"), str(speech / "d.wav")], "table", progress=False)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split()[1] in LABELS and first.split()[2] == str(speech / "a.wav")
+    assert second.startswith("-  failed: undecodable")
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+@pytest.mark.parametrize("cut", [0, 5])
+def test_a_second_run_goes_on(classifier, speech, tmp_path, format, cut):
+    """Also where the first was killed in the middle of a line."""
+    sources, whole, output = list(classify.find([speech])), tmp_path / "whole", tmp_path / "out"
+    answers(classifier, sources, whole, format)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:3]) + (lines[3][:cut] if cut else b""))
+    seen = []
+
+    class Spy:
+        labels, identity = classifier.labels, classifier.identity
+
+        @staticmethod
+        def predict_files(paths, **reading):
+            seen.extend(paths)
+            return classifier.predict_files(seen, **reading)
+
+    assert answers(Spy, sources, output, format) == (3, 1)
+    assert output.read_bytes() == whole.read_bytes()
+    assert seen == sources[3 - (format == "csv") :]
+
+
+def test_answers_of_another_model_are_not_mixed(classifier, speech, tmp_path):
+    sources, output = list(classify.find([speech])), tmp_path / "out.jsonl"
+    answers(classifier, sources, output)
+    text = output.read_text(encoding="utf-8")
+    output.write_text(text.replace(classifier.identity, "another"), encoding="utf-8")
+    with pytest.raises(DataError, match="holds answers of another model"):
+        answers(classifier, sources, output)
+
+
+@pytest.mark.parametrize("content", ["my thesis\n", "[]\n", '{"source": 1}\n'])
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_other_peoples_files_are_left_alone(classifier, speech, tmp_path, format, content):
+    (tmp_path / "out").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match="is no output of accent-plugin classify"):
+        answers(classifier, [str(speech / "a.wav")], tmp_path / "out", format)
+    assert (tmp_path / "out").read_text(encoding="utf-8") == content
+
+
+def test_an_unknown_format(classifier):
+    with pytest.raises(ConfigError, match="format 'xml' is unknown; choose table, jsonl, csv"):
+        classify.run(classifier, [], "xml")
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_command_exits_with_1_when_a_file_fails(tiny_bundle, speech, tmp_path):
+    output = tmp_path / "out.csv"
+    assert cli.main(["classify", str(speech), "--model", str(tiny_bundle), "--output", str(output)]) == 1
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 5
+    (speech / "d.wav").unlink()
+    assert cli.main(["classify", str(speech), "--model", str(tiny_bundle), "--format", "jsonl"]) == 0
+
+
+def test_command_abstains(tiny_bundle, speech, capsys):
+    sound = str(speech / "a.wav")
+    assert (
+        cli.main(["classify", sound, "--model", str(tiny_bundle), "--format", "jsonl", "--min_probability", "1"]) == 0
+    )
+    assert json.loads(capsys.readouterr().out)["decision"] is None
+
+
+@pytest.mark.parametrize("verb", ["classify", "evaluate", "push"])
+def test_a_bundle_that_is_none(tmp_path, verb, capsys):
+    arguments = {
+        "classify": ["x.wav", "--model", str(tmp_path)],
+        "evaluate": ["--data", "x", "--model", str(tmp_path)],
+        "push": [str(tmp_path), "user/name"],
+    }
+    assert cli.main([verb, *arguments[verb]]) == 2
+    assert "is no bundle" in capsys.readouterr().err
+
+
+def test_export_of_a_folder_that_is_no_run(tmp_path, capsys):
+    assert cli.main(["export", str(tmp_path)]) == 2
+    assert "is no output folder of a run" in capsys.readouterr().err
+
+
+def test_completion_knows_the_verbs(capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    assert "classify" in capsys.readouterr().out
+
+
+def test_version_names_what_a_bug_report_needs(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("accent_plugin", "speechbrain", "transformers", "torch", "Python"))
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def test_a_report_of_a_bundle_on_a_dataset(tiny_bundle, classifier, tmp_path, capsys):
+    data = save(tmp_path / "data", **three_splits(("us", "england", "Kentish"), clients=(1, 1, 3)))
+    out = tmp_path / "report"
+    assert cli.main(["evaluate", "--model", str(tiny_bundle), "--data", str(data), "--out", str(out)]) == 0
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    # Of test: three clients of two known accents with two clips each; six of an accent the model does not know.
+    assert (metrics["data"]["clips"], metrics["data"]["speakers"]) == (12, 6)
+    assert metrics["data"]["left_out"] == {"unknown accent": 6}
+    assert metrics["data"]["speakers_disjoint"] is None
+    assert (out / "report.html").is_file()
+    with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
+        first = next(csv.DictReader(file))
+    number = int(first["ID"].partition(":")[2])
+    rows, _ = evaluation.read(data, LABELS)
+    sound = next(row.sound() for row in rows if row.clip.id == f"test:{number}")
+    expected = classifier.predict_file(sound).probabilities
+    assert {label: float(first[f"p_{label}"]) for label in LABELS} == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_mapping_brings_clips_back(tmp_path):
+    data = save(tmp_path / "data", **three_splits(("us", "Kentish"), clients=(1, 1, 2)))
+    rows, left_out = evaluation.read(data, LABELS, mapping={"Kentish": "england"})
+    assert [row.accent for row in rows].count("england") == 4
+    assert not left_out
+
+
+def test_a_manifest_is_evaluated_too(tiny_bundle, classifier, tmp_path):
+    data = save(tmp_path / "data", **three_splits(LABELS, clients=(2, 1, 2)))
+    prepared = manifests.prepare(data, tmp_path / "prepared", accents=LABELS, seed=1, progress=False)
+    rows, _ = evaluation.read(prepared.splits["test"], LABELS)
+    predictions, failures = evaluation.evaluate(classifier, rows, progress=False)
+    assert len(predictions.ids) == 12 and not failures
+    assert np.exp(predictions.log_probabilities).sum(axis=1) == pytest.approx(np.ones(12), abs=1e-5)
+
+
+def test_two_bundles_are_compared(tiny_bundle, tmp_path, capsys):
+    data = save(tmp_path / "data", **three_splits(LABELS, clients=(1, 1, 3)))
+    models = ["--model", str(tiny_bundle)] * 2
+    assert cli.main(["evaluate", *models, "--data", str(data), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "comparison.md").is_file()
+    assert (tmp_path / "report" / "model_2" / "report.md").is_file()
+
+
+def test_clips_that_cannot_be_heard_are_counted(classifier, tmp_path):
+    tables = three_splits(LABELS, clients=(1, 1, 1))
+    tables["test"][0]["audio"] = {"bytes": encode(np.zeros(16_000, np.float32)), "path": "silent.flac"}
+    rows, _ = evaluation.read(save(tmp_path / "data", **tables), LABELS)
+    predictions, failures = evaluation.evaluate(classifier, rows, progress=False)
+    assert (len(predictions.ids), dict(failures)) == (5, {"silent": 1})
+
+
+@pytest.mark.parametrize("accent", ["Kentish", ""])
+def test_nothing_to_evaluate_on(tmp_path, accent):
+    data = save(tmp_path / "data", **three_splits((accent,), clients=(1, 1, 1)))
+    with pytest.raises(DataError, match="has one of the accents us, england, australia: (unknown|no) accent 2"):
+        evaluation.read(data, LABELS)
+
+
+@pytest.mark.slow
+def test_a_thousand_files_with_thirty_bad_ones(tiny_bundle, tmp_path, capsys):
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    content = encode(noise(1.0))
+    for number in range(1000):
+        bad = number % 33 == 0 and number < 990
+        (folder / f"{number:04d}.flac").write_bytes(content[: number % 90] if bad else content)
+    output = tmp_path / "out.jsonl"
+    assert cli.main(["classify", str(folder), "--model", str(tiny_bundle), "--output", str(output)]) == 1
+    records = read(output)
+    assert sum(record["error"] is None for record in records) == 970
+    named = [line for line in capsys.readouterr().err.splitlines() if ".flac: " in line]
+    assert len(named) == 30
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_bytes_give_an_answer_or_a_failure(classifier, data):
+    """Damaged copies of real containers, and noise: never an exception of another kind."""
+    kind = data.draw(st.sampled_from(["WAV", "FLAC", "OGG", "MP3", "noise"]))
+    if kind == "noise":
+        content = data.draw(st.binary(max_size=2000))
+    else:
+        content = bytearray(encode(noise(0.3), format=kind))
+        for _ in range(data.draw(st.integers(0, 20))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        content = bytes(content[: data.draw(st.integers(0, len(content)))])
+    (answer,) = classifier.predict_files([content])
+    assert isinstance(answer, Failure) or answer.accent in LABELS
