@@ -281,7 +281,7 @@ def load(folder):
         raise ManifestError(f"{folder / sources.CARD_JSON} was written by something else: it lacks {error}") from None
 
 
-def plan(reader, choices, notes):
+def plan(reader, choices, notes, progress=False):
     """Choose and split by what the source says of its clips: all that can be refused before anything is written.
 
     Returns
@@ -289,7 +289,10 @@ def plan(reader, choices, notes):
     tuple
         Split -> rows, and split -> because of split -> clips left out for their sentence.
     """
-    table = _filtered(reader.cells(), choices, notes)
+    from tqdm import tqdm
+
+    read = tqdm(reader.cells(), desc="reading", unit="row", mininterval=1.0, leave=False, disable=not progress)
+    table = _filtered(read, choices, notes)
     extra = {
         "precedence": lambda row: (row.gender, row.age, row.raw_accent, row.split),
         "mapping": choices.mapping,
@@ -331,7 +334,7 @@ def plan(reader, choices, notes):
 
 def _build(reader, out, choices, header, workers, progress):
     notes = selection.Notes()
-    parts, lost = plan(reader, choices, notes)
+    parts, lost = plan(reader, choices, notes, progress)
     planned = selection.digest({name: [row.id for row in rows] for name, rows in parts.items()})
     begun = sources.read_json(out / _BUILDING) if (out / _BUILDING).is_file() else {}
     if begun.get("planned") != planned:
