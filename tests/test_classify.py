@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -36,6 +37,11 @@ def speech(tmp_path):
 
 def answers(classifier, sources, output, format="jsonl"):
     return classify.run(classifier, sources, format, output, progress=False)
+
+
+def rounded(text):
+    """Text with every number of many decimals cut to three."""
+    return re.sub(r"\d\.\d{4,}(e-\d+)?", lambda number: f"{float(number[0]):.3f}", text)
 
 
 def read(output):
@@ -101,7 +107,8 @@ def test_a_second_run_goes_on(classifier, speech, tmp_path, format, cut):
             return classifier.predict_files(seen, **reading)
 
     assert answers(Spy, sources, output, format) == (3, 1)
-    assert output.read_bytes() == whole.read_bytes()
+    # To the fourth decimal: other clips share the batches now, which shows in the sixth.
+    assert rounded(output.read_text(encoding="utf-8")) == rounded(whole.read_text(encoding="utf-8"))
     assert seen == sources[3 - (format == "csv") :]
 
 
