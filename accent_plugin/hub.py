@@ -5,8 +5,6 @@ from pathlib import Path
 import accent_plugin
 from accent_plugin.errors import BundleError
 
-_TOKENS = "https://huggingface.co/settings/tokens"
-
 
 def push(folder, repo, *, private=True, token=None, endpoint=None, message=None, check=None):
     """Upload a bundle, after checking that it is whole.
@@ -24,7 +22,7 @@ def push(folder, repo, *, private=True, token=None, endpoint=None, message=None,
     token : str, or None
         With permission to write; by default what `hf auth login` or HF_TOKEN left.
     endpoint : str, or None
-        Of another server than huggingface.co, or than HF_ENDPOINT says.
+        Of another server than the Hub's own, or than HF_ENDPOINT says.
     message : str, or None
         Of the commit.
     check : callable, or None
@@ -56,7 +54,7 @@ def push(folder, repo, *, private=True, token=None, endpoint=None, message=None,
     if not token:
         raise BundleError(
             f"no token for the Hub: nothing of {folder} was uploaded\n"
-            f"log in with `hf auth login`, or set HF_TOKEN to a token that may write ({_TOKENS})"
+            f"log in with `hf auth login`, or set HF_TOKEN to a token that may write (see the settings of your account)"
         )
     api = HfApi(endpoint=endpoint, token=token)
     try:
@@ -90,8 +88,8 @@ def _refused(error, endpoint, repo):
     status = error.response.status_code
     said = error.server_message or str(error).strip().splitlines()[0]
     remedies = {
-        401: f"the token is wrong or has expired: log in with `hf auth login`, with one that may write ({_TOKENS})",
-        403: f"this token may not write there: is the namespace yours, and has the token the role write ({_TOKENS})?",
+        401: "the token is wrong or has expired: log in with `hf auth login`, with one that may write",
+        403: "this token may not write there: is the namespace yours, and has the token the role write?",
         404: "is the name right, and may this token see the repository?",
     }
     return f"{endpoint} refused {repo} with {status}: {said}\n{remedies.get(status, 'try again later')}"
