@@ -219,6 +219,8 @@ class AccentClassifier(EncoderClassifier):
         ConfigError
             When an option is wrong.
         """
+        if device is not None:
+            _require_device(device)
         loaded = bundle.load(folder)
         run_opts = None if device is None else {"device": str(device)}
         return cls(modules=loaded.modules, hparams=loaded.hparams, run_opts=run_opts, **options)
@@ -810,6 +812,14 @@ def _name(source):
         return None
     name = getattr(source, "name", None) if hasattr(source, "read") else source
     return None if name is None else str(name)
+
+
+def _require_device(device):
+    try:
+        torch.empty(0, device=str(device))
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).splitlines()[0]
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {problem}; cpu always can") from None
 
 
 def _read_config(hparams):

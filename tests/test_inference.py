@@ -703,3 +703,9 @@ def test_weights_are_cast_once(tiny_bundle):
     convolutions = [m for m in model.wav2vec2.modules() if isinstance(m, torch.nn.Conv1d)]
     assert [type(m).__name__ for m in convolutions] == ["Conv1d", "_ChannelsLast", "_ChannelsLast"]
     assert model.classifier.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "toaster"])
+def test_a_device_that_is_not_there(tiny_bundle, device):
+    with pytest.raises(ConfigError, match=f"device '{device}' cannot be used here"):
+        AccentClassifier.from_bundle(tiny_bundle, device=device)
