@@ -27,7 +27,7 @@ from speechbrain.utils.checkpoints import mark_as_transfer, register_checkpoint_
 from torch import nn
 
 import accent_plugin
-from accent_plugin import audio, disk, model_card
+from accent_plugin import audio, disk
 from accent_plugin.augment import change_speed
 from accent_plugin.encoder import build_encoder
 from accent_plugin.errors import AccentPluginError, BundleError
@@ -76,10 +76,11 @@ class BundledModel(AccentModel):
     def load_weights(self, path):
         """Take the weights of a safetensors file, whatever its name; SpeechBrain's Pretrainer calls it."""
         _require_shapes(path, _shapes(path), self)
-        # One tensor at a time: memory never holds all of them twice.
-        with torch.no_grad(), safe_open(path, framework="pt") as file:
+        with torch.no_grad():
             for key, value in self.state_dict().items():
-                value.copy_(file.get_tensor(key))
+                # Opened for each tensor, since what is mapped stays in memory: never all of them twice.
+                with safe_open(path, framework="pt") as file:
+                    value.copy_(file.get_tensor(key))
 
 
 class AsIs(nn.Module):
@@ -173,6 +174,9 @@ def write(
     BundleError
         When the folder holds something else, or what was written gives other scores.
     """
+    # Imported here, since it draws in what makes reports, which loading needs not.
+    from accent_plugin import model_card
+
     folder = Path(folder).absolute()
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise BundleError(f"{folder} holds files that are no bundle: choose another folder, or empty it")
