@@ -413,7 +413,7 @@ def _problems(config):
     if not isinstance(model, dict):
         yield f"model is {_short(model)}, not a mapping"
         return
-    if model.get("pooling") not in POOLINGS:
+    if model.get("pooling") not in list(POOLINGS):
         yield f"model.pooling is {_short(model.get('pooling'))}; known are {', '.join(POOLINGS)}"
     size = model.get("projector_size")
     if "projector_size" not in model or not (size is None or _is_count(size)):

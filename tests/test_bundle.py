@@ -254,6 +254,7 @@ def test_a_folder_that_is_none(tmp_path):
         ({"calibration__curve__risk": [0.5]}, "calibration.curve has columns of different lengths"),
         ({"calibration__temperature": 0}, "calibration is"),
         ({"model": None}, "model is None"),
+        ({"model__pooling": []}, "model.pooling is ..; known are"),
         ({"model__pooling": "os.system"}, "model.pooling is 'os.system'; known are mean"),
         ({"model__projector_size": "8"}, "model.projector_size is '8'"),
         ({"model__whitening": 1}, "model.whitening is 1"),
@@ -367,9 +368,7 @@ def test_the_safe_door_runs_no_yaml(spoilt, tmp_path, line):
     assert not (tmp_path / "ran").exists()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_change_to_the_configuration_is_refused_by_name(template, tmp_path, data):
+def change_anything(template, tmp_path, data):
     """Whatever stands in config.json, the answer is a bundle or a BundleError."""
     config = json.loads((template / "config.json").read_text(encoding="utf-8"))
     keys, inner = [], config
@@ -394,6 +393,19 @@ def test_any_change_to_the_configuration_is_refused_by_name(template, tmp_path, 
         bundle.load(folder)
     except AccentPluginError as error:
         assert isinstance(error, BundleError)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_change_to_the_configuration_is_refused_by_name(template, tmp_path, data):
+    change_anything(template, tmp_path, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_of_many_changes_is_refused_by_name(template, tmp_path, data):
+    change_anything(template, tmp_path, data)
 
 
 def test_without_a_network_and_from_another_folder(template, tmp_path):
