@@ -331,6 +331,10 @@ def _build(config, where):
         )
     except AccentPluginError as error:
         raise BundleError(f"{where}: {error}") from None
+    except Exception as error:
+        # Whatever a stranger's numbers make torch say.
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BundleError(f"{where} describes no model: {problem}") from error
     return model
 
 
@@ -407,7 +411,11 @@ def _problems(config):
         yield f"labels is {_short(labels)}, not a list of distinct names"
     if config.get("sample_rate") != audio.SAMPLE_RATE:
         yield f"sample_rate is {_short(config.get('sample_rate'))}, not {audio.SAMPLE_RATE}"
-    if not isinstance(weights, dict) or weights.get("file") != WEIGHTS_FILE or not _is_count(weights.get("bytes")):
+    if (
+        not isinstance(weights, dict)
+        or weights.get("file") != WEIGHTS_FILE
+        or not _is_count(weights.get("bytes"), math.inf)
+    ):
         yield f"weights is {_short(weights)}, not the file, bytes and sha256 of {WEIGHTS_FILE}"
     yield from _problems_of_calibration(config.get("calibration"))
     if not isinstance(model, dict):
@@ -475,8 +483,8 @@ def _numbers(value):
             yield from _numbers(part)
 
 
-def _is_count(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_count(value, most=_LARGEST_NUMBER):
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _is_speed(value):

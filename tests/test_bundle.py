@@ -254,6 +254,7 @@ def test_a_folder_that_is_none(tmp_path):
         ({"calibration__curve__risk": [0.5]}, "calibration.curve has columns of different lengths"),
         ({"calibration__temperature": 0}, "calibration is"),
         ({"model": None}, "model is None"),
+        ({"model__projector_size": 10**30}, "model.projector_size is 1000"),
         ({"model__pooling": []}, "model.pooling is ..; known are"),
         ({"model__pooling": "os.system"}, "model.pooling is 'os.system'; known are mean"),
         ({"model__projector_size": "8"}, "model.projector_size is '8'"),
