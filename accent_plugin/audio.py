@@ -406,10 +406,12 @@ def each(work, jobs, workers=1, *, died):
 
 def worker_count(workers, clips):
     """Processes worth starting for so many clips: ``workers`` where it is given, else the cores there are."""
-    if workers is not None:
-        return min(workers, clips)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores, clips // _CLIPS_PER_WORKER)
+    return min(workers, clips) if workers is not None else min(cores(), clips // _CLIPS_PER_WORKER)
+
+
+def cores():
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _open(source, name):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import accent_plugin
-from accent_plugin import disk, labels, readers, selection, shards, sources, splits
+from accent_plugin import audio, disk, labels, readers, selection, shards, sources, splits
 from accent_plugin.errors import ConfigError, DataError, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ def build(source, out, *, workers=None, progress=True, **arguments):
         if done := _finished(out, header):
             return done
         with _without_collection():
-            return _build(reader, out, choices, header, workers or _cores(), progress)
+            return _build(reader, out, choices, header, workers or audio.cores(), progress)
 
 
 def load(folder):
@@ -590,7 +590,3 @@ def _no_clients(reader):
         "or give split official to keep the splits that it came with, or split random: every report will then say that"
         " speakers may be shared, and its figures flatter"
     )
-
-
-def _cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -803,6 +803,16 @@ def test_a_result_whose_shards_are_gone_is_made_again(tmp_path):
     assert saved(build(folder, tmp_path / "out", accents=TWO).folder) == before
 
 
+def test_a_shard_that_was_cut_is_made_again(tmp_path):
+    folder = release(tmp_path, 6, pool(accents=TWO))
+    made = build(folder, tmp_path / "out", accents=TWO)
+    shard = next((made.folder / "train").glob("*.arrow"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    build(folder, tmp_path / "out", accents=TWO)
+    assert shard.read_bytes() == content
+
+
 def test_folders_leave_nothing_out_in_silence(tmp_path):
     source = tmp_path / "speech"
     elsewhere = tmp_path / "elsewhere"

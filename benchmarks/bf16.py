@@ -1,0 +1,36 @@
+"""How often a bundle gives the same label in bf16 as in fp32, and how far its probabilities move, on real speech.
+
+python benchmarks/bf16.py BUNDLE DATASETDICT
+"""
+
+import argparse
+
+import numpy as np
+
+from accent_plugin import evaluation
+from accent_plugin.inference import AccentClassifier
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle")
+    parser.add_argument("data", help="DatasetDict with the splits train, validation and test")
+    arguments = parser.parse_args()
+    found = []
+    for precision in ("fp32", "bf16"):
+        options = {"device": "cpu", "precision": precision, **evaluation.WHOLE_CLIPS}
+        classifier = AccentClassifier.from_bundle(arguments.bundle, **options)
+        rows = []
+        for split in ("train", "validation", "test"):
+            rows += evaluation.read(arguments.data, classifier.labels, split=split)[0]
+        predictions, _ = evaluation.evaluate(classifier, rows, progress=False)
+        found.append(np.exp(predictions.log_probabilities))
+    exact, fast = found
+    same = np.mean(exact.argmax(axis=1) == fast.argmax(axis=1))
+    print(
+        f"{len(exact)} clips: same label on {same:.2%}, probabilities differ by at most {abs(exact - fast).max():.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
