@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
 from accent_plugin.audio import SAMPLE_RATE, TOO_LONG
+from accent_plugin.convolutions import WaveformConvolutions
 from accent_plugin.errors import AudioError, EncoderError
 
 logger = logging.getLogger(__name__)
@@ -164,9 +165,6 @@ class InvariantEncoder:
                 self._frozen_parts += [*self.front, *self.blocks[:freeze_layers]]
         for part in self._frozen_parts:
             part.requires_grad_(False)
-        if self.stem_is_frozen:
-            # Else Hugging Face's wav2vec2 marks the waveform as requiring a gradient and keeps the CNN in the graph.
-            self.stem._requires_grad = False
 
     def _prepare_sum(self, weighted_layers, standardise_layers):
         depth = len(self.blocks)
@@ -316,9 +314,10 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         if getattr(self.model, "masked_spec_embed", None) is not None:
             # Trainable but unused without SpecAugment: distributed training would wait for its gradient for ever.
             self.model.masked_spec_embed.requires_grad_(False)
-        first = self.model.feature_extractor.conv_layers[0]
-        if isinstance(first.layer_norm, nn.GroupNorm):
-            first.layer_norm = MaskedGroupNorm.replacing(first.layer_norm)
+        layers = self.model.feature_extractor.conv_layers
+        if isinstance(layers[0].layer_norm, nn.GroupNorm):
+            layers[0].layer_norm = MaskedGroupNorm.replacing(layers[0].layer_norm)
+        self.model.feature_extractor = WaveformConvolutions(layers, self.config)
 
     @property
     def stem(self):
@@ -354,7 +353,9 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         if not padded:
             return self.model(wavs, output_hidden_states=all_states)
         with contextlib.ExitStack() as stack:
-            norm = self.model.feature_extractor.conv_layers[0].layer_norm
+            self.stem.counts = counts
+            stack.callback(setattr, self.stem, "counts", None)
+            norm = self.stem.conv_layers[0].layer_norm
             if isinstance(norm, MaskedGroupNorm):
                 kernel, stride = self.config.conv_kernel[0], self.config.conv_stride[0]
                 first_frames = (wavs.shape[1] - kernel) // stride + 1

@@ -195,7 +195,7 @@ class AccentClassifier(EncoderClassifier):
         self.batch_seconds = float(batch_seconds)
         self.uses_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(self.device_type))
         if self.uses_bf16 and isinstance(self.mods["embedding_model"], bundle.Embedding):
-            _cast_weights(self.mods["embedding_model"].model.wav2vec2, self.device_type == "cpu")
+            _cast_weights(self.mods["embedding_model"].model.wav2vec2)
         # The encoder keeps the mask of the batch that it is in the middle of.
         self._turn = threading.Lock()
 
@@ -468,27 +468,11 @@ def frame_levels(samples, frames):
     return (10 * np.log10(np.maximum(variance, 1e-20))).astype(np.float32)
 
 
-class _ChannelsLast(nn.Conv1d):
-    """A convolution over time whose channels lie next to each other in memory: in bf16 on a processor twice as fast."""
-
-    def forward(self, inputs):
-        """Convolve (batch, channels, time)."""
-        wide = inputs.unsqueeze(2).to(self.weight.dtype).contiguous(memory_format=torch.channels_last)
-        weight = self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        places = ((1, *self.stride), (0, *self.padding), (1, *self.dilation))
-        return nn.functional.conv2d(wide, weight, self.bias, *places, self.groups).squeeze(2)
-
-
-def _cast_weights(encoder, on_processor):
-    """Hold the weights of linear and convolutional layers in bf16: autocast would cast them anew in every call."""
+def _cast_weights(encoder):
+    """Hold the weights of linear layers in bf16: autocast would cast them anew in every call."""
     for module in encoder.modules():
-        if not isinstance(module, nn.Linear | nn.Conv1d) or nn.utils.parametrize.is_parametrized(module):
-            continue
-        module.to(torch.bfloat16)
-        # With a single channel, as in the first layer, the other layout is slow.
-        many = type(module) is nn.Conv1d and module.in_channels > 1
-        if on_processor and many and module.padding_mode == "zeros" and isinstance(module.padding, tuple):
-            module.__class__ = _ChannelsLast
+        if isinstance(module, nn.Linear) and not nn.utils.parametrize.is_parametrized(module):
+            module.to(torch.bfloat16)
 
 
 @functools.cache

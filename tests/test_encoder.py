@@ -112,14 +112,27 @@ def test_a_clip_shorter_than_one_frame_gives_the_same_in_a_batch(model):
         assert torch.allclose(model(clips[0][None])[0], log_probabilities(model, clips)[0], atol=1e-5)
 
 
+def learning(model, clips):
+    """Log-probabilities of a batch, with gradients in every part: as in training, and as on an accelerator."""
+    return model(*padded(clips)).detach()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_scores_do_not_depend_on_the_batch_while_the_cnn_learns(model, name):
+    model, clips = model(name, freeze_feature_extractor=False), waves([16000, 9001, 3000])
+    batch = learning(model, clips)
+    assert torch.allclose(torch.cat([learning(model, [clip]) for clip in clips]), batch, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(log_probabilities(model, clips), batch, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", GROUP_NORM)
 def test_without_the_masked_norm_scores_would_depend_on_the_batch(model, name):
-    # Guards the tests above: they must be able to fail.
-    model, clips = model(name), waves([16000, 3000])
+    # Guards the test above: it must be able to fail.
+    model, clips = model(name, freeze_feature_extractor=False), waves([16000, 3000])
     norm = next(m for m in model.modules() if isinstance(m, MaskedGroupNorm))
     norm.forward = lambda inputs: torch.nn.GroupNorm.forward(norm, inputs)
-    with torch.no_grad():
-        assert not torch.allclose(model(clips[1][None])[0], log_probabilities(model, clips)[1], atol=1e-4)
+    assert not torch.allclose(learning(model, clips[1:])[0], learning(model, clips)[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -11,7 +11,7 @@ PACKAGE = Path(accent_plugin.__file__).parent
 # From the ground up; a room may import rooms of lower storeys, and of its own where it is named in BESIDE.
 STOREYS = [
     {"errors"},
-    {"labels", "audio", "disk", "pooling", "whitening"},
+    {"labels", "audio", "disk", "pooling", "whitening", "convolutions"},
     {"splits", "metrics", "augment", "encoder", "tiny", "nuisance"},
     {"sources", "selection", "synthetic", "shards"},
     {
