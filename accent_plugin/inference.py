@@ -56,8 +56,8 @@ _PADDING = 1.2
 _MOST_WORKERS = 8
 _LEAST_SECONDS = 0.1
 _PATIENCE_SECONDS = 1.0
-# The first convolutions take some 25 MB for a second of audio, and on a processor larger batches are no faster.
-_BATCH_SECONDS = {"cpu": 10.0}
+# On a processor larger batches are hardly faster.
+_BATCH_SECONDS = {"cpu": 20.0}
 _BATCH_SECONDS_ELSEWHERE = 60.0
 
 
@@ -149,7 +149,7 @@ class AccentClassifier(EncoderClassifier):
         From the start of one window to the next.
     batch_seconds : float
         Audio in one call of the network, padding included; a longer window goes alone. None for 60 on an accelerator
-        and 10 on a processor, where more costs memory and gains nothing.
+        and 20 on a processor, where more costs memory and gains little.
     precision : str
         "fp32", "bf16", or "auto": bf16 where the device is faster with it, which a processor is asked once.
     min_probability, max_risk, min_coverage : float
