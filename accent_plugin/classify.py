@@ -11,7 +11,7 @@ from pathlib import Path
 
 from accent_plugin import audio
 from accent_plugin.errors import ConfigError, DataError
-from accent_plugin.inference import Failure
+from accent_plugin.predictions import Failure
 
 logger = logging.getLogger(__name__)
 

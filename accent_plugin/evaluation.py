@@ -12,7 +12,7 @@ import numpy as np
 
 from accent_plugin import labels, manifests, metrics, report, sources, splits
 from accent_plugin.errors import DataError
-from accent_plugin.inference import Failure
+from accent_plugin.predictions import Failure
 
 logger = logging.getLogger(__name__)
 

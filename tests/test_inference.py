@@ -19,7 +19,7 @@ from datasets_for_tests import encode, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accent_plugin import audio, bundle, inference
+from accent_plugin import audio, bundle, gate, inference, readahead, recordings
 from accent_plugin.calibration import describe
 from accent_plugin.encoder import make_encoder, sample_counts
 from accent_plugin.errors import AudioError, BundleError, ConfigError
@@ -174,7 +174,7 @@ def test_the_answer_does_not_depend_on_when_the_loud_part_comes():
     quiet, loud = tone(6.0, level=0.002), tone(6.0, level=0.8)
     classifier = stub(window_seconds=2.0, hop_seconds=2.0)
     for parts in itertools.permutations([quiet, loud]):
-        recording = inference._Recording(32_000, 32_000)
+        recording = gate.Recording(32_000, 32_000)
         jobs = [job for part in parts for block in np.split(part, 3) for job in recording.hear(block)]
         jobs += recording.hear(np.zeros(0, np.float32), last=True)
         classifier._score(jobs)
@@ -212,7 +212,7 @@ def test_levels_by_hand():
     # A square wave of amplitude 0.1 has a variance of 0.01, whatever its offset; the third frame is half of it.
     square = np.where(np.arange(640) % 2, 0.1, -0.1).astype(np.float32) + np.float32(0.3)
     square[520:] = 0.3
-    levels = inference.frame_levels(square, 4)
+    levels = gate.frame_levels(square, 4)
     half = 10 * np.log10(0.01 * 200 / 320)
     assert levels[:2] == pytest.approx([-20, 10 * np.log10(0.01 * 360 / 400)], abs=1e-3)
     assert levels[2] == pytest.approx(half, abs=1e-3)
@@ -425,7 +425,8 @@ def test_a_file_is_streamed_to_the_same_answer(tmp_path, monkeypatch, classifier
     expected = classifier.predict(wave, 16_000)
     assert [window.skipped for window in expected.windows].count(True) == 3
     for seconds in (1.0, 2.7, 60.0):
-        monkeypatch.setattr(inference, "_BLOCK_SECONDS", seconds)
+        for room in (recordings, readahead):
+            monkeypatch.setattr(room, "BLOCK_SECONDS", seconds)
         (answer,) = classifier.predict_files([tmp_path / "a.wav"])
         for prediction in (classifier.predict_file(tmp_path / "a.wav"), answer):
             assert values(prediction) == pytest.approx(values(expected), abs=1e-5)
@@ -435,7 +436,7 @@ def test_a_file_is_streamed_to_the_same_answer(tmp_path, monkeypatch, classifier
 
 
 def test_a_recording_holds_a_window_and_a_block():
-    recording = inference._Recording(32_000, 16_000)
+    recording = gate.Recording(32_000, 16_000)
     recording.hear(noise(2.0))
     for number in range(1, 50):
         recording.hear(noise(2.0, seed=number))
@@ -519,11 +520,11 @@ def test_batches_have_similar_lengths_and_answers_their_order():
 
 
 def test_buckets_by_hand():
-    assert list(inference._buckets([5, 5, 5, 5], 10)) == [[0, 1], [2, 3]]
+    assert list(recordings._buckets([5, 5, 5, 5], 10)) == [[0, 1], [2, 3]]
     # With the third, padding would make 30 of 21.
-    assert list(inference._buckets([1, 10, 10], 100)) == [[1, 2], [0]]
-    assert list(inference._buckets([50, 60], 10)) == [[1], [0]]
-    assert list(inference._buckets([], 10)) == []
+    assert list(recordings._buckets([1, 10, 10], 100)) == [[1, 2], [0]]
+    assert list(recordings._buckets([50, 60], 10)) == [[1], [0]]
+    assert list(recordings._buckets([], 10)) == []
 
 
 @settings(max_examples=12, deadline=None)
@@ -591,7 +592,7 @@ def test_an_interrupt_ends_the_threads(monkeypatch):
 
 
 def test_an_iterator_that_blocks_does_not_hold_up_the_end(monkeypatch):
-    monkeypatch.setattr(inference, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(readahead, "_PATIENCE_SECONDS", 0.05)
     release = threading.Event()
 
     def sources():

@@ -11,9 +11,9 @@ PACKAGE = Path(accent_plugin.__file__).parent
 # From the ground up; a room may import rooms of lower storeys, and of its own where it is named in BESIDE.
 STOREYS = [
     {"errors"},
-    {"labels", "audio", "disk", "pooling", "whitening", "convolutions"},
+    {"labels", "audio", "disk", "pooling", "whitening", "convolutions", "predictions", "gate"},
     {"splits", "metrics", "augment", "encoder", "tiny", "nuisance"},
-    {"sources", "selection", "synthetic", "shards"},
+    {"sources", "selection", "synthetic", "shards", "readahead"},
     {
         "manifests",
         "model",
@@ -27,6 +27,7 @@ STOREYS = [
         "readers",
         "corpus",
         "audit",
+        "recordings",
     },
     {"config", "brain", "baseline", "bands", "bundle"},
     {"experiment", "inference", "hub"},
@@ -43,6 +44,10 @@ BESIDE = {
     ("report_html", "pictures"),
 }
 WITHOUT_TORCH = {
+    "predictions",
+    "gate",
+    "readahead",
+    "recordings",
     "calibration",
     "model_card",
     "hub",
