@@ -12,9 +12,7 @@ of unknown origin is safe to open with it. `from_hparams` runs hyperparams.yaml,
 """
 
 import copy
-import hashlib
 import json
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,22 +25,13 @@ from speechbrain.utils.checkpoints import mark_as_transfer, register_checkpoint_
 from torch import nn
 
 import accent_plugin
-from accent_plugin import audio, disk
+from accent_plugin import audio, bundle_config, disk
 from accent_plugin.augment import change_speed
+from accent_plugin.bundle_config import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, YAML_FILE
 from accent_plugin.encoder import build_encoder
 from accent_plugin.errors import AccentPluginError, BundleError
 from accent_plugin.model import AccentModel
-from accent_plugin.pooling import POOLINGS
 
-FORMAT_VERSION = 1
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.ckpt"
-YAML_FILE = "hyperparams.yaml"
-
-# A configuration of some kilobytes; a hostile one may be anything.
-_LARGEST_CONFIG = 1 << 22
-_LARGEST_NUMBER = 1 << 22
-_MOST_LAYERS = 1000
 _TOLERANCE = 1e-4
 
 
@@ -181,6 +170,7 @@ def write(
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise BundleError(f"{folder} holds files that are no bundle: choose another folder, or empty it")
     model = copy.deepcopy(model).cpu().float().eval()
+    model.wav2vec2.merge_adapters()
     temperature = calibration["temperature"] if calibration else 1.0
     with torch.no_grad():
         model.classifier.weight /= temperature
@@ -203,7 +193,7 @@ def write(
                 "speeds": [float(speed) for speed in speeds],
             },
             "calibration": calibration,
-            "weights": _identity(temporary / WEIGHTS_FILE),
+            "weights": bundle_config.identity(temporary / WEIGHTS_FILE),
             "versions": versions or {},
         }
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -226,15 +216,16 @@ def load(folder):
         format_version, or does not fit the others.
     """
     folder = Path(folder).absolute()
-    config = read_config(folder)
+    config = bundle_config.read(folder)
     weights = folder / WEIGHTS_FILE
-    _require_size(weights, config)
+    if config["weights"]["file"] != WEIGHTS_FILE:
+        raise BundleError(f"{folder} was exported to ONNX: accent_plugin.onnx.OnnxAccentClassifier loads it")
+    bundle_config.require_size(weights, config)
     # On this device tensors have shapes and no memory, so that a configuration of any size can be compared first.
     with torch.device("meta"):
         expected = _build(config, folder / CONFIG_FILE)
     _require_shapes(weights, _shapes(weights), expected)
-    if _identity(weights) != config["weights"]:
-        raise BundleError(f"{weights} has another SHA-256 than {CONFIG_FILE} says: it was changed, or copied badly")
+    bundle_config.require_identity(weights, config)
     model = _build(config, folder / CONFIG_FILE)
     model.load_weights(weights)
     return _ready(model.eval(), config)
@@ -243,41 +234,6 @@ def load(folder):
 def check(folder):
     """Refuse a folder that is no whole bundle; see `load`."""
     load(folder)
-
-
-def read_config(folder):
-    """Read and check config.json, and that the files it speaks of are there.
-
-    Raises
-    ------
-    BundleError
-    """
-    folder = Path(folder).absolute()
-    path = folder / CONFIG_FILE
-    if not folder.is_dir():
-        raise BundleError(
-            f"there is no folder {folder}; a bundle is the folder that training writes, with {CONFIG_FILE}"
-        )
-    if not path.is_file():
-        raise BundleError(
-            f"{folder} is no bundle: it has no {CONFIG_FILE}; training writes one to OUTPUT_FOLDER/bundle"
-        )
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise BundleError(f"{path} has {path.stat().st_size:,} bytes, which no bundle's has: do not trust it")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise BundleError(f"{path} holds no mapping")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format_version {config.get('format_version')!r}; this accent_plugin "
-            f"({accent_plugin.__version__}) understands {FORMAT_VERSION}: update it, or export the bundle again"
-        )
-    if problems := list(_problems(config)):
-        raise BundleError(f"{path} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
-    return config
 
 
 def build(config):
@@ -368,22 +324,6 @@ def _compare(model, bundle, speeds):
         )
 
 
-def _identity(path):
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
-
-
-def _require_size(path, config):
-    if not path.is_file():
-        raise BundleError(f"{path} is missing: copy the whole folder")
-    size, said = path.stat().st_size, config["weights"]["bytes"]
-    if size != said:
-        raise BundleError(
-            f"{path} has {size:,} bytes, {CONFIG_FILE} says {said:,}: it was cut or changed; copy it again"
-        )
-
-
 def _shapes(path):
     try:
         with safe_open(path, framework="pt") as file:
@@ -401,99 +341,6 @@ def _require_shapes(path, found, model):
     for key, shape in expected.items():
         if found[key] != shape:
             raise BundleError(f"{path} has {key} of shape {found[key]}, {CONFIG_FILE} describes {shape}")
-
-
-def _problems(config):
-    """Yield what is wrong with a configuration's values, before anything is built from them."""
-    labels, model, weights = (config.get(key) for key in ("labels", "model", "weights"))
-    named = isinstance(labels, list) and all(isinstance(name, str) and name for name in labels)
-    if not named or not 1 <= len(labels) <= _MOST_LAYERS or len(set(labels)) < len(labels):
-        yield f"labels is {_short(labels)}, not a list of distinct names"
-    if config.get("sample_rate") != audio.SAMPLE_RATE:
-        yield f"sample_rate is {_short(config.get('sample_rate'))}, not {audio.SAMPLE_RATE}"
-    if (
-        not isinstance(weights, dict)
-        or weights.get("file") != WEIGHTS_FILE
-        or not _is_count(weights.get("bytes"), math.inf)
-    ):
-        yield f"weights is {_short(weights)}, not the file, bytes and sha256 of {WEIGHTS_FILE}"
-    yield from _problems_of_calibration(config.get("calibration"))
-    if not isinstance(model, dict):
-        yield f"model is {_short(model)}, not a mapping"
-        return
-    if model.get("pooling") not in list(POOLINGS):
-        yield f"model.pooling is {_short(model.get('pooling'))}; known are {', '.join(POOLINGS)}"
-    size = model.get("projector_size")
-    if "projector_size" not in model or not (size is None or _is_count(size)):
-        yield f"model.projector_size is {_short(size)}, not a number of features or null"
-    for key in ("projector_activation", "whitening"):
-        if not isinstance(model.get(key), bool):
-            yield f"model.{key} is {_short(model.get(key))}, not true or false"
-    speeds = model.get("speeds")
-    if not isinstance(speeds, list) or not 1 <= len(speeds) <= 16 or not all(_is_speed(speed) for speed in speeds):
-        yield f"model.speeds is {_short(speeds)}, not a list of factors from 0.5 to 2"
-    encoder = model.get("encoder")
-    parts = ("config", "preprocessor")
-    if not isinstance(encoder, dict) or not all(isinstance(encoder.get(key), dict) for key in parts):
-        yield "model.encoder lacks its config or its preprocessor"
-        return
-    layers = encoder.get("weighted_layers")
-    if layers is not None and not (isinstance(layers, list) and all(_is_count(layer) for layer in layers)):
-        yield f"model.encoder.weighted_layers is {_short(layers)}, not a list of layers or null"
-    if not isinstance(encoder.get("family"), str) or not isinstance(encoder.get("standardise_layers"), bool):
-        yield "model.encoder lacks its family or standardise_layers"
-    for key, value in encoder["config"].items():
-        largest = _MOST_LAYERS if "layers" in key else _LARGEST_NUMBER
-        for number in _numbers(value):
-            if not math.isfinite(number) or abs(number) > largest:
-                yield f"model.encoder.config.{key} is {_short(value)}, more than any encoder has"
-                break
-
-
-def _problems_of_calibration(found):
-    if found is None:
-        return
-    curve = found.get("curve") if isinstance(found, dict) else None
-    temperature = found.get("temperature") if isinstance(found, dict) else None
-    if not isinstance(curve, dict) or not _is_positive(temperature):
-        yield f"calibration is {_short(found)}, not null or a temperature above 0 and a curve"
-        return
-    columns = [curve.get(name) for name in ("threshold", "coverage", "risk")]
-    if not all(isinstance(column, list) and all(_is_share(value) for value in column) for column in columns):
-        yield "calibration.curve lacks lists of numbers called threshold, coverage and risk"
-    elif len(set(map(len, columns))) > 1:
-        yield "calibration.curve has columns of different lengths"
-
-
-def _is_positive(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _is_share(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _numbers(value):
-    if isinstance(value, int | float):
-        yield value
-    elif isinstance(value, list | dict):
-        if len(value) > _MOST_LAYERS:
-            yield math.inf
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(part)
-
-
-def _is_count(value, most=_LARGEST_NUMBER):
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
-
-
-def _is_speed(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0.5 <= value <= 2
-
-
-def _short(value):
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "..."
 
 
 def _yaml(config):

@@ -11,7 +11,8 @@ PACKAGE = Path(accent_plugin.__file__).parent
 # From the ground up; a room may import rooms of lower storeys, and of its own where it is named in BESIDE.
 STOREYS = [
     {"errors"},
-    {"labels", "audio", "disk", "pooling", "whitening", "convolutions", "predictions", "gate"},
+    {"labels", "audio", "disk", "pooling", "whitening", "convolutions", "adapters", "predictions", "gate"},
+    {"bundle_config"},
     {"splits", "metrics", "augment", "encoder", "tiny", "nuisance"},
     {"sources", "selection", "synthetic", "shards", "readahead"},
     {
@@ -44,6 +45,7 @@ BESIDE = {
     ("report_html", "pictures"),
 }
 WITHOUT_TORCH = {
+    "bundle_config",
     "predictions",
     "gate",
     "readahead",
