@@ -33,6 +33,8 @@ from accent_plugin.errors import AccentPluginError, BundleError
 from accent_plugin.model import AccentModel
 
 _TOLERANCE = 1e-4
+# As safetensors calls them; a model has no others.
+_DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Bundle:
     modules : dict
         "compute_features", "mean_var_norm", "embedding_model" and "classifier".
     hparams : dict
-        "label_encoder", "sample_rate", "audio_normalizer" and "bundle_config".
+        "label_encoder", "sample_rate", "audio_normalizer", "mean_var_norm_emb" and "bundle_config".
     model : AccentModel
         Its weights have the temperature folded in.
     config : dict
@@ -64,16 +66,18 @@ class BundledModel(AccentModel):
     @mark_as_transfer
     def load_weights(self, path):
         """Take the weights of a safetensors file, whatever its name; SpeechBrain's Pretrainer calls it."""
-        _require_shapes(path, _shapes(path), self)
+        _require_tensors(path, _tensors(path), self)
         with torch.no_grad():
             for key, value in self.state_dict().items():
                 # Opened for each tensor, since what is mapped stays in memory: never all of them twice.
                 with safe_open(path, framework="pt") as file:
                     value.copy_(file.get_tensor(key))
+                if not torch.isfinite(value).all():
+                    raise BundleError(f"{path} has NaN or infinity in {key}: no answer can come of it")
 
 
 class AsIs(nn.Module):
-    """Gives back its first argument: the encoder computes features and normalises by itself."""
+    """Gives back its first argument: the model computes features and normalises them, and embeddings, by itself."""
 
     def forward(self, features, lengths=None):
         """Give back the features."""
@@ -129,14 +133,24 @@ class Normalizer:
 
 
 def write(
-    folder, model, labels, *, encoder_name, pooling, speeds=(1.0,), calibration=None, metrics=None, versions=None
+    folder,
+    model,
+    labels,
+    *,
+    encoder_name,
+    pooling,
+    speeds=(1.0,),
+    calibration=None,
+    metrics=None,
+    versions=None,
+    imported_from=None,
 ):
     """Write a bundle, load it back, and compare.
 
     Arguments
     ---------
     folder : str or Path
-        Replaced when it holds a bundle already.
+        Replaced when it holds a bundle already, and nothing else.
     model : AccentModel
         Trained.
     labels : sequence of str
@@ -153,6 +167,8 @@ def write(
         The content of the run's metrics.json, for the card.
     versions : dict
         Package -> version.
+    imported_from : str
+        Name of the checkpoint that these weights are; None where this package trained them.
 
     Returns
     -------
@@ -161,49 +177,72 @@ def write(
     Raises
     ------
     BundleError
-        When the folder holds something else, or what was written gives other scores.
+        When the folder holds something else, a weight is NaN or infinite, or what was written gives other scores.
     """
     # Imported here, since it draws in what makes reports, which loading needs not.
     from accent_plugin import model_card
 
     folder = Path(folder).absolute()
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
-        raise BundleError(f"{folder} holds files that are no bundle: choose another folder, or empty it")
+    bundle_config.require_replaceable(folder, bundle_config.BUNDLE_FILES)
     model = copy.deepcopy(model).cpu().float().eval()
     model.wav2vec2.merge_adapters()
     temperature = calibration["temperature"] if calibration else 1.0
     with torch.no_grad():
         model.classifier.weight /= temperature
         model.classifier.bias /= temperature
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with disk.writing(temporary, "folder"):
+    with disk.replacing_folder(folder, bundle_config.BUNDLE_FILES) as temporary:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary / WEIGHTS_FILE)
-        config = {
-            "format_version": FORMAT_VERSION,
-            "made_by": f"accent_plugin {accent_plugin.__version__}",
-            "labels": list(labels),
-            "sample_rate": audio.SAMPLE_RATE,
-            "model": {
-                "encoder": {"name": encoder_name, **model.wav2vec2.describe()},
-                "pooling": pooling,
-                "projector_size": None if model.projector is None else model.projector[0].out_features,
-                "projector_activation": model.projector is not None and len(model.projector) > 1,
-                "whitening": model.whitening is not None,
-                "speeds": [float(speed) for speed in speeds],
-            },
-            "calibration": calibration,
-            "weights": bundle_config.identity(temporary / WEIGHTS_FILE),
-            "versions": versions or {},
-        }
+        config = describe(
+            model,
+            labels,
+            encoder_name=encoder_name,
+            pooling=pooling,
+            weights=bundle_config.identity(temporary / WEIGHTS_FILE),
+            speeds=speeds,
+            calibration=calibration,
+            versions=versions,
+            imported_from=imported_from,
+        )
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+        # safetensors lets nobody else read what it writes, whatever the umask says.
+        shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)
         (temporary / YAML_FILE).write_text(_yaml(config), encoding="utf-8")
         model_card.write(temporary, config, metrics)
         _compare(model, load(temporary), config["model"]["speeds"])
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
     return folder
+
+
+def describe(
+    model,
+    labels,
+    *,
+    encoder_name,
+    pooling,
+    weights,
+    speeds=(1.0,),
+    calibration=None,
+    versions=None,
+    imported_from=None,
+):
+    """Make the content of config.json; arguments as for `write`, ``weights`` as `bundle_config.identity` gives it."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "made_by": f"accent_plugin {accent_plugin.__version__}",
+        "labels": list(labels),
+        "sample_rate": audio.SAMPLE_RATE,
+        "model": {
+            "encoder": {"name": encoder_name, **model.wav2vec2.describe()},
+            "pooling": pooling,
+            "projector_size": None if model.projector is None else model.projector[0].out_features,
+            "projector_activation": model.projector is not None and len(model.projector) > 1,
+            "whitening": model.whitening is not None,
+            "speeds": [float(speed) for speed in speeds],
+        },
+        "calibration": calibration,
+        "weights": weights,
+        "versions": versions or {},
+        **({"imported_from": imported_from} if imported_from else {}),
+    }
 
 
 def load(folder):
@@ -224,11 +263,11 @@ def load(folder):
     # On this device tensors have shapes and no memory, so that a configuration of any size can be compared first.
     with torch.device("meta"):
         expected = _build(config, folder / CONFIG_FILE)
-    _require_shapes(weights, _shapes(weights), expected)
+    _require_tensors(weights, _tensors(weights), expected)
     bundle_config.require_identity(weights, config)
     model = _build(config, folder / CONFIG_FILE)
     model.load_weights(weights)
-    return _ready(model.eval(), config)
+    return ready(model.eval(), config)
 
 
 def check(folder):
@@ -257,7 +296,8 @@ def make_label_encoder(config):
     return encoder
 
 
-def _ready(model, config):
+def ready(model, config):
+    """Make the `Bundle` of a model in evaluation mode and the content of its config.json."""
     text = json.dumps(config)
     modules = {
         "compute_features": AsIs(),
@@ -269,6 +309,7 @@ def _ready(model, config):
         "label_encoder": make_label_encoder(text),
         "sample_rate": config["sample_rate"],
         "audio_normalizer": Normalizer(),
+        "mean_var_norm_emb": AsIs(),
         "bundle_config": config,
     }
     return Bundle(modules, hparams, model, config)
@@ -324,23 +365,27 @@ def _compare(model, bundle, speeds):
         )
 
 
-def _shapes(path):
+def _tensors(path):
+    """Name of each tensor in a file -> its type, as safetensors calls it, and shape."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise BundleError(f"{path} is not in the safetensors format: {error}") from None
 
 
-def _require_shapes(path, found, model):
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+def _require_tensors(path, found, model):
+    expected = {key: (_DTYPES[value.dtype], tuple(value.shape)) for key, value in model.state_dict().items()}
     if missing := sorted(expected.keys() - found.keys()):
         raise BundleError(f"{path} lacks {len(missing)} tensors of the model, {missing[0]} for one")
     if extra := sorted(found.keys() - expected.keys()):
-        raise BundleError(f"{path} has {len(extra)} tensors that the model has not, {extra[0]} for one")
-    for key, shape in expected.items():
-        if found[key] != shape:
-            raise BundleError(f"{path} has {key} of shape {found[key]}, {CONFIG_FILE} describes {shape}")
+        raise BundleError(f"{path} has {len(extra)} tensors that the model has not, {extra[0]!r} for one")
+    for key, (dtype, shape) in expected.items():
+        if found[key][1] != shape:
+            raise BundleError(f"{path} has {key} of shape {found[key][1]}, {CONFIG_FILE} describes {shape}")
+        if found[key][0] != dtype:
+            raise BundleError(f"{path} has {key} as {found[key][0]}, not as {dtype}")
 
 
 def _yaml(config):
@@ -361,6 +406,8 @@ label_encoder: !apply:accent_plugin.bundle.make_label_encoder
     config: !ref <bundle_config>
 
 audio_normalizer: !new:accent_plugin.bundle.Normalizer
+
+mean_var_norm_emb: !new:accent_plugin.bundle.AsIs
 
 modules:
     compute_features: !new:accent_plugin.bundle.AsIs

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 
 from accent_plugin.errors import DataError
 
@@ -33,6 +34,39 @@ def writing(folder, argument):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "make room and run the same command again: what is finished is kept"
         raise DataError(f"{folder} cannot be written: {error.strerror or error}\n{remedy}") from error
+
+
+@contextlib.contextmanager
+def replacing_folder(folder, files):
+    """A folder under a temporary name that takes the place of ``folder`` when it is whole.
+
+    Of what stood there only the files called ``files`` are deleted, and only when the new folder is in place.
+    """
+    folder = folder.resolve()
+    temporary, aside = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        with writing(temporary, "folder"):
+            yield temporary
+            _take_place(temporary, folder, aside)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for name in files:
+            (aside / name).unlink(missing_ok=True)
+        aside.rmdir()
+    if aside.exists():
+        logger.warning("%s has been replaced; what else it held is in %s", folder, aside)
+
+
+def _take_place(new, folder, aside):
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        new.rename(folder)
+    except OSError:
+        if aside.exists():
+            aside.rename(folder)
+        raise
 
 
 @contextlib.contextmanager

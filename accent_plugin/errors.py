@@ -51,3 +51,7 @@ class ReportError(AccentPluginError):
 
 class BundleError(AccentPluginError):
     """A bundle that is missing, damaged, or not to be trusted."""
+
+
+class ExchangeError(AccentPluginError):
+    """A model that another library cannot hold, or one of another library that is not understood."""

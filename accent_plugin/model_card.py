@@ -10,9 +10,9 @@ import yaml
 
 from accent_plugin import disk, report
 from accent_plugin import metrics as m
+from accent_plugin.bundle_config import CARD_FILE
 from accent_plugin.errors import BundleError
 
-CARD_FILE = "README.md"
 NOT_EVALUATED = "Not evaluated: nothing is known about how often this model is right."
 
 # Figure of a report -> the Hub's name of the metric, and what makes it ours.
@@ -22,6 +22,23 @@ _HUB_METRICS = {
     "macro_f1": ("f1", {"average": "macro"}),
 }
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_USE_HEADING = "How to use it"
+_USE_IN_TRANSFORMERS = """\
+from transformers import pipeline
+
+classify = pipeline("audio-classification", "FOLDER")
+print(classify({"array": samples, "sampling_rate": 16_000}))  # mono; a file's name needs FFmpeg
+
+# Its full report on labelled speech, with accent_plugin installed:
+# accent-plugin evaluate --model FOLDER --data DATASETDICT"""
+_USE_IN_ONNX = """\
+# With accent_plugin and onnxruntime installed; neither torch nor SpeechBrain is needed
+from accent_plugin.onnx import OnnxAccentClassifier
+
+classifier = OnnxAccentClassifier.from_bundle("FOLDER")
+print(classifier.predict_file("clip.wav"))
+
+# accent-plugin classify FILES --model FOLDER"""
 _USE = """\
 # SpeechBrain's own class; it runs the hyperparams.yaml of the folder, so load only what you trust
 from speechbrain.inference.classifiers import EncoderClassifier
@@ -104,6 +121,42 @@ def metadata(config, metrics=None, license="other"):
     return meta
 
 
+def for_transformers(card):
+    """Make of a bundle's card that of the same model as transformers loads it: metadata and use are replaced.
+
+    Arguments
+    ---------
+    card : str
+        As `render` makes it; what else somebody wrote into it stays.
+
+    Raises
+    ------
+    BundleError
+        When it has no metadata on top.
+    """
+    return _for_library(card, "transformers", _USE_IN_TRANSFORMERS)
+
+
+def for_onnx(card):
+    """Make of a bundle's card that of the same model for ONNX Runtime; as `for_transformers`."""
+    return _for_library(card, "onnx", _USE_IN_ONNX)
+
+
+def _for_library(card, library, use):
+    try:
+        _, front, text = re.split(r"^---\n", card, maxsplit=2, flags=re.M)
+        meta = yaml.safe_load(front)
+        meta |= {"library_name": library, "tags": [library, *meta.get("tags", [])]}
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise BundleError(f"{CARD_FILE} has no metadata on top, or damaged ones ({type(error).__name__})") from None
+    meta["tags"] = [tag for tag in meta["tags"] if tag != "speechbrain"]
+    front = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
+    before, heading, after = text.partition(f"## {_USE_HEADING}\n")
+    rest = re.split(r"^(?=## )", after, maxsplit=1, flags=re.M)[1:]
+    use = report.to_markdown([("text", "FOLDER is where this card lies."), ("code", use)])
+    return f"---\n{front}---\n{before}" + (f"{heading}\n{use}\n{''.join(rest)}" if heading else "")
+
+
 def _result(metrics):
     name = " ".join(str(metrics["data"]["name"]).split()) or "not named"
     warnings = "".join(f" ({short})" for short, _ in report.warnings_of(metrics["data"]))
@@ -142,10 +195,10 @@ def _contents(config, metrics):
         "text",
         f"Tells which of {len(labels)} accents a recording of English is in: {', '.join(labels)}. Encoder: "
         f"{encoder.get('name') or 'not named'} ({encoder['family']}){pooling}; it listens at {config['sample_rate']:,} "
-        "Hz, mono. Trained with accent_plugin, a plugin of SpeechBrain.",
+        f"Hz, mono. {_origin(config)}",
     )
 
-    yield "heading", 2, "How to use it"
+    yield "heading", 2, _USE_HEADING
     yield "text", "With accent_plugin installed; FOLDER is where this card lies."
     yield "code", _USE
     yield "code", "accent-plugin classify FILES --model FOLDER"
@@ -182,6 +235,14 @@ def _contents(config, metrics):
     if versions:
         yield "heading", 2, "Made with"
         yield "table", ["", "version"], list(report.rows_of(versions))
+
+
+def _origin(config):
+    if config.get("imported_from"):
+        return (
+            f"Trained elsewhere: imported from {config['imported_from']}, a classifier of Hugging Face's transformers."
+        )
+    return "Trained with accent_plugin, a plugin of SpeechBrain."
 
 
 def _figures(metrics):

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from speechbrain.inference.classifiers import EncoderClassifier
 
 from accent_plugin import bundle, bundle_config
 from accent_plugin.encoder import make_encoder
-from accent_plugin.errors import AccentPluginError, BundleError
+from accent_plugin.errors import AccentPluginError, BundleError, DataError
 from accent_plugin.model import AccentModel
 
 LABELS = ("us", "england", "australia")
@@ -178,9 +179,94 @@ def test_a_bundle_is_replaced_and_other_folders_are_not(tiny_encoder, tmp_path):
     assert bundle.load(written(tmp_path / "b", model, calibration=calibrated(2.0))).config["calibration"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(BundleError, match="holds files that are no bundle"):
+    with pytest.raises(BundleError, match="holds 'thesis.txt', which this command has not written"):
         written(tmp_path / "mine", model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "config", "named"),
+    [
+        ("src/main.py", {"format_version": 1}, "src"),
+        ("model.safetensors", {"format_version": 1}, "model.safetensors"),
+        ("model.ckpt/part", {"format_version": 1}, "model.ckpt"),
+        ("README.md", {"architectures": ["Wav2Vec2Model"]}, "README.md"),
+        ("README.md", None, "README.md"),
+    ],
+)
+def test_a_folder_with_anything_else_in_it_is_kept(template, tmp_path, extra, config, named):
+    """A project or an encoder has a config.json, too."""
+    (tmp_path / "mine" / extra).parent.mkdir(parents=True)
+    (tmp_path / "mine" / extra).write_text("all of it")
+    if config:
+        (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BundleError, match=f"holds '{named}', which this command has not written"):
+        written(tmp_path / "mine", bundle.load(template).model)
+    assert (tmp_path / "mine" / extra).read_text() == "all of it"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_file_is_not_replaced(template, tmp_path):
+    (tmp_path / "thesis").write_text("all of it")
+    with pytest.raises(BundleError, match="thesis is a file"):
+        written(tmp_path / "thesis", bundle.load(template).model)
+
+
+def test_a_bundle_behind_a_link_is_replaced_where_it_lies(template, tmp_path):
+    shutil.copytree(template, tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    written(tmp_path / "link", bundle.load(template).model)
+    assert (tmp_path / "link").is_symlink() and bundle.load(tmp_path / "real").config["calibration"] is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_the_old_bundle_stays_where_the_new_one_fails(spoilt, tmp_path):
+    model = bundle.load(spoilt).model
+    model.classifier.bias.data[1] = torch.nan
+    with pytest.raises(BundleError, match="has NaN or infinity in classifier.bias"):
+        written(spoilt, model)
+    assert bundle.load(spoilt).config["calibration"]
+    assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
+
+
+def test_the_old_bundle_comes_back_where_the_new_one_cannot_take_its_place(spoilt, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def refuse(path, target):
+        if path.suffix == ".tmp" and target == spoilt:
+            raise OSError("not now")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(DataError, match="cannot be written: not now"):
+        written(spoilt, bundle.load(spoilt).model)
+    assert bundle.load(spoilt).config["calibration"]
+    assert [path.name for path in tmp_path.iterdir()] == ["spoilt"]
+
+
+def test_what_appears_in_the_old_bundle_meanwhile_is_kept(spoilt, tmp_path, monkeypatch, caplog):
+    compare = bundle._compare
+
+    def slow(*arguments):
+        (spoilt / "notes.txt").write_text("mine")
+        compare(*arguments)
+
+    monkeypatch.setattr(bundle, "_compare", slow)
+    written(spoilt, bundle.load(spoilt).model)
+    [kept] = tmp_path.glob(".spoilt.*.old")
+    assert [path.name for path in kept.iterdir()] == ["notes.txt"] and str(kept) in caplog.text
+    assert bundle.load(spoilt).config["calibration"] is None
+
+
+def test_every_file_has_the_mode_that_the_umask_gives(template, tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = written(tmp_path / "b", bundle.load(template).model)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
+        bundle_config.BUNDLE_FILES, 0o640
+    )
 
 
 # ---------------------------------------------------------------------------------------- SpeechBrain's own interface
@@ -196,7 +282,10 @@ def test_stock_interface(template, tmp_path, monkeypatch):
     assert torch.equal(score, out.max(dim=-1).values)
     assert text == [LABELS[i] for i in index.tolist()]
     torch.testing.assert_close(out.exp().sum(dim=-1), torch.ones(2))
-    assert stock.encode_batch(wavs, lens).shape[:2] == (2, 1)
+    embeddings = stock.encode_batch(wavs, lens)
+    assert embeddings.shape[:2] == (2, 1)
+    # The model has normalised them already, where it does.
+    assert torch.equal(stock.encode_batch(wavs, lens, normalize=True), embeddings)
 
 
 def test_stock_interface_on_a_file_of_another_rate(template, tmp_path):
@@ -243,17 +332,31 @@ def test_a_folder_that_is_none(tmp_path):
     [
         ({"format_version": 2}, "format_version 2; .* understands 1"),
         ({"format_version": None}, "format_version None"),
+        ({"format_version": True}, "format_version True"),
+        ({"format_version": 1.0}, "format_version 1.0"),
         ({"labels": ["us", "england"]}, "classifier.weight of shape .3, .*describes .2,"),
         ({"labels": ["us", "us", "england"]}, "labels is .* distinct names"),
         ({"labels": "us"}, "labels is 'us'"),
+        *[
+            ({"labels": ["us", "england", label]}, "labels is .* printable, distinct names")
+            for label in ("", " ", "us ", "a\nb", "\x1b[2J", "\u202eus", "\ud800")
+        ],
         ({"sample_rate": 8000}, "sample_rate is 8000, not 16000"),
         ({"weights__sha256": "0" * 64}, "another SHA-256"),
         ({"weights__bytes": 3}, "config.json says 3"),
         ({"weights__file": "../../etc/passwd"}, "weights is .*passwd"),
+        ({"weights__mirror": "https://"}, "weights is .*, not the file, bytes and sha256 of"),
+        ({"weights": {"file": "model.ckpt", "bytes": 3}}, "weights is .*, not the file, bytes and sha256 of"),
+        ({"weights__sha256": "0" * 63}, "weights.sha256 is '0+', not 64 hexadecimal digits"),
+        ({"weights__sha256": 0}, "weights.sha256 is 0, not 64"),
         ({"calibration": {"temperature": 2.0}}, "calibration is .*, not null or"),
         ({"calibration__curve__risk": [0.5]}, "calibration.curve has columns of different lengths"),
         ({"calibration__temperature": 0}, "calibration is"),
         ({"model": None}, "model is None"),
+        ({"model__dropout": 0.1}, "model has the key 'dropout', which is unknown; known are encoder, pooling, "),
+        ({"model__encoder__code": "x"}, "model.encoder has the key 'code', which is unknown"),
+        ({"model__encoder__name": None}, "model.encoder.name is None, not a printable name"),
+        ({"model__encoder__name": "\x1b[2J"}, "model.encoder.name is '.x1b.2J', not a printable name"),
         ({"model__projector_size": 10**30}, "model.projector_size is 1000"),
         ({"model__pooling": []}, "model.pooling is .., not the name"),
         ({"model__pooling": "os.system"}, "pooling 'os.system' is unknown"),
@@ -261,10 +364,26 @@ def test_a_folder_that_is_none(tmp_path):
         ({"model__whitening": 1}, "model.whitening is 1"),
         ({"model__speeds": [0]}, "model.speeds is .0."),
         ({"model__speeds": []}, "model.speeds is"),
-        ({"model__encoder__family": "bert"}, "family 'bert' is unknown"),
-        ({"model__encoder__config__custom": 1}, "keys that a wav2vec2 has not: custom"),
+        ({"model__encoder__family": "bert"}, "config.model_type is 'wav2vec2', the family 'bert'"),
+        ({"model__encoder__family": "bert", "model__encoder__config__model_type": "bert"}, "family 'bert' is unknown"),
+        ({"model__encoder__config__model_type": "hubert"}, "config.model_type is 'hubert', the family 'wav2vec2'"),
+        ({"model__encoder__config__custom": 1}, "keys that a wav2vec2 has not: 'custom'"),
+        ({"model__encoder__config__dtype": "float16"}, "keys that a wav2vec2 has not: 'dtype'"),
+        ({"model__encoder__config__return_dict": False}, "keys that a wav2vec2 has not: 'return_dict'"),
         ({"model__encoder__config__hidden_size": 10**9}, "hidden_size is 1000000000, more than any"),
         ({"model__encoder__config__num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, more than any"),
+        ({"model__encoder__config__hidden_size": 10**400}, "hidden_size is 1000.*, more than any"),
+        ({"model__encoder__config__id2label": {"0": float("nan")}}, "id2label is .*nan.*, more than any"),
+        ({"model__encoder__config__conv_stride": [5, 2, 2, 2, 2, 2, 0]}, "conv_stride is .*, not 1 to 1000"),
+        ({"model__encoder__config__conv_stride": 5}, "conv_stride is 5, not 1 to 1000"),
+        ({"model__encoder__config__conv_stride": [1] * 7}, "a frame of 20 samples every 1, not every 80 to 16,000"),
+        ({"model__encoder__config__conv_stride": [9] * 7}, "every 4,782,969, not every 80 to 16,000"),
+        ({"model__encoder__config__num_conv_pos_embeddings": 10**6}, "num_conv_pos_embeddings is .*, not 1 to 1000"),
+        ({"model__encoder__preprocessor__sampling_rate": 8000}, "sampling_rate is 8000, not 16000"),
+        ({"model__encoder__preprocessor__feature_size": 10**6}, "feature_size is 1000000, not 1 to 512"),
+        ({"model__encoder__preprocessor__padding_value": 1e300}, "padding_value is 1e.300, more than any"),
+        ({"model__encoder__preprocessor__auto_map": {}}, "auto_map asks for code"),
+        ({"model__encoder__preprocessor__feature_extractor_type": "Strange"}, "extractor_type is 'Strange', not Wav"),
         ({"model__encoder__config__hidden_size": "wide"}, "describes no wav2vec2"),
         ({"model__encoder__config__hidden_size": 48}, "of shape|describes no wav2vec2"),
         ({"model__encoder__weighted_layers": [99]}, "weighted_layers is .99."),
@@ -281,6 +400,67 @@ def test_a_configuration_of_enormous_size_takes_no_memory(spoilt):
     """Compared with the weights as shapes alone: the tensors it describes would be terabytes."""
     change(spoilt, model__encoder__config__intermediate_size=4_000_000, model__encoder__config__num_hidden_layers=900)
     with pytest.raises(BundleError, match="lacks|of shape"):
+        bundle.load(spoilt)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value", "message"),
+    [
+        ("whisper", "preprocessor__n_fft", 1 << 22, "n_fft is 4194304, not 64 to 4096"),
+        ("whisper", "preprocessor__n_fft", 0, "n_fft is 0, not 64 to 4096"),
+        ("whisper", "preprocessor__hop_length", 0, "hop_length is 0, not 1 to 4096"),
+        ("whisper", "preprocessor__hop_length", 1.5, "hop_length is 1.5, not 1 to 4096"),
+        ("whisper", "preprocessor__feature_size", 10**7, "feature_size is 10000000, more than any"),
+        ("whisper", "preprocessor__chunk_length", 10**6, "chunk_length is 1000000, not 1 to 240"),
+        ("whisper", "preprocessor__nb_max_frames", 10**9, "nb_max_frames is 1000000000, more than any"),
+        ("whisper", "config__max_source_positions", 1, "has positions for 320 samples|of shape"),
+        ("moonshine", "config__pad_head_dim_to_multiple_of", 1 << 22, "multiple_of is 4194304, not 1 to 256"),
+        ("moonshine", "config__decoder_num_hidden_layers", 1000, "decoder_num_hidden_layers is 1000, not 1 to 100"),
+        ("moonshine", "config__pad_head_dim_to_multiple_of", 0, "multiple_of is 0, not 1 to 256"),
+        ("moonshine", "config__rope_parameters__partial_rotary_factor", 10**6, "rotary_factor is 1000000, not 0.0 to"),
+        ("wavlm-group", "config__num_buckets", 0, "num_buckets is 0, not 4 to 65536"),
+        ("wavlm-group", "config__max_bucket_distance", 80, "max_bucket_distance is 80, too little for 320 buckets"),
+        ("data2vec-audio", "config__num_conv_pos_embeddings", 10**6, "num_conv_pos_embeddings is 1000000, not 1 to"),
+    ],
+)
+def test_numbers_that_no_tensor_shows(tiny_encoder, tmp_path, monkeypatch, family, name, value, message):
+    """They are refused before anything is built from them."""
+    folder = written(tmp_path / "b", made_model(tiny_encoder(family)))
+    change(folder, **{f"model__encoder__{name}": value})
+    if "positions" not in name:
+        monkeypatch.setattr(bundle, "_build", None)
+    with pytest.raises(BundleError, match=message):
+        bundle.load(folder)
+
+
+def test_whisper_needs_positions_for_half_a_window(tiny_encoder, tmp_path):
+    """Of what is shorter, torch could not reflect the end."""
+    folder = written(tmp_path / "b", made_model(tiny_encoder("whisper")))
+    change(folder, model__encoder__preprocessor__n_fft=4096, model__encoder__preprocessor__hop_length=1)
+    bundle.load(folder)
+    state = load_file(folder / "model.ckpt")
+    name = "wav2vec2.model.embed_positions.weight"
+    save_file(state | {name: state[name][:1024].clone()}, folder / "model.ckpt")
+    change(folder, model__encoder__config__max_source_positions=1024)
+    change(folder, weights=bundle_config.identity(folder / "model.ckpt"))
+    with pytest.raises(BundleError, match="positions for 2048 samples, fewer than half a window of 4096"):
+        bundle.load(folder)
+
+
+def test_a_key_that_stands_twice(spoilt):
+    text = (spoilt / "config.json").read_text(encoding="utf-8")
+    (spoilt / "config.json").write_text(text.replace("{", '{"labels": ["a", "b", "c"],', 1), encoding="utf-8")
+    with pytest.raises(BundleError, match="config.json cannot be read: it has the key 'labels' twice"):
+        bundle.load(spoilt)
+
+
+@pytest.mark.parametrize("depth", [100, 500, 900])
+def test_a_configuration_that_is_deeply_nested(spoilt, depth):
+    change(spoilt, model__encoder__config__rope_parameters=0)
+    text = (spoilt / "config.json").read_text(encoding="utf-8")
+    nested = text.replace('"rope_parameters": 0', f'"rope_parameters": {"[" * depth}{"]" * depth}')
+    (spoilt / "config.json").write_text(nested, encoding="utf-8")
+    with pytest.raises(BundleError, match="keys that a wav2vec2 has not|cannot be read"):
         bundle.load(spoilt)
 
 
@@ -321,7 +501,26 @@ def test_more_weights_than_the_model_has(spoilt):
     state = load_file(spoilt / "model.ckpt") | {"backdoor": torch.zeros(1)}
     save_file(state, spoilt / "model.ckpt")
     change(spoilt, weights=bundle_config.identity(spoilt / "model.ckpt"))
-    with pytest.raises(BundleError, match="has 1 tensors that the model has not, backdoor"):
+    with pytest.raises(BundleError, match="has 1 tensors that the model has not, 'backdoor'"):
+        bundle.load(spoilt)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_no_numbers(spoilt, value):
+    state = load_file(spoilt / "model.ckpt")
+    state["wav2vec2.model.encoder.layer_norm.bias"][3] = value
+    save_file(state, spoilt / "model.ckpt")
+    change(spoilt, weights=bundle_config.identity(spoilt / "model.ckpt"))
+    with pytest.raises(BundleError, match="has NaN or infinity in wav2vec2.model.encoder.layer_norm.bias"):
+        bundle.load(spoilt)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.int32, "I32"), (torch.float16, "F16"), (torch.float64, "F64")])
+def test_weights_of_another_type(spoilt, dtype, said):
+    state = load_file(spoilt / "model.ckpt")
+    save_file(state | {"classifier.bias": state["classifier.bias"].to(dtype)}, spoilt / "model.ckpt")
+    change(spoilt, weights=bundle_config.identity(spoilt / "model.ckpt"))
+    with pytest.raises(BundleError, match=f"has classifier.bias as {said}, not as F32"):
         bundle.load(spoilt)
 
 
