@@ -44,14 +44,23 @@ setup(
     extras_require={
         # GPL-3.0: needed only to make the built-in synthetic corpus, loaded with ctypes, never bundled.
         "synthetic": ["espeakng-loader>=0.2.4"],
+        # To export to ONNX. What runs the export needs onnxruntime alone.
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         "tensorboard": ["tensorboard"],
+        # Transformers 5 refuses older ones.
+        "lora": ["peft>=0.20"],
         "test": [
             "pytest>=8",
             "pytest-timeout",
             "hypothesis",
             "confidence-intervals",
+            "accelerate",
             "tensorboard",
             "espeakng-loader>=0.2.4",
+            "onnx>=1.18",
+            "onnxruntime>=1.22",
+            "onnxscript>=0.5",
+            "peft>=0.20",
         ],
     },
     classifiers=[

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,10 +114,13 @@ class AccentBrain(sb.Brain):
         # Brain calls its set_epoch: without this the batches of every epoch would be the same.
         self.train_sampler = train_set.batch_sampler
         self._epochs = epoch_counter.limit
+        if torch.device(self.device).type == "cuda":
+            # Or the runs before this one, of other folds or seeds, would count.
+            torch.cuda.reset_peak_memory_stats(self.device)
         super().fit(epoch_counter, train_set, valid_set, **keywords)
 
     def init_optimizers(self):
-        """One AdamW with a group for the pretrained encoder and one for what starts from nothing."""
+        """One AdamW with a group for the pretrained encoder and one for what starts from nothing: head and adapters."""
         model = getattr(self.modules.model, "module", self.modules.model)
         groups = [
             {"params": _decayed(model.encoder_parameters()), "peak": self.hparams.lr_encoder},
@@ -213,13 +217,15 @@ class AccentBrain(sb.Brain):
                 "start again in another output_folder with smaller lr_encoder and lr_head, or in fp32"
             )
         rates = {group["peak"]: group["lr"] for group in self.optimizer.param_groups}
+        memory = peak_memory(self.device)
         stats = {"epoch": epoch, **{f"lr {peak:g}": rate for peak, rate in rates.items()}}
+        stats["peak memory"] = "not known" if memory is None else f"{memory / 2**20:.0f} MiB"
         self.hparams.train_logger.log_stats(stats, train_stats={"loss": self.train_loss}, valid_stats=figures)
         if self.hparams.tensorboard_logger is not None:
             self.hparams.tensorboard_logger.log_stats(
                 {"epoch": epoch}, train_stats={"loss": self.train_loss}, valid_stats=figures
             )
-        self._remember(epoch, figures)
+        self._remember(epoch, figures, memory)
         if self.checkpointer is not None:
             keys = {f"{key}s": [name] for key, name in SELECTIONS[self.hparams.selection].items()}
             self.checkpointer.save_and_keep_only(meta={**figures, "epoch": epoch}, **keys)
@@ -227,12 +233,13 @@ class AccentBrain(sb.Brain):
             error = figures["loss"] if self.hparams.selection == "loss" else 1 - figures["macro_f1"]
             self.hparams.epoch_counter.update_metric(error)
 
-    def _remember(self, epoch, figures):
+    def _remember(self, epoch, figures, memory):
         """Add the epoch to the history; a resumed run replaces what it does again."""
         if self.history_file is None or not if_main_process():
             return
         history = [row for row in read_history(self.history_file) if row["epoch"] < epoch]
-        history.append({"epoch": epoch, "train_loss": self.train_loss, **{f"valid_{k}": v for k, v in figures.items()}})
+        row = {"epoch": epoch, "train_loss": self.train_loss, **{f"valid_{k}": v for k, v in figures.items()}}
+        history.append({**row, "peak_memory_bytes": memory})
         self.history_file.write_text(json.dumps(history, indent=1), encoding="utf-8")
 
     # Evaluation
@@ -264,6 +271,31 @@ def read_history(path):
     """Figures of each epoch, oldest first, as `AccentBrain` keeps them; an empty list where there are none."""
     path = Path(path)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def peak_memory(device):
+    """Most memory that was in use at once.
+
+    Arguments
+    ---------
+    device : torch.device or str
+        On a GPU its tensors count, since training began; otherwise all memory of this process (and not of those that
+        read audio for it), since it was started.
+
+    Returns
+    -------
+    int
+        Bytes; None on Windows, which does not say.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Bytes on macOS, kilobytes on Linux.
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def make_epoch_counter(number_of_epochs, patience):

@@ -130,6 +130,7 @@ KEYS = {
     "test_speeds": _list_of(_number(0, above=True), "a list of different speed factors such as [0.9, 1.0, 1.1]"),
     "wav2vec2_hub": _text,
     "wav2vec2_folder": _or_nothing(_text),
+    "from_bundle": _or_nothing(_text),
     "freeze_wav2vec2": _switch,
     "freeze_feature_extractor": _switch,
     "freeze_layers": _whole(0),
@@ -139,6 +140,9 @@ KEYS = {
     "standardise_layers": _switch,
     "attn_implementation": _or_nothing(_one_of("sdpa", "eager", "flash_attention_2")),
     "config_overrides": _mapping,
+    "lora_rank": _or_nothing(_whole(1)),
+    "lora_alpha": _or_nothing(_number(0, above=True)),
+    "lora_dropout": _number(0, 0.95),
     "projector_size": _or_nothing(_whole(1)),
     "projector_activation": _switch,
     "pooling": _one_of("mean", "statistics", "attentive", "attentive_statistics"),
@@ -174,7 +178,7 @@ KEYS = {
 # Given on the command line they start at the working directory; left at their default, at the project's root.
 PATHS = (
     *("data_folder", "prepared_folder", "out_of_set_folder", "output_folder", "save_folder", "train_log"),
-    "wav2vec2_folder",
+    *("wav2vec2_folder", "from_bundle"),
 )
 
 
@@ -315,6 +319,29 @@ def read(argv, root, look_at_data=True):
     return settings
 
 
+def _trouble_with_adapters(values):
+    """Yield what does not go with adapters, or has no meaning without them."""
+    from accent_plugin import adapters
+
+    if values["lora_rank"] is None:
+        if values["lora_alpha"] is not None or values["lora_dropout"]:
+            yield "lora_alpha and lora_dropout are of adapters, but there are none: give lora_rank"
+        return
+    if values["freeze_wav2vec2"] or not values["freeze_feature_extractor"]:
+        yield (
+            "lora_rank trains adapters in an encoder whose own weights are all frozen: freeze_wav2vec2 must be False "
+            "and freeze_feature_extractor True"
+        )
+    if values["freeze_layers"] == values["num_layers"]:
+        yield f"freeze_layers {values['freeze_layers']} leaves no layer for the adapters of lora_rank"
+    if values["method"] != "fine_tuning":
+        yield f"method {values['method']} does not train the encoder: lora_rank must be null"
+    try:
+        adapters.require_peft()
+    except AccentPluginError as error:
+        yield f"lora_rank: {error}"
+
+
 def _trouble_with_data(settings):
     problems = []
     for one in settings.splits():
@@ -447,7 +474,7 @@ def _wrong_values(values):
 
 def _contradictions(values, run_opts):
     """Pairs of values that are each right and do not go together, and folders that are not there."""
-    from accent_plugin.encoder import find_source
+    from accent_plugin.encoder import find_source, find_start
 
     problems = []
     if len(values["accents"]) < 2:
@@ -485,6 +512,7 @@ def _contradictions(values, run_opts):
         problems.append("freeze_wav2vec2 freezes the whole encoder: freeze_layers and freeze_encoder_steps must be 0")
     if values["num_layers"] is not None and values["freeze_layers"] > values["num_layers"]:
         problems.append(f"freeze_layers {values['freeze_layers']} is more than num_layers {values['num_layers']}")
+    problems += _trouble_with_adapters(values)
     if values["selection"] == "last" and values["early_stopping"]:
         problems.append("selection last takes the last epoch, whatever it is: early_stopping must be 0")
     if values["whitening_passes"] and not values["freeze_wav2vec2"]:
@@ -500,8 +528,10 @@ def _contradictions(values, run_opts):
         values[f"augment_{kind}"] for kind in ("speed", "noise_snr", "band", "mask_seconds")
     ):
         problems.append("augment is True, but every augmentation is off")
+    # Where a bundle's encoder is taken, wav2vec2_hub is not looked at.
+    key, find = ("wav2vec2_hub", find_source) if values["from_bundle"] is None else ("from_bundle", find_start)
     try:
-        find_source(values["wav2vec2_hub"])
+        find(values[key])
     except AccentPluginError as error:
-        problems.append(f"wav2vec2_hub: {error}")
+        problems.append(f"{key}: {error}")
     return problems

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import json
 import logging
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from speechbrain.integrations.huggingface.huggingface import HFTransformersInterface
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from torch import nn
@@ -28,6 +29,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
+from accent_plugin import adapters, bundle_config
 from accent_plugin.audio import SAMPLE_RATE, TOO_LONG
 from accent_plugin.convolutions import WaveformConvolutions
 from accent_plugin.errors import AudioError, EncoderError
@@ -36,8 +38,13 @@ logger = logging.getLogger(__name__)
 
 # Of Hugging Face's Wav2Vec2FeatureExtractor, so that a clip is normalised exactly as there.
 _NORMALISATION_FLOOR = 1e-7
-# Of a configuration: what says where it came from, not what it is.
-_NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map")
+# Of the names of the encoder's tensors in a bundle: an AccentModel holds them so.
+_IN_BUNDLE = "wav2vec2.model."
+# Of a configuration: what says where it came from, or how to call the model, not what it is.
+NOT_ARCHITECTURE = (
+    *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map"),
+    *("return_dict", "output_hidden_states", "output_attentions"),
+)
 
 
 def sample_counts(wavs, wav_lens=None):
@@ -74,7 +81,7 @@ class MaskedGroupNorm(nn.GroupNorm):
     def forward(self, inputs):
         """Normalise (batch, channels, frames); what stands in padded frames afterwards is finite and meaningless."""
         with torch.autocast(inputs.device.type, enabled=False):
-            if inputs.device.type == "cpu" and not torch.is_grad_enabled():
+            if inputs.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
                 return self._clip_by_clip(inputs)
             inputs = inputs.float()
             if self.valid is None:
@@ -122,6 +129,8 @@ class InvariantEncoder:
     """
 
     held = False
+    # Layers with adapters; there are none yet when the parent's constructor sets the mode.
+    _adapted = ()
 
     def __init__(
         self,
@@ -135,15 +144,27 @@ class InvariantEncoder:
         standardise_layers=False,
         config_overrides=None,
         weights=True,
+        weights_file=None,
+        lora_rank=None,
+        lora_alpha=None,
+        lora_dropout=0.0,
         **kwargs,
     ):
+        if freeze and lora_rank is not None:
+            raise EncoderError("freeze trains nothing of the encoder, lora_rank adapters in it: give one of them")
         # The parent calls override_config while it is being built, so these come before it.
         self._num_layers, self._config_overrides = num_layers, config_overrides or {}
         self._weights = weights
-        with _quiet():
+        with quiet():
             super().__init__(source, save_path, **kwargs)
         self._adapt(source)
-        self._freeze_for_good(freeze, freeze_feature_extractor, freeze_layers)
+        if weights_file is not None:
+            # Before adapters are put in, which give weights other names.
+            self._take_weights(weights_file)
+        self._freeze_for_good(freeze, freeze_feature_extractor, freeze_layers, adapted=lora_rank is not None)
+        if lora_rank is not None:
+            blocks = self.blocks[freeze_layers:]
+            self._adapted = adapters.inject(blocks, self.config.model_type, lora_rank, lora_alpha, lora_dropout)
         self._prepare_sum(weighted_layers, standardise_layers)
         self.train(self.training)
 
@@ -151,13 +172,14 @@ class InvariantEncoder:
         """Apply the overrides before the model is built: dropout values are baked in at construction."""
         return _overridden(config, self._config_overrides, self._num_layers, self._DEPTH)
 
-    def _freeze_for_good(self, freeze, freeze_feature_extractor, freeze_layers):
+    def _freeze_for_good(self, freeze, freeze_feature_extractor, freeze_layers, adapted):
         depth = len(self.blocks)
         if not 0 <= freeze_layers <= depth:
             raise EncoderError(f"freeze_layers is {freeze_layers}, but this encoder has {depth} layers")
+        # Whether no gradient enters the model at all: to adapters it has to pass through frozen layers.
         self.freeze = freeze
-        self.stem_is_frozen = freeze or freeze_feature_extractor or freeze_layers > 0
-        if freeze:
+        self.stem_is_frozen = freeze or adapted or freeze_feature_extractor or freeze_layers > 0
+        if freeze or adapted:
             self._frozen_parts = [self.model]
         else:
             self._frozen_parts = [self.stem] if self.stem_is_frozen else []
@@ -188,11 +210,22 @@ class InvariantEncoder:
         return self.model.config.hidden_size
 
     def train(self, mode=True):
-        """Set the mode; frozen parts stay in evaluation mode, or dropout would make them drift."""
+        """Set the mode; frozen parts stay in evaluation mode, or dropout would make them drift.
+
+        Adapters follow the mode: in training their own dropout acts, that of the frozen encoder around them does not.
+        """
         super().train(mode)
         for part in getattr(self, "_frozen_parts", ()):
             part.eval()
+        for layer in self._adapted:
+            layer.train(mode)
         return self
+
+    def merge_adapters(self):
+        """Make adapters, where there are any, part of the encoder's weights, in place and for good."""
+        if self._adapted:
+            adapters.merge(self.model)
+        self._adapted = ()
 
     def forward(self, wavs, wav_lens=None):
         """Encode waveforms.
@@ -261,7 +294,7 @@ class InvariantEncoder:
     def _from_pretrained(self, source, save_path, cache_dir, device=None, **kwargs):
         """Load from a local folder and insist on whole weights: the stock lobe draws missing ones at random."""
         if not self._weights:
-            self.model = self._without_weights()
+            self.model = self._without_weights(**kwargs)
             return
         try:
             model, info = AutoModel.from_pretrained(
@@ -277,17 +310,42 @@ class InvariantEncoder:
             )
         self.model = model
 
-    def _without_weights(self):
+    def _without_weights(self, **kwargs):
         """The model as its configuration describes it, for weights that are loaded later."""
-        return AutoModel.from_config(self.config)
+        return AutoModel.from_config(self.config, **kwargs)
+
+    def _take_weights(self, path):
+        """Load the encoder's weights of a bundle: all that there are, but for blocks that `num_layers` leaves out."""
+        state = self.model.state_dict()
+        try:
+            with safe_open(path, framework="pt") as file, torch.no_grad():
+                names = {key.removeprefix(_IN_BUNDLE): key for key in file.keys() if key.startswith(_IN_BUNDLE)}  # noqa: SIM118
+                self._require_keys(path, state.keys(), names.keys())
+                for name, value in state.items():
+                    if name in names:
+                        value.copy_(file.get_tensor(names[name]))
+                        if not torch.isfinite(value).all():
+                            raise EncoderError(f"{path} has NaN or infinity in {names[name]}: nothing can come of it")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = str(error).splitlines()[0]
+            raise EncoderError(f"the encoder's weights in {path} cannot be taken: {problem}") from error
+
+    def _require_keys(self, path, expected, found):
+        # SpecAugment's vector is there or not as the configuration's mask_time_prob is, which may be overridden.
+        differing = {key for key in expected ^ found if not key.endswith("masked_spec_embed")}
+        if missing := sorted(differing & expected):
+            raise EncoderError(f"{path} lacks {len(missing)} tensors of the encoder, {missing[0]} for one")
+        blocks = {key: int(match[1]) for key in differing if (match := re.match(r"(?:encoder\.)?layers\.(\d+)\.", key))}
+        if extra := sorted(key for key in differing if blocks.get(key, -1) < len(self.blocks)):
+            raise EncoderError(f"{path} has {len(extra)} tensors that the encoder has not, {extra[0]} for one")
 
     def describe(self):
         """What `build_encoder` needs to build this encoder again, as plain JSON without paths."""
-        config = json.loads(self.config.to_json_string())
+        config, preprocessor = (json.loads(part.to_json_string()) for part in (self.config, self.feature_extractor))
         return {
             "family": self.config.model_type,
-            "config": {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE},
-            "preprocessor": json.loads(self.feature_extractor.to_json_string()),
+            "config": {key: value for key, value in config.items() if key not in NOT_ARCHITECTURE},
+            "preprocessor": {key: value for key, value in preprocessor.items() if key not in NOT_ARCHITECTURE},
             "weighted_layers": self.weighted_layers,
             "standardise_layers": self.standardise_layers,
         }
@@ -346,8 +404,10 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         return samples
 
     def frame_counts(self, counts):
-        """Frames of clips of so many samples; both (batch,) torch.Tensor of int64."""
-        return self.model._get_feat_extract_output_lengths(counts).long()
+        """Frames of clips of so many samples; both (batch,) torch.Tensor of int64, or both int."""
+        for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
+            counts = (counts - kernel) // stride + 1
+        return counts
 
     def _encode(self, wavs, counts, padded, all_states):
         if not padded:
@@ -363,7 +423,7 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
                 stack.callback(setattr, norm, "valid", None)
             # data2vec-audio stacks positional convolutions, each of which carries padding into the next.
             if positional := getattr(self.model.encoder.pos_conv_embed, "layers", None):
-                frames = int(self.frame_counts(torch.tensor(wavs.shape[1])))
+                frames = self.frame_counts(wavs.shape[1])
                 padding = ~_valid(self.frame_counts(counts), frames).unsqueeze(1)
                 for layer in positional:
                     hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].masked_fill(padding, 0.0),))
@@ -384,10 +444,10 @@ class EncoderHalf(InvariantEncoder, HFTransformersInterface):
     def _may_be_missing(self, key):
         return not key.startswith("encoder.")
 
-    def _without_weights(self):
+    def _without_weights(self, **kwargs):
         # The decoder is dropped at once: on this device it takes no memory.
         with torch.device("meta"):
-            whole = AutoModel.from_config(self.config)
+            whole = AutoModel.from_config(self.config, **kwargs)
         if torch.get_default_device().type != "meta":
             whole.encoder = type(whole.encoder)(whole.encoder.config)
         return whole
@@ -396,6 +456,11 @@ class EncoderHalf(InvariantEncoder, HFTransformersInterface):
     def blocks(self):
         """Transformer blocks."""
         return self.model.layers
+
+    def _output(self, states, all_states):
+        """States before and after each block as Hugging Face gives them: the last one is the normalised output."""
+        states[-1] = self.model.layer_norm(states[-1])
+        return BaseModelOutput(states[-1], hidden_states=tuple(states) if all_states else None)
 
 
 class MoonshineEncoder(EncoderHalf):
@@ -424,25 +489,31 @@ class MoonshineEncoder(EncoderHalf):
     minimum_samples = 127 + ((7 - 1) + (3 - 1) * 3) * 64
 
     def frame_counts(self, counts):
-        """Frames of clips of so many samples; both (batch,) torch.Tensor of int64."""
+        """Frames of clips of so many samples; both (batch,) torch.Tensor of int64, or both int."""
         for kernel, stride in self._CONVOLUTIONS:
             counts = (counts - kernel) // stride + 1
         return counts
 
     def _encode(self, wavs, counts, padded, all_states):
-        if not padded:
-            return self.model(wavs, output_hidden_states=all_states)
-        kernel, stride = self._CONVOLUTIONS[0]
-        length = int(self.frame_counts(torch.tensor(wavs.shape[1])))
-        # Hugging Face takes every 384th value of a mask over samples, which would count frames that reach into the
-        # padding: lay the mask out so that exactly the true frames are picked.
-        mask = torch.zeros(wavs.shape, dtype=torch.bool, device=wavs.device)
-        mask[:, :: self._HOP][:, :length] = _valid(self.frame_counts(counts), length)
-        self.model.groupnorm.valid = _valid((counts - kernel) // stride + 1, (wavs.shape[1] - kernel) // stride + 1)
+        model, valid = self.model, None
+        if padded:
+            kernel, stride = self._CONVOLUTIONS[0]
+            model.groupnorm.valid = _valid((counts - kernel) // stride + 1, (wavs.shape[1] - kernel) // stride + 1)
+            valid = _valid(self.frame_counts(counts), self.frame_counts(wavs.shape[1]))
         try:
-            return self.model(wavs, attention_mask=mask, output_hidden_states=all_states)
+            frames = model.groupnorm(torch.tanh(model.conv1(wavs.unsqueeze(1))))
         finally:
-            self.model.groupnorm.valid = None
+            model.groupnorm.valid = None
+        frames = nn.functional.gelu(model.conv3(nn.functional.gelu(model.conv2(frames)))).transpose(1, 2)
+        # Hugging Face's own forward pass takes a mask over samples, which counts frames that reach into the padding.
+        mask = create_bidirectional_mask(model.config, inputs_embeds=frames, attention_mask=valid)
+        places = torch.arange(frames.shape[1], device=frames.device).unsqueeze(0)
+        turns = model.rotary_emb(frames, position_ids=places)
+        states = [frames]
+        for layer in model.layers:
+            frames = layer(frames, attention_mask=mask, position_ids=places, position_embeddings=turns)
+            states.append(frames)
+        return self._output(states, all_states)
 
 
 class WhisperEncoder(EncoderHalf):
@@ -467,6 +538,11 @@ class WhisperEncoder(EncoderHalf):
             )
         self._hop, self._window_length = extractor.hop_length, extractor.n_fft
         self._maximum_samples = self.model.max_source_positions * self.model.conv2.stride[0] * self._hop
+        if self._maximum_samples <= self._window_length // 2:
+            raise EncoderError(
+                f"{source} has positions for {self._maximum_samples} samples, fewer than half a window of "
+                f"{self._window_length}"
+            )
         # Not persistent: the state dict has Hugging Face's keys alone.
         self.register_buffer("_window", torch.hann_window(extractor.n_fft), persistent=False)
         self.register_buffer("_mel", torch.from_numpy(extractor.mel_filters.T).float(), persistent=False)
@@ -526,9 +602,7 @@ class WhisperEncoder(EncoderHalf):
             if not (layer.training and model.layerdrop and torch.rand(()) < model.layerdrop):
                 frames = layer(frames, mask)
             states.append(frames)
-        # As Hugging Face gives them, the last state is the normalised output.
-        states[-1] = model.layer_norm(frames)
-        return BaseModelOutput(states[-1], hidden_states=tuple(states) if all_states else None)
+        return self._output(states, all_states)
 
 
 # Hugging Face's model_type -> class. A family is listed only where a test shows that a clip's frames are the same
@@ -554,6 +628,10 @@ def make_encoder(
     standardise_layers=False,
     config_overrides=None,
     attn_implementation=None,
+    lora_rank=None,
+    lora_alpha=None,
+    lora_dropout=0.0,
+    from_bundle=None,
 ):
     """Load a pretrained encoder, from the Hub or a local folder, as the class of its family.
 
@@ -579,6 +657,15 @@ def make_encoder(
         Values of the Hugging Face configuration to change, such as `layerdrop` or `attention_dropout`.
     attn_implementation : str
         "sdpa", "eager" or "flash_attention_2", as in Hugging Face; None for what it takes by itself.
+    lora_rank : int
+        Freeze the encoder's own weights and train low-rank adapters of this rank in its transformer blocks, but for
+        the `freeze_layers` lowest (Hu et al. 2021); None for no adapters.
+    lora_alpha : float
+        The adapters are scaled by lora_alpha / lora_rank; None for twice the rank.
+    lora_dropout : float
+        Share of the adapters' input that is dropped in training.
+    from_bundle : str
+        Folder of a bundle, or of a Hugging Face classifier, whose encoder is taken instead of `source`.
 
     Returns
     -------
@@ -588,27 +675,37 @@ def make_encoder(
     Raises
     ------
     EncoderError
-        If the folder is missing or incomplete, the Hub cannot be reached, or the family is not supported.
+        If the folder is missing or incomplete, the Hub cannot be reached, the family is not supported, or adapters are
+        asked for and PEFT is not installed.
+    BundleError
+        If the bundle is damaged.
     """
-    folder = _local_folder(source, save_path)
-    config = _read_config(folder)
+    options = {
+        "freeze": freeze,
+        "freeze_feature_extractor": freeze_feature_extractor,
+        "freeze_layers": freeze_layers,
+        "num_layers": num_layers,
+        "weighted_layers": weighted_layers,
+        "standardise_layers": standardise_layers,
+        "config_overrides": config_overrides,
+        "attn_implementation": attn_implementation,
+        "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+    }
+    if from_bundle is not None:
+        find_start(from_bundle)
+        if bundle_config.is_bundle(from_bundle):
+            return _of_bundle(Path(from_bundle), options)
+        source = from_bundle
+    folder = local_folder(source, save_path)
+    config = read_config(folder)
     if config.model_type not in FAMILIES:
         raise EncoderError(
             f"{source} is of the family {config.model_type!r}, whose output has not been shown to be independent of "
             f"the batch; supported are {', '.join(FAMILIES)}"
         )
-    return FAMILIES[config.model_type](
-        str(folder),
-        "",
-        freeze=freeze,
-        freeze_feature_extractor=freeze_feature_extractor,
-        freeze_layers=freeze_layers,
-        num_layers=num_layers,
-        weighted_layers=weighted_layers,
-        standardise_layers=standardise_layers,
-        config_overrides=config_overrides,
-        attn_implementation=attn_implementation,
-    )
+    return FAMILIES[config.model_type](str(folder), "", **options)
 
 
 def build_encoder(description):
@@ -630,25 +727,31 @@ def build_encoder(description):
     EncoderError
         If it describes no encoder.
     """
+    summed = {key: description[key] for key in ("weighted_layers", "standardise_layers")}
+    return _described(description, freeze=True, **summed)
+
+
+def _of_bundle(folder, options):
+    config, path = bundle_config.read(folder), folder / bundle_config.WEIGHTS_FILE
+    bundle_config.require_identity(path, config)
+    return _described(config["model"]["encoder"], weights_file=path, **options)
+
+
+def _described(description, **options):
     family = description["family"]
     if family not in FAMILIES:
         raise EncoderError(f"the encoder's family {family!r} is unknown; known are {', '.join(FAMILIES)}")
-    known = CONFIG_MAPPING[family]().to_dict().keys()
+    known = CONFIG_MAPPING[family]().to_dict().keys() - set(NOT_ARCHITECTURE)
     if strange := sorted(description["config"].keys() - known):
-        raise EncoderError(f"the encoder's configuration has keys that a {family} has not: {', '.join(strange[:5])}")
+        # Quoted, since a stranger chose them.
+        names = ", ".join(map(repr, strange[:5]))
+        raise EncoderError(f"the encoder's configuration has keys that a {family} has not: {names}")
     with tempfile.TemporaryDirectory() as folder:
         for name, content in (("config", description["config"]), ("preprocessor_config", description["preprocessor"])):
             text = json.dumps(content | ({"model_type": family} if name == "config" else {}))
             Path(folder, f"{name}.json").write_text(text, encoding="utf-8")
         try:
-            return FAMILIES[family](
-                folder,
-                "",
-                freeze=True,
-                weighted_layers=description["weighted_layers"],
-                standardise_layers=description["standardise_layers"],
-                weights=False,
-            )
+            return FAMILIES[family](folder, "", weights=False, **options)
         except EncoderError:
             raise
         except Exception as error:
@@ -684,7 +787,39 @@ def find_source(source):
     return None
 
 
-def _local_folder(source, save_path):
+def find_start(folder):
+    """Check that a folder is a bundle, or a Hugging Face classifier, without loading anything.
+
+    Raises
+    ------
+    EncoderError
+        If it is neither.
+    BundleError
+        If it is a bundle and not whole.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise EncoderError(f"there is no folder {folder}; give a bundle, or the folder of a Hugging Face classifier")
+    if not bundle_config.is_bundle(folder):
+        find_source(folder)
+        found = read_config(folder).architectures or ["model without a class"]
+        if not found[0].endswith("ForSequenceClassification"):
+            raise EncoderError(f"{folder} holds a {found[0]}, no classifier: give it as wav2vec2_hub")
+        return
+    config = bundle_config.read(folder)
+    if config["weights"]["file"] != bundle_config.WEIGHTS_FILE:
+        raise EncoderError(f"{folder} was exported to {config['weights']['file']}, which cannot be trained")
+    bundle_config.require_size(folder / bundle_config.WEIGHTS_FILE, config)
+
+
+def local_folder(source, save_path=None):
+    """The folder of an encoder's source; what is a name on the Hub is downloaded to `save_path`.
+
+    Raises
+    ------
+    EncoderError
+        If it is neither a usable folder nor to be had from the Hub.
+    """
     folder = find_source(source)
     if folder is not None:
         return folder
@@ -703,9 +838,16 @@ def _local_folder(source, save_path):
         ) from error
 
 
-def _read_config(folder):
+def read_config(folder):
+    """Hugging Face's configuration of a model's folder; no code of it is run.
+
+    Raises
+    ------
+    EncoderError
+        If it cannot be read.
+    """
     try:
-        return AutoConfig.from_pretrained(str(folder))
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise EncoderError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -731,7 +873,7 @@ def _overridden(config, overrides, num_layers, depth_key):
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """Keep back Hugging Face's loading report and SpeechBrain's use of a deprecated call; errors still come through."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

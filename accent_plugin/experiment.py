@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from speechbrain.utils.checkpoints import Checkpointer
 from tqdm import tqdm
 
-from accent_plugin import bundle, calibration, config, manifests, report
+from accent_plugin import bundle, bundle_config, calibration, config, exchange, manifests, report
 from accent_plugin.augment import change_speed
 from accent_plugin.bands import BANDS
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, inverse_frequency, make_loader
@@ -177,13 +177,22 @@ class _Chain:
         return samples
 
 
+def initialise(brain, hparams):
+    """Let the head begin with the weights of `from_bundle`, where that is given and no checkpoint is to be resumed."""
+    if hparams["from_bundle"] is None or brain.checkpointer.find_checkpoint() is not None:
+        return
+    taken, new = exchange.initialise(hparams["model"], hparams["accents"], hparams["from_bundle"])
+    parts = ("encoder, " + ", ".join(taken)).rstrip(", ")
+    logger.info("from %s: %s; anew: %s", hparams["from_bundle"], parts, ", ".join(new) or "nothing")
+
+
 def fit_whitening(brain, loader, hparams):
     """Fit the model's whitening on `whitening_passes` passes over the training clips, as training will draw them.
 
-    Nothing is done where the model has none, or where a checkpoint holds the fitted one.
+    Nothing is done where the model has none, or where a checkpoint or `from_bundle` holds the fitted one.
     """
     model = hparams["model"]
-    if model.whitening is None or brain.checkpointer.find_checkpoint() is not None:
+    if model.whitening is None or model.whitening.fitted or brain.checkpointer.find_checkpoint() is not None:
         return
     model.eval()
     vectors, labels = [], []
@@ -235,10 +244,10 @@ def describe_data(prepared, fold=None):
 def describe_model(hparams):
     """What a report says of the model: its parts, sizes, and the choices that shaped it."""
     model = hparams["model"]
-    encoder = hparams["wav2vec2_hub"]
+    start = {} if hparams["from_bundle"] is None else {"from_bundle": exchange.identity(hparams["from_bundle"])}
     return {
-        # The folder's name alone: a report travels, a local path should not.
-        "encoder": Path(encoder).name if Path(encoder).is_dir() else encoder,
+        "encoder": _encoder_name(hparams),
+        **start,
         "family": model.wav2vec2.config.model_type,
         "method": hparams["method"],
         "pooling": hparams["pooling"],
@@ -246,6 +255,15 @@ def describe_model(hparams):
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seed": hparams["seed"],
     }
+
+
+def _encoder_name(hparams):
+    start = hparams["from_bundle"]
+    if start is not None and bundle_config.is_bundle(start):
+        return bundle_config.read(start)["model"]["encoder"].get("name")
+    encoder = start or hparams["wav2vec2_hub"]
+    # The folder's name alone: a report travels, a local path should not.
+    return Path(encoder).name if Path(encoder).is_dir() else encoder
 
 
 def versions():
@@ -297,13 +315,15 @@ def write_report(brain, loaders, prepared, hparams, command, temperature=1.0, fo
     degraded = None
     if hparams["bands"]:
         degraded = {name: as_predictions(*scores(clips, degrade), accents) for name, degrade in BANDS.items()}
+    history = read_history(brain.history_file)
+    memory = [row["peak_memory_bytes"] for row in history if row.get("peak_memory_bytes") is not None]
     metrics = _write(
         hparams["output_folder"],
         predictions,
         data=describe_data(prepared, fold),
-        model=describe_model(hparams) | {"temperature": temperature},
+        model=describe_model(hparams) | {"temperature": temperature, "peak_memory_bytes": max(memory, default=None)},
         command=command,
-        curves=read_history(brain.history_file),
+        curves=history,
         notes=list(prepared.warnings),
         audio=_paths(clips),
         selected_epoch=brain.best_epoch(),

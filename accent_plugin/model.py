@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from accent_plugin import adapters
 from accent_plugin.pooling import make_pooling
 from accent_plugin.whitening import Whitening
 
@@ -90,10 +91,12 @@ class AccentModel(nn.Module):
         return torch.log_softmax(scores.float(), dim=-1)
 
     def head_parameters(self):
-        """Parameters that start from nothing: all but the pretrained encoder's."""
-        encoder = {id(parameter) for parameter in self.wav2vec2.model.parameters()}
+        """Parameters that start from nothing: all but the pretrained encoder's, adapters in it among them."""
+        encoder = {id(parameter) for parameter in self.encoder_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in encoder]
 
     def encoder_parameters(self):
-        """Parameters of the pretrained encoder, frozen ones among them."""
-        return list(self.wav2vec2.model.parameters())
+        """Parameters of the pretrained encoder, frozen ones among them, adapters not."""
+        encoder = self.wav2vec2.model
+        new = {id(parameter) for parameter in adapters.parameters(encoder)}
+        return [parameter for parameter in encoder.parameters() if id(parameter) not in new]

@@ -24,6 +24,11 @@ class Whitening(nn.Module):
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("transform", torch.eye(features))
 
+    @property
+    def fitted(self):
+        """Whether mean and transform come from examples, here or in the weights that were loaded."""
+        return bool(self.mean.any())
+
     @torch.no_grad()
     def fit(self, vectors, labels, shrinkage=0.1):
         """Set mean and transform from examples.

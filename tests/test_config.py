@@ -1,6 +1,8 @@
 """Hyperparameters: every problem of a run at once, before anything is built or written."""
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,14 @@ def test_all_problems_are_named_at_once(read):
         (["--balance", "sampler", "--class_weights", "balanced"], "the same imbalance twice"),
         (["--freeze_wav2vec2", "True", "--freeze_layers", "2"], "freezes the whole encoder"),
         (["--whitening_passes", "2"], "it needs freeze_wav2vec2 True"),
+        (["--lora_rank", "0"], "lora_rank is 0; it should be a whole number, at least 1, or null"),
+        (["--lora_rank", "4", "--lora_alpha", "0"], "lora_alpha is 0; it should be a number above 0"),
+        (["--lora_rank", "4", "--lora_dropout", "1"], "lora_dropout is 1; it should be a number at least 0"),
+        (["--lora_alpha", "16"], "lora_alpha and lora_dropout are of adapters, but there are none"),
+        (["--lora_rank", "4", "--freeze_wav2vec2", "True"], "freeze_wav2vec2 must be False"),
+        (["--lora_rank", "4", "--freeze_feature_extractor", "False"], "freeze_feature_extractor True"),
+        (["--lora_rank", "4", "--num_layers", "2", "--freeze_layers", "2"], "leaves no layer for the adapters"),
+        (["--lora_rank", "4", "--method", "logistic_regression"], "does not train the encoder: lora_rank must be null"),
         (["--selection", "last"], "early_stopping must be 0"),
         (["--test_speeds", "[1, 1]"], "test_speeds is .*a list of different speed factors"),
         (["--out_of_set_folder", "x"], "out_of_set does not say which accents"),
@@ -88,6 +98,27 @@ def test_all_problems_are_named_at_once(read):
 )
 def test_a_wrong_value_is_named(read, words, problem):
     assert re.search(problem, "\n".join(problems(read, *words)))
+
+
+def test_a_start_that_is_none(read, tiny_encoder, tiny_bundle, tmp_path):
+    assert "from_bundle: there is no folder" in "\n".join(problems(read, "--from_bundle", "nowhere"))
+    encoder = str(tiny_encoder("hubert-group"))
+    assert "holds a HubertModel, no classifier" in "\n".join(problems(read, "--from_bundle", encoder))
+    cut = shutil.copytree(tiny_bundle, tmp_path / "cut")
+    (cut / "model.ckpt").write_bytes(b"")
+    assert re.search("from_bundle: .*has 0 bytes", "\n".join(problems(read, "--from_bundle", str(cut))))
+
+
+def test_a_start_takes_the_place_of_the_encoders_source(read, tiny_bundle, monkeypatch):
+    monkeypatch.chdir(tiny_bundle.parent)
+    values = read("--from_bundle", tiny_bundle.name, "--wav2vec2_hub", "./nowhere").values
+    assert values["from_bundle"] == str(tiny_bundle)
+
+
+def test_adapters_without_peft(read, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "pip install 'accent_plugin[lora]'" in "\n".join(problems(read, "--lora_rank", "4"))
+    assert read().values["lora_rank"] is None
 
 
 def test_a_switch_with_every_augmentation_off_is_a_contradiction(read):

@@ -123,6 +123,52 @@ def test_a_run_and_a_fold_are_exported_again(train, words, tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_adapters_are_trained_resumed_and_exported_as_plain_weights(train, words, tmp_path, tiny_encoder):
+    from accent_plugin import bundle, experiment
+    from accent_plugin.encoder import make_encoder
+
+    adapted = (*words, "--lora_rank", "2", "--lora_dropout", "0.1", "--selection", "last", "--early_stopping", "0")
+    # With one batch an epoch, the only step of a first epoch would be at the end of the decay.
+    adapted += ("--warmup", "0", "--decay", "none")
+    assert train(*adapted, "--number_of_epochs", "1").code == 0
+    assert train(*adapted, "--number_of_epochs", "2").code == 0
+    out = tmp_path / "out"
+    log = (out / "train_log.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in log] == ["epoch: 1", "epoch: 2"]
+    assert all("peak memory: " in line for line in log)
+    model = metrics_of(out)["model"]
+    # Two matrices in four layers of each of three blocks 32 wide; and the head.
+    assert model["trained_parameters"] == 3 * 4 * 2 * (2 * 32) + 3 * (32 + 1)
+    assert model["parameters"] > 10 * model["trained_parameters"] and model["peak_memory_bytes"] > 1e8
+    experiment.export(out, tmp_path / "exported")
+    states = [bundle.load(folder).model.wav2vec2.state_dict() for folder in (out / "bundle", tmp_path / "exported")]
+    pretrained = make_encoder(str(tiny_encoder("wav2vec2-group"))).state_dict()
+    assert states[0].keys() == states[1].keys() == pretrained.keys()
+    changed = {key for key, value in states[0].items() if not np.array_equal(value, pretrained[key])}
+    assert len(changed) == 3 * 4 and all("attention" in key and key.endswith("weight") for key in changed)
+    assert all(np.array_equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_training_from_a_bundle_begins_with_its_scores(train, words, tmp_path):
+    from accent_plugin import bundle_config
+
+    head = ("--pooling", "attentive", "--projector_size", "8")
+    assert train(*words, *head).code == 0
+    source = tmp_path / "out/bundle"
+    # So slow that nothing is learned.
+    still = ("--lr_encoder", "0", "--lr_head", "1e-12", "--weight_decay", "0", "--number_of_epochs", "1")
+    started = ("--output_folder", tmp_path / "again", "--from_bundle", source, "--wav2vec2_hub", "./nowhere")
+    assert train(*words, *head, *still, *started).code == 0
+    history = json.loads((tmp_path / "again/save/history.json").read_text(encoding="utf-8"))
+    config = bundle_config.read(source)
+    # The bundle's temperature is in its weights.
+    assert history[0]["valid_loss"] == pytest.approx(config["calibration"]["log_loss"]["after"], abs=1e-5)
+    described = metrics_of(tmp_path / "again")["model"]
+    assert described["from_bundle"] == config["weights"]["sha256"][:12] and described["encoder"] == "wav2vec2-group"
+    # Resumed, it goes on from its own checkpoint.
+    assert train(*words, *head, *still, *started, "--test_only", "True").code == 0
+
+
 def test_evaluating_what_was_never_trained_is_refused(train, words, tmp_path):
     done = train(*words, "--test_only", "True")
     assert done.code == 2 and "there is no checkpoint in" in done.err

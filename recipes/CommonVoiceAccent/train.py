@@ -57,6 +57,7 @@ def run(settings, command, fold=None):
         class_weights=experiment.make_class_weights(hparams["class_weights"], loaders["train"].dataset),
         history_file=Path(hparams["save_folder"]) / "history.json",
     )
+    experiment.initialise(brain, hparams)
     experiment.fit_whitening(brain, loaders["train"], hparams)
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
     calibrated = experiment.calibrate(brain, loaders, hparams)
