@@ -1,17 +1,20 @@
 """The command line: `accent-plugin VERB`; results on stdout, notes on stderr.
 
-Exit code 0; 1 where `check` finds something wrong; 2 for a wrong command or files that cannot be used; 130 when
-interrupted.
+Exit code 0; 1 where `check` finds something wrong, or where `classify` or `evaluate` had to leave out a file, which is
+named; 2 for a wrong command or files that cannot be used; 130 when interrupted.
 """
 
 import argparse
+import io
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
 import accent_plugin
 from accent_plugin.errors import AccentPluginError
+from accent_plugin.predictions import printable
 
 
 def _prepare(arguments):
@@ -32,7 +35,7 @@ def _accents(arguments):
         print(json.dumps([vars(each) for each in found], indent=1, ensure_ascii=False))
         return
     rows = [("clips", "clients", "label", "value")]
-    rows += [(str(e.clips), str(e.clients), e.label or f"({e.reason})", _printable(e.raw)) for e in found]
+    rows += [(str(e.clips), str(e.clients), e.label or f"({e.reason})", printable(e.raw)) for e in found]
     if arguments.format == "tsv":
         print("\n".join("\t".join(row) for row in rows))
         return
@@ -58,11 +61,6 @@ def _check(arguments):
     return 1 if found.wrong(ignored) else 0
 
 
-def _printable(text):
-    """One line without what a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _given(arguments, without):
     """Arguments of a verb by name, apart from what all verbs have."""
     return {name: value for name, value in vars(arguments).items() if name not in ("do", "typed", *without)}
@@ -74,48 +72,117 @@ def _classify(arguments):
     format = arguments.format or _format_of(arguments.output)
     sources = list(classify.find(arguments.files))
     reading = {"workers": arguments.workers, "batch_seconds": arguments.batch_seconds}
-    _, failed = classify.run(_classifier(arguments, arguments.model), sources, format, arguments.output, **reading)
+    _require_use_of_labels(arguments, [arguments.model])
+    classifier = _classifier(arguments, arguments.model, **_cutting(arguments))
+    _, failed = classify.run(classifier, sources, format, arguments.output, **reading)
     return 1 if failed else 0
+
+
+def _cutting(arguments):
+    """Of `accent_plugin.recordings.Options`, what is given; with a window alone, its half is the hop."""
+    window, hop = arguments.window_seconds, arguments.hop_seconds
+    if hop is None and window is not None:
+        hop = window / 2
+    return {name: value for name, value in (("window_seconds", window), ("hop_seconds", hop)) if value is not None}
 
 
 def _evaluate(arguments):
     import json
     import shlex
 
-    from accent_plugin import evaluation, labels, metrics, report
+    from accent_plugin import disk, evaluation, metrics, report
 
     if len(arguments.model) > 2:
         raise AccentPluginError("give one bundle, or two to compare")
-    mapping = labels.read_mapping(arguments.mapping) if arguments.mapping else None
-    out, found = Path(arguments.out), []
-    for number, model in enumerate(arguments.model, 1):
-        classifier = _classifier(arguments, model, **evaluation.WHOLE_CLIPS)
-        rows, left_out = evaluation.read(arguments.data, classifier.labels, mapping=mapping, split=arguments.split)
+    _require_use_of_labels(arguments, arguments.model)
+    classifiers = [_classifier(arguments, model, **evaluation.WHOLE_CLIPS) for model in arguments.model]
+    rows, left_out = _rows(arguments, classifiers)
+    out, command, found, failed = Path(arguments.out), shlex.join(["accent-plugin", *arguments.typed]), [], 0
+    with disk.writing(out, "--out"):
+        pass
+    for number, (model, classifier) in enumerate(zip(arguments.model, classifiers, strict=True), 1):
         predictions, failures = evaluation.evaluate(classifier, rows, sys.stderr.isatty(), workers=arguments.workers)
-        folder = out if len(arguments.model) == 1 else out / f"model_{number}"
-        command = shlex.join(["accent-plugin", *arguments.typed])
+        if number == 1:
+            evaluation.remove_earlier(out)
+        folder = out if len(classifiers) == 1 else evaluation.folder_of(out, number)
         metrics_of = evaluation.write(folder, classifier, predictions, arguments.data, left_out + failures, command)
         found.append(predictions)
+        failed += failures.total()
         print(f"{model}: {folder / report.MARKDOWN_FILE}")
         print(json.dumps({scope: metrics_of[scope] for scope in ("clip", "speaker")}, indent=1))
     if len(found) == 2:
-        report.write_comparison(out, *_short_names(arguments.model), metrics.compare(*found))
+        report.write_comparison(out, *_short_names(arguments.model), metrics.compare(*evaluation.both(*found)))
         print((out / "comparison.md").read_text(encoding="utf-8"))
-    return 1 if failures else 0
+    return 1 if failed else 0
+
+
+def _rows(arguments, classifiers):
+    """What `evaluation.read` finds for classifiers that have the same labels."""
+    from accent_plugin import evaluation, labels
+
+    if len({frozenset(each.labels) for each in classifiers}) > 1:
+        first, second = (", ".join(each.labels) for each in classifiers)
+        raise AccentPluginError(f"bundles with different labels cannot be compared: {first}; and {second}")
+    mapping = labels.read_mapping(arguments.mapping) if arguments.mapping else None
+    columns = {role: getattr(arguments, f"{role}_column") for role in evaluation.ROLES}
+    return evaluation.read(
+        arguments.data, classifiers[0].labels, mapping=mapping, split=arguments.split, columns=columns
+    )
 
 
 def _export(arguments):
+    print(_EXPORTS[arguments.to](arguments))
+
+
+def _export_bundle(arguments):
     from accent_plugin import experiment
 
-    print(experiment.export(arguments.run, arguments.out, arguments.device or "cpu"))
+    return experiment.export(arguments.run, arguments.out, arguments.device or "cpu")
+
+
+def _export_huggingface(arguments):
+    from accent_plugin import exchange
+
+    folder = _bundle_of(arguments.run)
+    return exchange.to_hugging_face(folder, arguments.out or folder.absolute().parent / arguments.to)
+
+
+def _export_onnx(arguments):
+    from accent_plugin import onnx_export
+
+    folder = _bundle_of(arguments.run)
+    name = "onnx" if arguments.precision == "fp32" else f"onnx_{arguments.precision}"
+    out = arguments.out or folder.absolute().parent / name
+    return onnx_export.export(folder, out, arguments.precision, arguments.data, arguments.unchecked)
+
+
+# Form -> what writes it and returns its path.
+_EXPORTS = {"bundle": _export_bundle, "huggingface": _export_huggingface, "onnx": _export_onnx}
+
+
+def _bundle_of(run):
+    """A run's output folder holds its bundle; the bundle's own folder is understood too."""
+    run = Path(run)
+    return run / "bundle" if (run / "bundle").is_dir() else run
+
+
+def _import(arguments):
+    from accent_plugin import exchange
+
+    print(exchange.import_hugging_face(arguments.source, arguments.out, _names_of_classes(arguments)))
+
+
+def _names_of_classes(arguments):
+    """The table of `--labels`, or None."""
+    from accent_plugin import labels
+
+    return labels.read_mapping(arguments.labels) if arguments.labels else None
 
 
 def _push(arguments):
     from accent_plugin import hub
 
-    run = Path(arguments.run)
-    folder = run / "bundle" if (run / "bundle").is_dir() else run
-    print(hub.push(folder, arguments.repo, private=not arguments.public))
+    print(hub.push(_bundle_of(arguments.run), arguments.repo, private=not arguments.public))
 
 
 def _demo(arguments):
@@ -131,12 +198,53 @@ def _demo(arguments):
 
 
 def _classifier(arguments, model, **options):
-    from accent_plugin.inference import AccentClassifier
-
     for name in ("min_probability", "max_risk", "min_coverage"):
         if getattr(arguments, name, None) is not None:
             options[name] = getattr(arguments, name)
-    return AccentClassifier.from_bundle(model, arguments.device, precision=arguments.precision, **options)
+    if _backend(arguments, model) == "onnx":
+        from accent_plugin.onnx import OnnxAccentClassifier
+
+        return OnnxAccentClassifier.from_bundle(model, **options)
+
+    from accent_plugin.inference import AccentClassifier
+
+    if not _is_hugging_face(model):
+        return AccentClassifier.from_bundle(model, arguments.device, precision=arguments.precision, **options)
+
+    from accent_plugin import exchange, inference
+
+    if arguments.device:
+        inference.require_device(arguments.device)
+    loaded = exchange.from_hugging_face(model, _names_of_classes(arguments))
+    run_opts = {"device": arguments.device} if arguments.device else None
+    return AccentClassifier(loaded.modules, loaded.hparams, run_opts=run_opts, precision=arguments.precision, **options)
+
+
+def _backend(arguments, model):
+    """What runs a model: as asked for, or what its folder is made for."""
+    from accent_plugin import bundle_config
+
+    found = "onnx" if Path(model, bundle_config.ONNX_FILE).is_file() else "torch"
+    if (arguments.backend or found) == "onnx" and (arguments.device or arguments.precision != "fp32"):
+        raise AccentPluginError("--device and --precision are torch's: an export to ONNX has its own precision")
+    return arguments.backend or found
+
+
+def _is_hugging_face(model):
+    """Whether a model is a classifier of transformers, in a folder or by its name on the Hub."""
+    from accent_plugin import bundle_config
+
+    if Path(model).exists():
+        return bundle_config.is_hugging_face(model)
+    # USER/NAME; a path that is mistyped below a folder that exists is none, or the Hub would be asked for it.
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).parent.exists()
+
+
+def _require_use_of_labels(arguments, models):
+    if arguments.labels and not any(map(_is_hugging_face, models)):
+        raise AccentPluginError(
+            f"--labels is for the classes of a Hugging Face model, and {' and '.join(models)} is none"
+        )
 
 
 def _format_of(output):
@@ -216,11 +324,20 @@ def _parser():
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    verb = verbs.add_parser("classify", help="which accent files have, by somebody's model")
+    verb = verbs.add_parser(
+        "classify",
+        help="which accent files have, by somebody's model",
+        epilog="exit code: 0; 1 when a file could not be classified; 2 for a wrong command or an output of something "
+        "else; 130 when interrupted. A second run with the same --output does not try failed files again: remove "
+        "their lines first.",
+    )
     verb.add_argument("files", nargs="+", metavar="FILE_OR_FOLDER", help="wav, flac, mp3, ogg, opus, ...")
-    verb.add_argument("--model", required=True, metavar="BUNDLE", help="folder of a bundle")
+    verb.add_argument("--model", required=True, metavar="BUNDLE_OR_HF", help=_MODEL)
+    _add_labels(verb)
     verb.add_argument("--format", choices=("table", "jsonl", "csv"), help="(default: by the output's ending, or table)")
     verb.add_argument("--output", metavar="FILE", help="append answers here; a second run goes on (default: stdout)")
+    verb.add_argument("--window_seconds", type=float, help="cut longer recordings into such windows (default: 10)")
+    verb.add_argument("--hop_seconds", type=float, help="from one window to the next (default: half a window)")
     verb.add_argument("--batch_seconds", type=float, help="audio in one call of the network")
     verb.add_argument("--min_probability", type=float, help="abstain below it")
     verb.add_argument("--max_risk", type=float, help="abstain so that at most this share was wrong on validation")
@@ -229,19 +346,42 @@ def _parser():
     verb.set_defaults(do=_classify)
 
     verb = verbs.add_parser("evaluate", help="the full report of a bundle on labelled speech; of two, the difference")
-    verb.add_argument("--model", required=True, metavar="BUNDLE", action="append", help="may be given twice")
+    verb.add_argument(
+        "--model", required=True, metavar="BUNDLE_OR_HF", action="append", help=f"{_MODEL}; may be given twice"
+    )
+    _add_labels(verb)
     verb.add_argument("--data", required=True, metavar="DATASETDICT_OR_MANIFEST", help="its test split, or all of it")
     verb.add_argument("--split", help="of the DatasetDict (default: test)")
     verb.add_argument("--mapping", metavar="YAML", help="more spellings: 'Geordie: england' in each line")
+    _add_columns(verb, ("audio", "accent", "client", "gender", "age"))
     verb.add_argument("--out", default="evaluation", help="folder of the report (default: evaluation)")
     _add_running(verb, "threads that decode (default: one per core)")
     verb.set_defaults(do=_evaluate)
 
-    verb = verbs.add_parser("export", help="write the bundle of a finished run anew")
-    verb.add_argument("run", metavar="RUN", help="its output folder; its YAML is run, so it must be your own")
-    verb.add_argument("--out", help="(default: RUN/bundle)")
-    verb.add_argument("--device", help="such as cpu or cuda:0 (default: cpu)")
+    verb = verbs.add_parser("export", help="write a trained model anew as a bundle, or for Hugging Face's transformers")
+    verb.add_argument("run", metavar="RUN_OR_BUNDLE", help="output folder of a finished run, or, with --to, a bundle")
+    verb.add_argument(
+        "--to",
+        default="bundle",
+        choices=tuple(_EXPORTS),
+        help="bundle: from the run's checkpoint; its YAML is run, so it must be your own (default: bundle)",
+    )
+    verb.add_argument("--out", help="(default: bundle, or the form's name, in RUN or beside BUNDLE)")
+    verb.add_argument("--device", help="of a run that is made a bundle, such as cuda:0 (default: cpu)")
+    verb.add_argument(
+        "--precision", default="fp32", choices=("fp32", "fp16", "bf16", "int8"), help="of ONNX (default: fp32)"
+    )
+    verb.add_argument(
+        "--data", metavar="DATASETDICT_OR_MANIFEST", help="labelled speech, on which a smaller precision is compared"
+    )
+    verb.add_argument("--unchecked", action="store_true", help="keep a smaller precision whatever it loses")
     verb.set_defaults(do=_export)
+
+    verb = verbs.add_parser("import", help="write a classifier of Hugging Face's transformers as a bundle")
+    verb.add_argument("source", metavar="HF_FOLDER", help="folder or name on the Hub")
+    verb.add_argument("--out", required=True, metavar="BUNDLE", help="folder to write")
+    _add_labels(verb)
+    verb.set_defaults(do=_import)
 
     verb = verbs.add_parser("push", help="upload a bundle to the Hugging Face Hub")
     verb.add_argument("run", metavar="RUN", help="output folder of a finished run, or a bundle")
@@ -332,7 +472,17 @@ def _completion(arguments):
     print(shtab.complete(_parser(), shell=arguments.shell))
 
 
+_MODEL = "folder of a bundle, or folder or Hub name of a classifier of Hugging Face's transformers"
+
+
+def _add_labels(verb):
+    verb.add_argument(
+        "--labels", metavar="YAML", help="what the Hugging Face model calls its classes: 'LABEL_0: us' in each line"
+    )
+
+
 def _add_running(verb, workers):
+    verb.add_argument("--backend", choices=("torch", "onnx"), help="(default: what the model's folder is made for)")
     verb.add_argument("--device", help="such as cpu or cuda:0 (default: the best there is)")
     verb.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "auto"), help="(default: fp32)")
     verb.add_argument("--workers", type=int, help=workers)
@@ -373,11 +523,43 @@ def _log_to_stderr():
     logger = logging.getLogger("accent_plugin")
     logger.setLevel(logging.INFO)
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(_ToStderr())
+
+
+class _ToStderr(logging.Handler):
+    """To what is stderr at the time: a handler with a stream of its own would keep one that was since replaced."""
+
+    def emit(self, record):
+        try:
+            print(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def _prepare_streams():
+    """Make the standard streams fit for any name; False where there is no stdout."""
+    if sys.stderr is None:
+        # Or else print would write notes among the results.
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        print("stdout is closed: results would be lost; open it, or use /dev/null", file=sys.stderr)
+        return False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return True
+
+
+def _goes_on(arguments):
+    """Whether the same command takes up what an interrupted one has left."""
+    if arguments.do is _classify:
+        return bool(arguments.output) and (arguments.format or _format_of(arguments.output)) != "table"
+    return arguments.do is _prepare
 
 
 def main(argv=None):
     """Run one verb; return the exit code."""
+    if not _prepare_streams():
+        return 2
     arguments = _parser().parse_args(argv)
     arguments.typed = sys.argv[1:] if argv is None else list(argv)
     _log_to_stderr()
@@ -390,10 +572,10 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (AccentPluginError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print("\n".join(map(printable, f"{type(error).__name__}: {error}".split("\n"))), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print("interrupted" + ": the same command goes on from here" * _goes_on(arguments), file=sys.stderr)
         return 130
 
 

@@ -83,7 +83,8 @@ class WaveformConvolutions(nn.Module):
             rows = output[start : start + _BLOCK_FRAMES]
             samples = clip[start * hop : (start + len(rows) - 1) * hop + reach].to(output.dtype)
             hidden = samples.unsqueeze(1)
-            for layer, (products, bias) in zip(self.conv_layers, first + self._later_kernels(output.dtype), strict=True):
+            kernels = first + self._later_kernels(output.dtype)
+            for layer, (products, bias) in zip(self.conv_layers, kernels, strict=True):
                 hidden = _slide(hidden, products, bias, layer.conv.stride[0])
                 norm = getattr(layer, "layer_norm", None)
                 if isinstance(norm, nn.LayerNorm):

@@ -1,23 +1,30 @@
 """Any bundle on anybody's labelled speech: the report that training writes, and the paired comparison of two."""
 
+import contextlib
 import functools
 import importlib.metadata
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from accent_plugin import labels, manifests, metrics, report, sources, splits
 from accent_plugin.errors import DataError
-from accent_plugin.predictions import Failure
+from accent_plugin.predictions import Failure, printable
 
 logger = logging.getLogger(__name__)
 
 # Nothing is cut into windows, as in the report that training writes.
 WHOLE_CLIPS = {"window_seconds": 600.0, "hop_seconds": 300.0}
+# Columns of a DatasetDict that may be called differently.
+ROLES = ("audio", "accent", "client", "gender", "age")
+
+# What a report says of how it came about, where it came about here.
+_COMMAND = "accent-plugin evaluate"
 
 _PACKAGES = ("accent_plugin", "speechbrain", "transformers", "torch", "datasets", "numpy")
 
@@ -31,7 +38,7 @@ class Labelled:
     sound: Callable
 
 
-def read(data, accents, *, mapping=None, split=None):
+def read(data, accents, *, mapping=None, split=None, preferred=splits.TEST, columns=None):
     """Labelled clips of a DatasetDict or a manifest.
 
     Arguments
@@ -43,7 +50,11 @@ def read(data, accents, *, mapping=None, split=None):
     mapping : dict
         More spellings, ``{spelling: label}``.
     split : str
-        Of a DatasetDict; None takes its test split, or all where it has none.
+        Of a DatasetDict; None takes the preferred one, or all where it has none of that kind.
+    preferred : str
+        Of `accent_plugin.splits.SPLITS`.
+    columns : dict
+        Of a DatasetDict, one of `ROLES` -> its column; None, or what has None, is found.
 
     Returns
     -------
@@ -55,11 +66,12 @@ def read(data, accents, *, mapping=None, split=None):
     Raises
     ------
     DataError
-        When there is nothing to evaluate on.
+        When there is nothing to evaluate on, or a column is not there.
     """
+    columns = {role: name for role, name in (columns or {}).items() if name}
     data, extra = Path(data), {accent: accent for accent in accents} | (mapping or {})
     rows, left_out = [], Counter()
-    found = _of_manifest(data) if data.is_file() else _of_dataset(data, split)
+    found = _of_manifest(data, columns) if data.is_file() else _of_dataset(data, split, preferred, columns)
     for clip, sound in found:
         parsed = labels.parse(clip.accent, extra)
         if parsed.label not in accents:
@@ -88,7 +100,7 @@ def evaluate(classifier, rows, progress=True, **reading):
     for row, answer in zip(rows, tqdm(answers, total=len(rows), unit="clip", disable=not progress), strict=True):
         if isinstance(answer, Failure):
             failures[answer.reason] += 1
-            logger.warning("%s: %s", row.clip.id, answer.message)
+            logger.warning("%s", printable(f"{row.clip.id}: {answer}"))
         else:
             seen.append((row.clip, row.accent, answer.seconds))
             scores.append([answer.probabilities[label] for label in classifier.labels])
@@ -110,7 +122,51 @@ def evaluate(classifier, rows, progress=True, **reading):
     return predictions, failures
 
 
-def write(folder, classifier, predictions, data, left_out, command=""):
+def both(first, second):
+    """Predictions of two classifiers, but for the clips that only one of them could classify."""
+    alone = set(first.ids) ^ set(second.ids)
+    if alone:
+        logger.warning("clips that only one of the two could classify, left out of the comparison: %d", len(alone))
+    return _without(first, alone), _without(second, alone)
+
+
+def _without(predictions, ids):
+    kept = np.array([id not in ids for id in predictions.ids], dtype=bool)
+    texts = {name: getattr(predictions, name) for name in ("ids", "client_ids", "gender", "age")}
+    arrays = {name: getattr(predictions, name)[kept] for name in ("truth", "log_probabilities", "seconds")}
+    texts = {name: values and tuple(np.array(values, dtype=object)[kept]) for name, values in texts.items()}
+    return replace(predictions, **texts, **arrays)
+
+
+def remove_earlier(folder):
+    """Remove what earlier evaluations wrote to a folder, of one bundle or two; files of others stay."""
+    parts = [folder_of(folder, number) for number in (1, 2)]
+    if all(map(_is_ours, parts)):
+        for name in report.COMPARISON_FILES:
+            (Path(folder) / name).unlink(missing_ok=True)
+    for part in filter(_is_ours, (Path(folder), *parts)):
+        report.remove_report(part)
+    for part in parts:
+        # It may hold what is not ours, or not be there.
+        with contextlib.suppress(OSError):
+            part.rmdir()
+
+
+def folder_of(folder, number):
+    """Where the report of the first or second of two bundles goes."""
+    return Path(folder) / f"model_{number}"
+
+
+def _is_ours(folder):
+    """Whether a folder's report was written by an evaluation, not in training."""
+    try:
+        metrics_of = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
+        return metrics_of["command"].startswith(_COMMAND)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def write(folder, classifier, predictions, data, left_out, command=_COMMAND):
     """Write the report of a bundle on other data; returns the content of metrics.json."""
     card = sources.card(Path(data)) if Path(data).is_dir() else {}
     encoder = classifier.config["model"]["encoder"]
@@ -142,20 +198,23 @@ def versions():
     return found
 
 
-def _of_manifest(path):
+def _of_manifest(path, columns):
+    if columns:
+        given = ", ".join(f"{role}_column" for role in columns)
+        raise DataError(f"{path} is a manifest, whose columns have their names: leave {given} out")
     for clip in manifests.read(path):
         yield clip, functools.partial(str, clip.wav)
 
 
-def _of_dataset(folder, split):
+def _of_dataset(folder, split, preferred, given):
     sources.fingerprint(folder)
     loaded = sources.open_all(folder)
     if split is not None and split not in loaded:
         raise DataError(f"{folder} has no split '{split}'; it has {', '.join(loaded)}")
-    chosen = [name for name in loaded if name == split or (split is None and sources.canonical(name) == splits.TEST)]
+    chosen = [name for name in loaded if name == split or (split is None and sources.canonical(name) == preferred)]
     for name in chosen or loaded:
         data = loaded[name]
-        columns = sources.find_columns(name, data, folder, {})
+        columns = sources.find_columns(name, data, folder, given)
         for number, cells in enumerate(sources.read_cells(data, columns)):
             clip = manifests.Clip(
                 id=f"{name}:{number}",

@@ -91,6 +91,8 @@ class Recording:
         self._loudest = np.zeros(0, np.float32)
         self._strongest = None
         self.scores = {}
+        # The `AudioError` of a window that the network could not take.
+        self.refused = None
 
     def hear(self, block, last=False):
         """Take the next (samples,) and give the jobs of windows that may count."""

@@ -86,7 +86,7 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
             When an option is wrong.
         """
         if device is not None:
-            _require_device(device)
+            require_device(device)
         loaded = bundle.load(folder)
         run_opts = None if device is None else {"device": str(device)}
         return cls(modules=loaded.modules, hparams=loaded.hparams, run_opts=run_opts, **options)
@@ -104,8 +104,8 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
         except AudioError as error:
             if error.reason != audio.TOO_LONG:
                 raise
-            raise ConfigError(
-                f"window_seconds is {self.window_seconds:g}, too long for this encoder: {error}"
+            raise AudioError(
+                audio.TOO_LONG, f"window_seconds is {self.window_seconds:g}, too long for this encoder: {error}"
             ) from None
         return log_probabilities.double().cpu().numpy()
 
@@ -146,7 +146,13 @@ def bf16_is_faster(device_type):
     return best[True] < 0.8 * best[False]
 
 
-def _require_device(device):
+def require_device(device):
+    """Refuse a device that torch cannot use here, before anything is loaded.
+
+    Raises
+    ------
+    ConfigError
+    """
     try:
         torch.empty(0, device=str(device))
     except (RuntimeError, AssertionError) as error:

@@ -76,3 +76,8 @@ class Failure:
 
     def __str__(self):
         return f"{self.reason}: {self.message}"
+
+
+def printable(text):
+    """One line without what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

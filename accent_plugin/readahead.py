@@ -129,17 +129,34 @@ def _seconds(item):
 
 
 def _decode(source):
-    """Decode a source as far as two blocks; gives a `Sound`, a `Failure`, or an exception that is nobody's audio."""
-    name = name_of(source)
+    """Decode a source as far as two blocks; gives a `Sound`, a `Failure`, or an interrupt for the caller."""
+    name = None
     try:
-        blocks = audio.stream(plain(source), BLOCK_SECONDS)
+        name = name_of(source)
+        blocks = _blocks(source, name)
         first = next(blocks)
         second = next(blocks, None)
         return Sound(name, (first,)) if second is None else Sound(name, (first, second), blocks)
     except AudioError as error:
         return Failure(name, error.reason, str(error))
     except Exception as error:
+        return Failure(name, audio.UNDECODABLE, str(_unreadable(name, error)))
+    except BaseException as error:
         return error
+
+
+def _blocks(source, name):
+    """Yield a source's blocks; whatever a caller's file object raises in between is an `AudioError`, too."""
+    try:
+        yield from audio.stream(plain(source), BLOCK_SECONDS)
+    except AudioError:
+        raise
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name, error):
+    return AudioError(audio.UNDECODABLE, f"{name or 'it'} cannot be read: {type(error).__name__}: {error}")
 
 
 def one_ahead(blocks):

@@ -3,15 +3,15 @@
 Three doors, one corridor: files, samples and batches become recordings; recordings become windows; windows go through
 the network in batches of similar length; the scores of a recording's windows become one `Prediction`.
 
-Times are in seconds from a recording's start. A recording as long as a window or shorter is one window; a longer one has
-windows at multiples of the hop and one that ends where the recording ends. Windows count equally: their
+Times are in seconds from a recording's start. A recording as long as a window or shorter is one window; a longer one
+has windows at multiples of the hop and one that ends where the recording ends. Windows count equally: their
 log-probabilities are averaged and normalised anew. Which windows count: `accent_plugin.gate`.
 """
 
 import contextlib
 import itertools
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import log_softmax
@@ -114,7 +114,8 @@ class RecordingClassifier:
         Raises
         ------
         AudioError
-            When there is nothing to classify: undecodable, empty, non-finite or silent.
+            When there is nothing to classify: undecodable, empty, non-finite or silent; "too long" where the encoder
+            cannot take a window of this length, "non-finite" also where the network's scores are no numbers.
         """
         return self._predict_stream(audio.stream(plain(source), BLOCK_SECONDS), name_of(source))
 
@@ -202,32 +203,30 @@ class RecordingClassifier:
         try:
             while items := ahead.take(_BATCHES_AHEAD * batch_seconds):
                 short = [item for item in items if isinstance(item, Sound) and item.rest is None]
-                predictions = iter(self._predict_arrays([item.blocks[0] for item in short], batch_seconds))
+                heard = iter(self._hear([item.blocks[0] for item in short], batch_seconds))
                 for item in items:
                     if isinstance(item, Failure):
                         yield item
                     elif item.rest is None:
-                        yield replace(next(predictions), source=item.source)
+                        yield _or_failure(item.source, self._answer, next(heard), item.source)
                     else:
-                        yield self._predict_or_fail(item, batch_seconds)
+                        blocks = itertools.chain(item.blocks, item.rest)
+                        yield _or_failure(item.source, self._predict_stream, blocks, item.source, batch_seconds)
         finally:
             ahead.close()
 
-    def _predict_or_fail(self, item, batch_seconds):
-        blocks = itertools.chain(item.blocks, item.rest)
-        try:
-            return self._predict_stream(blocks, item.source, batch_seconds)
-        except AudioError as error:
-            return Failure(item.source, error.reason, str(error))
-
-    def _predict_arrays(self, arrays, batch_seconds=None):
+    def _predict_arrays(self, arrays):
         """Classify (samples,) arrays at 16 kHz."""
+        return [self._answer(recording, None) for recording in self._hear(arrays)]
+
+    def _hear(self, arrays, batch_seconds=None):
+        """Recordings of (samples,) arrays at 16 kHz, heard to their ends and scored."""
         recordings = [self._recording() for _ in arrays]
         jobs = []
         for recording, samples in zip(recordings, arrays, strict=True):
             jobs += recording.hear(samples, last=True)
         self._score(jobs, batch_seconds)
-        return [self._answer(recording, None) for recording in recordings]
+        return recordings
 
     def _predict_stream(self, blocks, source, batch_seconds=None):
         """Classify one recording from blocks of (samples,) at 16 kHz; they are decoded while the network works."""
@@ -247,23 +246,50 @@ class RecordingClassifier:
         return Recording(round(self.window_seconds * SAMPLE_RATE), round(self.hop_seconds * SAMPLE_RATE))
 
     def _score(self, jobs, batch_seconds=None):
-        """Give each job's recording the log-probabilities of its window: the only place that calls the network."""
+        """Give each job's recording the log-probabilities of its window."""
         most = (self.batch_seconds if batch_seconds is None else batch_seconds) * SAMPLE_RATE
         for batch in _buckets([len(job.samples) for job in jobs], most):
-            chosen = [jobs[index] for index in batch]
-            scores = self._log_probabilities([job.samples for job in chosen])
-            for job, row in zip(chosen, scores, strict=True):
-                job.recording.scores[job.start] = row
+            self._score_batch([jobs[index] for index in batch])
+
+    def _score_batch(self, jobs):
+        """The only place that calls the network; a window that it cannot take spoils its own recording alone."""
+        try:
+            scores = self._log_probabilities([job.samples for job in jobs])
+        except AudioError as error:
+            half = len(jobs) // 2
+            if not half:
+                jobs[0].recording.refused = error
+                return
+            self._score_batch(jobs[:half])
+            self._score_batch(jobs[half:])
+            return
+        for job, row in zip(jobs, scores, strict=True):
+            job.recording.scores[job.start] = row
 
     def _log_probabilities(self, waves):
-        """Log-probabilities (batch, classes) in float64 of (samples,) arrays of float32 at 16 kHz, longest first."""
+        """Log-probabilities (batch, classes) in float64 of (samples,) arrays of float32 at 16 kHz, longest first.
+
+        Raises
+        ------
+        AudioError
+            "too long" where the longest is too long for the encoder.
+        """
         raise NotImplementedError
 
     def _answer(self, recording, source):
+        if recording.refused is not None:
+            raise recording.refused
         heard = recording.outcome()
         counted = set(heard.counted)
         # Normalised once more in double precision, so that probabilities sum to one as exactly as floats can.
-        mean = np.exp(log_softmax(np.mean([heard.scores[start] for start in heard.counted], axis=0)))
+        with np.errstate(invalid="ignore"):
+            mean = np.exp(log_softmax(np.mean([heard.scores[start] for start in heard.counted], axis=0)))
+        if not np.isfinite(mean).all():
+            raise AudioError(
+                audio.NON_FINITE,
+                "the network gives scores that are no numbers: the samples are far beyond full scale, or the model is "
+                "damaged",
+            )
         best = int(mean.argmax())
         accent, probability = self.labels[best], float(mean[best])
         decided = self.threshold is None or probability >= self.threshold
@@ -288,6 +314,14 @@ class RecordingClassifier:
 
     def _named(self, probabilities):
         return dict(zip(self.labels, probabilities.tolist(), strict=True))
+
+
+def _or_failure(source, work, *arguments):
+    """What the work gives, or why there is nothing."""
+    try:
+        return work(*arguments)
+    except AudioError as error:
+        return Failure(source, error.reason, str(error))
 
 
 def _buckets(lengths, most):

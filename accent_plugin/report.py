@@ -21,6 +21,9 @@ PREDICTIONS_FILE = "predictions.csv"
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
 LEAK_FILE = "leak.md"
+COMPARISON_FILES = ("comparison.json", "comparison.md")
+_PICTURES = ("confusion", "recall", "reliability", "scores", "coverage")
+_PICTURES_OF_SOME = ("speakers", "curves")  # where clients, or epochs, are known
 PROBABILITY = "p_"  # prefix of the probability columns
 MOST_ROWS = 250  # speakers in the table; predictions.csv has them all
 
@@ -488,6 +491,13 @@ def write_report(
     return metrics
 
 
+def remove_report(folder):
+    """Remove what `write_report` writes to a folder, and nothing else."""
+    pictures_of_it = (f"{name}.png" for name in (*_PICTURES, *_PICTURES_OF_SOME))
+    for name in (METRICS_FILE, PREDICTIONS_FILE, MARKDOWN_FILE, HTML_FILE, *pictures_of_it):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
 def _speakers(p):
     return len({client or f"\0{clip}" for client, clip in zip(p.client_ids, p.ids, strict=True)})
 
@@ -501,7 +511,7 @@ def _band(clean, degraded, draws, seed):
 
 def _draw(folder, p, metrics, rows, curves, selected_epoch):
     """Draw every picture and return their file names."""
-    images = {name: f"{name}.png" for name in ("confusion", "recall", "reliability", "scores", "coverage")}
+    images = {name: f"{name}.png" for name in _PICTURES}
     counts = metrics["confusion"]
     matrices = {"by clip": counts["clips"], "by speaker": counts["speakers"]}
     pictures.confusion(folder / images["confusion"], p.labels, {k: v for k, v in matrices.items() if v is not None})
@@ -509,7 +519,7 @@ def _draw(folder, p, metrics, rows, curves, selected_epoch):
     pictures.reliability(folder / images["reliability"], p, metrics["clip"]["expected_calibration_error"]["value"])
     pictures.scores(folder / images["scores"], p)
     pictures.coverage(folder / images["coverage"], metrics["risk_coverage"])
-    for name, wanted in (("speakers", rows), ("curves", curves)):
+    for name, wanted in zip(_PICTURES_OF_SOME, (rows, curves), strict=True):
         if wanted:
             images[name] = f"{name}.png"
         else:
@@ -531,8 +541,9 @@ def write_comparison(folder, a_name, b_name, comparison):
     comparison : dict
         From `accent_plugin.metrics.compare`.
     """
-    _write_json(Path(folder) / "comparison.json", {"a": a_name, "b": b_name, **comparison})
-    _write(Path(folder) / "comparison.md", to_markdown(_compared(a_name, b_name, comparison)))
+    figures, text = (Path(folder) / name for name in COMPARISON_FILES)
+    _write_json(figures, {"a": a_name, "b": b_name, **comparison})
+    _write(text, to_markdown(_compared(a_name, b_name, comparison)))
 
 
 def _compared(a_name, b_name, comparison):

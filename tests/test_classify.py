@@ -1,8 +1,11 @@
 """`accent-plugin classify` and `evaluate`: many files, formats, going on, and the report of a bundle."""
 
 import csv
+import io
 import json
+import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -11,9 +14,12 @@ from datasets_for_tests import encode, noise, save, three_splits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from accent_plugin import classify, cli, evaluation, manifests
+from accent_plugin import bundle, classify, cli, evaluation, manifests
+from accent_plugin.encoder import make_encoder
 from accent_plugin.errors import ConfigError, DataError
 from accent_plugin.inference import AccentClassifier, Failure
+from accent_plugin.model import AccentModel
+from accent_plugin.predictions import Prediction
 
 LABELS = ("us", "england", "australia")
 
@@ -45,7 +51,26 @@ def rounded(text):
 
 
 def read(output):
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+class Fake:
+    """Answers by a file's name alone, without a network."""
+
+    labels, identity = LABELS, "0123456789ab"
+    window_seconds, hop_seconds = 10.0, 5.0
+
+    def __init__(self, threshold=None):
+        self.threshold = threshold
+
+    @staticmethod
+    def predict_files(sources, **reading):
+        for source in sources:
+            if len(source) % 3 == 0:
+                yield Failure(source, "undecodable", f"{source} cannot be decoded")
+            else:
+                scores = dict(zip(LABELS, (0.5, 0.3, 0.2), strict=True))
+                yield Prediction("us", "us", 0.5, scores, float(len(source)), 1.5, True, source)
 
 
 def test_folders_are_searched_and_files_taken_as_they_are(speech):
@@ -56,6 +81,17 @@ def test_folders_are_searched_and_files_taken_as_they_are(speech):
 def test_a_folder_without_audio_is_refused(tmp_path):
     with pytest.raises(DataError, match="holds no audio file .*.wav"):
         list(classify.find([tmp_path]))
+
+
+def test_folders_and_hidden_files_inside_a_folder_are_no_sound(speech):
+    """macOS leaves a `._x.mp3` beside each x.mp3 on foreign disks; what is given by name is taken."""
+    (speech / "album.wav").mkdir()
+    (speech / ".trash").mkdir()
+    (speech / "gone.wav").symlink_to("nowhere")
+    for name in ("._a.wav", ".trash/e.wav", "album.wav/f.wav"):
+        (speech / name).write_bytes(b"")
+    found = [path.removeprefix(str(speech)) for path in classify.find([speech, speech / "._a.wav"])]
+    assert found == ["/a.wav", "/album.wav/f.wav", "/b.flac", "/d.wav", "/gone.wav", "/more/c.wav", "/._a.wav"]
 
 
 def test_one_line_for_each_file_in_order_and_bad_ones_named(classifier, speech, tmp_path, capsys):
@@ -98,15 +134,15 @@ def test_a_second_run_goes_on(classifier, speech, tmp_path, format, cut):
     output.write_bytes(b"".join(lines[:3]) + (lines[3][:cut] if cut else b""))
     seen = []
 
-    class Spy:
-        labels, identity = classifier.labels, classifier.identity
+    class Spy(Fake):
+        identity = classifier.identity
 
         @staticmethod
         def predict_files(paths, **reading):
             seen.extend(paths)
             return classifier.predict_files(seen, **reading)
 
-    assert answers(Spy, sources, output, format) == (3, 1)
+    assert answers(Spy(), sources, output, format) == (3, 1)
     # To the fourth decimal: other clips share the batches now, which shows in the sixth.
     assert rounded(output.read_text(encoding="utf-8")) == rounded(whole.read_text(encoding="utf-8"))
     assert seen == sources[3 - (format == "csv") :]
@@ -121,13 +157,97 @@ def test_answers_of_another_model_are_not_mixed(classifier, speech, tmp_path):
         answers(classifier, sources, output)
 
 
-@pytest.mark.parametrize("content", ["my thesis\n", "[]\n", '{"source": 1}\n'])
+NAMES = st.one_of(
+    st.text(min_size=1, max_size=6),
+    st.text('a"\n\r\x85\u2028,é', min_size=1, max_size=6),
+    # As the system gives names that are not UTF-8.
+    st.binary(min_size=1, max_size=4).map(os.fsdecode),
+)
+
+
 @pytest.mark.parametrize("format", ["jsonl", "csv"])
-def test_other_peoples_files_are_left_alone(classifier, speech, tmp_path, format, content):
-    (tmp_path / "out").write_text(content, encoding="utf-8")
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(names=st.lists(NAMES, max_size=6), share=st.floats(0, 1))
+def test_a_second_run_goes_on_wherever_the_first_was_killed(tmp_path, format, names, share):
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    whole.unlink(missing_ok=True)
+    counts = answers(Fake(), names, whole, format)
+    content = whole.read_bytes()
+    output.write_bytes(content[: round(share * len(content))])
+    assert answers(Fake(), names, output, format) == counts
+    assert output.read_bytes() == content
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_names_come_back_as_they_are(tmp_path, format):
+    names = ["a\nb.wav", "c\rd", 'e"f', "g\u2028h\x85", os.fsdecode(b"\xffi"), "名"]
+    answers(Fake(), names, tmp_path / "out", format)
+    if format == "jsonl":
+        found = [record["source"] for record in read(tmp_path / "out")]
+    else:
+        with open(tmp_path / "out", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            found = [row["source"] for row in csv.DictReader(file)]
+    assert found == names
+
+
+def test_a_file_that_is_given_twice_is_answered_once(tmp_path):
+    assert answers(Fake(), ["a.wav", "a.wav"], tmp_path / "out") == (1, 0)
+    assert len(read(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_answers_of_other_options_are_not_mixed(tmp_path, format):
+    answers(Fake(), ["a.wav"], tmp_path / "out", format)
+    with pytest.raises(DataError, match="holds answers with threshold None, not 0.9"):
+        answers(Fake(threshold=0.9), ["a.wav", "b.wav"], tmp_path / "out", format)
+    answers(Fake(threshold=0.9), ["a.wav"], tmp_path / "more", format)
+    assert answers(Fake(threshold=0.9), ["a.wav", "b.wav"], tmp_path / "more", format) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"my thesis\n", b"my notes", b"\x00\xff\xfe", b"[]\n", b'{"source": 1}\n', b"[" * 100_000 + b"\n", b"source,note"],
+)
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_other_peoples_files_are_left_alone(tmp_path, format, content):
+    (tmp_path / "out").write_bytes(content)
     with pytest.raises(DataError, match="is no output of accent-plugin classify"):
-        answers(classifier, [str(speech / "a.wav")], tmp_path / "out", format)
-    assert (tmp_path / "out").read_text(encoding="utf-8") == content
+        answers(Fake(), ["a.wav"], tmp_path / "out", format)
+    assert (tmp_path / "out").read_bytes() == content
+
+
+def test_what_was_written_after_our_answers_is_left_alone(tmp_path):
+    answers(Fake(), ["a.wav"], tmp_path / "out")
+    content = (tmp_path / "out").read_bytes() + b"my notes"
+    (tmp_path / "out").write_bytes(content)
+    with pytest.raises(DataError, match="is no output of accent-plugin classify"):
+        answers(Fake(), ["a.wav"], tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["nowhere/out.jsonl", "."])
+def test_an_output_that_cannot_be_written(tmp_path, name):
+    with pytest.raises(DataError, match="cannot be written: .*\nmake its folder first, or choose another --output"):
+        answers(Fake(), ["a.wav"], tmp_path / name)
+
+
+def test_names_that_a_terminal_would_obey(capsys):
+    classify.run(Fake(), ["\x1b[2J\na", "\x1b\nb"], "table", progress=False)
+    printed = capsys.readouterr()
+    assert printed.out == (
+        "-  failed: undecodable: \\x1b[2J\\na cannot be decoded  \\x1b[2J\\na\n"
+        "-  failed: undecodable: \\x1b\\nb cannot be decoded  \\x1b\\nb\n"
+    )
+    assert "\x1b" not in printed.err and len(printed.err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("format", ["table", "jsonl", "csv"])
+def test_a_name_that_stdout_cannot_encode(monkeypatch, format):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    monkeypatch.setattr(cli, "_classifier", lambda *_, **__: Fake())
+    assert cli.main(["classify", "名", os.fsdecode(b"\xff.wav"), "--model", "x", "--format", format]) == 0
+    text = sys.stdout.buffer.getvalue().decode("latin-1")
+    assert "\\u540d" in text and "\\udcff.wav" in text
 
 
 def test_an_unknown_format(classifier):
@@ -144,6 +264,16 @@ def test_command_exits_with_1_when_a_file_fails(tiny_bundle, speech, tmp_path):
     assert len(output.read_text(encoding="utf-8").splitlines()) == 5
     (speech / "d.wav").unlink()
     assert cli.main(["classify", str(speech), "--model", str(tiny_bundle), "--format", "jsonl"]) == 0
+
+
+def test_command_cuts_windows(tiny_bundle, speech, capsys):
+    command = ["classify", str(speech / "a.wav"), "--model", str(tiny_bundle), "--format", "jsonl"]
+    assert cli.main([*command, "--window_seconds", "0.6"]) == 0
+    assert cli.main([*command, "--window_seconds", "0.6", "--hop_seconds", "0.6"]) == 0
+    halves, apart = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [window["start"] for window in halves["windows"]] == pytest.approx([0, 0.3, 0.6])
+    assert [window["start"] for window in apart["windows"]] == pytest.approx([0, 0.6])
+    assert (apart["window_seconds"], apart["hop_seconds"]) == (0.6, 0.6)
 
 
 def test_command_abstains(tiny_bundle, speech, capsys):
@@ -234,6 +364,96 @@ def test_clips_that_cannot_be_heard_are_counted(classifier, tmp_path):
     rows, _ = evaluation.read(save(tmp_path / "data", **tables), LABELS)
     predictions, failures = evaluation.evaluate(classifier, rows, progress=False)
     assert (len(predictions.ids), dict(failures)) == (5, {"silent": 1})
+
+
+def test_a_clip_that_is_too_long_for_the_encoder_is_counted(tmp_path, tiny_encoder):
+    model = AccentModel(make_encoder(str(tiny_encoder("whisper"))), LABELS)
+    folder = bundle.write(tmp_path / "bundle", model, LABELS, encoder_name="tiny", pooling="mean")
+    classifier = AccentClassifier.from_bundle(folder, device="cpu", batch_seconds=200, **evaluation.WHOLE_CLIPS)
+    tables = three_splits(LABELS, clients=(1, 1, 1))
+    tables["test"][0]["audio"] = {"bytes": encode(noise(30.2)), "path": "long.flac"}
+    tables["test"][1]["audio"] = {"bytes": encode(noise(29.8)), "path": "just.flac"}
+    rows, _ = evaluation.read(save(tmp_path / "data", **tables), LABELS)
+    predictions, failures = evaluation.evaluate(classifier, rows, progress=False)
+    assert (len(predictions.ids), dict(failures)) == (5, {"too long": 1})
+
+
+def test_columns_of_other_names_are_evaluated_too(tiny_bundle, tmp_path, capsys):
+    tables = three_splits(LABELS, clients=(1, 1, 1))
+    tables = {split: [row | {"dialect": row["accent"]} for row in table] for split, table in tables.items()}
+    data = save(tmp_path / "data", without=("accent",), **tables)
+    command = ["evaluate", "--model", str(tiny_bundle), "--data", str(data), "--out", str(tmp_path / "report")]
+    assert cli.main(command) == 2
+    assert "pass --accent_column NAME" in capsys.readouterr().err
+    assert cli.main([*command, "--accent_column", "dialect"]) == 0
+
+
+def test_a_manifest_has_columns_of_its_own(tmp_path):
+    (tmp_path / "test.csv").write_text("")
+    with pytest.raises(DataError, match="is a manifest, whose columns have their names: leave accent_column out"):
+        evaluation.read(tmp_path / "test.csv", LABELS, columns={"accent": "dialect", "client": None})
+
+
+def bundle_with(labels, folder, tiny_encoder):
+    model = AccentModel(make_encoder(str(tiny_encoder("moonshine"))), labels)
+    return str(bundle.write(folder, model, labels, encoder_name="tiny", pooling="mean"))
+
+
+def test_bundles_of_other_labels_are_told_before_the_work(tiny_bundle, tiny_encoder, tmp_path, capsys, monkeypatch):
+    other = bundle_with(("us", "scotland"), tmp_path / "other", tiny_encoder)
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    assert cli.main(["evaluate", "--model", str(tiny_bundle), "--model", other, "--data", "x"]) == 2
+    assert "cannot be compared: " in capsys.readouterr().err
+
+
+def test_a_folder_that_is_none_is_told_before_the_work(tiny_bundle, tmp_path, capsys, monkeypatch):
+    data = save(tmp_path / "data", **three_splits(LABELS, clients=(1, 1, 1)))
+    (tmp_path / "out").write_text("")
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    command = ["evaluate", "--model", str(tiny_bundle), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 2
+    assert "choose another --out" in capsys.readouterr().err
+
+
+def test_an_evaluation_replaces_what_an_earlier_one_wrote(tiny_bundle, tmp_path, capsys):
+    data, out = save(tmp_path / "data", **three_splits(LABELS, clients=(1, 1, 2))), tmp_path / "out"
+    command = ["evaluate", "--data", str(data), "--out", str(out), "--model", str(tiny_bundle)]
+    assert cli.main([*command, "--model", str(tiny_bundle)]) == 0
+    two = {str(path.relative_to(out)) for path in out.rglob("*")}
+    (out / "model_2" / "mine.txt").write_text("")
+    assert cli.main(command) == 0
+    one = {str(path.relative_to(out)) for path in out.rglob("*")} - {"model_2", "model_2/mine.txt"}
+    assert one and not one & two
+    assert cli.main([*command, "--model", str(tiny_bundle)]) == 0
+    assert {str(path.relative_to(out)) for path in out.rglob("*")} == two | {"model_2/mine.txt"}
+
+
+def test_an_evaluation_leaves_the_files_of_others(tiny_bundle, tmp_path, capsys):
+    data, out = save(tmp_path / "data", **three_splits(LABELS, clients=(1, 1, 2))), tmp_path / "out"
+    out.mkdir()
+    foreign = {
+        "metrics.json": json.dumps({"command": "train.py hparams.yaml"}),
+        "report.md": "of training",
+        "comparison.md": "of compare",
+    }
+    for name, content in foreign.items():
+        (out / name).write_text(content)
+    models = ["--model", str(tiny_bundle)] * 2
+    assert cli.main(["evaluate", *models, "--data", str(data), "--out", str(out)]) == 0
+    assert (out / "metrics.json").read_text() == foreign["metrics.json"]
+    assert (out / "report.md").read_text() == foreign["report.md"]
+
+
+def test_two_bundles_are_compared_on_the_clips_that_both_answered(tiny_bundle, tiny_encoder, tmp_path, caplog):
+    model = AccentModel(make_encoder(str(tiny_encoder("whisper"))), LABELS)
+    whisper = bundle.write(tmp_path / "bundle", model, LABELS, encoder_name="tiny", pooling="mean")
+    tables = three_splits(LABELS, clients=(1, 1, 2))
+    tables["test"][0]["audio"] = {"bytes": encode(noise(30.2)), "path": "long.flac"}
+    data, out = save(tmp_path / "data", **tables), tmp_path / "out"
+    models = ["--model", str(whisper), "--model", str(tiny_bundle)]
+    assert cli.main(["evaluate", *models, "--data", str(data), "--out", str(out)]) == 1
+    assert json.loads((out / "comparison.json").read_text(encoding="utf-8"))["clips"] == 11
+    assert "only one of the two could classify, left out of the comparison: 1" in caplog.text
 
 
 @pytest.mark.parametrize("accent", ["Kentish", ""])

@@ -1,6 +1,8 @@
 """The command line as a user runs it: what it prints where, and its exit codes."""
 
+import io
 import json
+import logging
 import subprocess
 import sys
 
@@ -179,3 +181,57 @@ def test_values_that_a_terminal_would_obey(tmp_path):
 def test_a_number_that_is_none(tmp_path):
     code, _, stderr = run("prepare", tmp_path, "--out", tmp_path / "out", "--max_clips_per_client", "many")
     assert code == 2 and "'many' is neither a number nor none" in stderr
+
+
+def test_a_closed_stdout(tmp_path):
+    command = f"{sys.executable} -m accent_plugin.cli summarise {tmp_path} >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "stdout is closed: results would be lost; open it, or use /dev/null\n")
+
+
+def test_a_closed_stderr(tmp_path):
+    """Notes must not end up among the results."""
+    command = f"{sys.executable} -m accent_plugin.cli summarise {tmp_path} 2>&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["classify", "x", "--model", "m"], "interrupted"),
+        (["classify", "x", "--model", "m", "--output", "o", "--format", "table"], "interrupted"),
+        (["classify", "x", "--model", "m", "--output", "o"], "interrupted: the same command goes on from here"),
+        (["prepare", "x", "--out", "o"], "interrupted: the same command goes on from here"),
+        (["summarise", "x"], "interrupted"),
+    ],
+)
+def test_an_interrupt_promises_what_is_true(arguments, said, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, f"_{arguments[0]}", interrupted)
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err == f"{said}\n"
+
+
+def test_errors_name_files_that_a_terminal_would_obey(tmp_path, capsys):
+    assert cli.main(["summarise", str(tmp_path / "\x1b[2J")]) == 2
+    assert "\\x1b[2J" in capsys.readouterr().err
+
+
+def test_help_of_classify_lists_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["classify", "--help"])
+    printed = capsys.readouterr().out
+    assert "exit code: 0" in printed and "remove their lines" in printed
+
+
+def test_notes_go_to_the_stderr_of_the_time(monkeypatch):
+    """Called from a program that replaces and closes it, as tests do."""
+    first, second = io.StringIO(), io.StringIO()
+    for stream in (first, second):
+        monkeypatch.setattr(sys, "stderr", stream)
+        cli._log_to_stderr()
+        logging.getLogger("accent_plugin.somewhere").info("a note")
+    assert (first.getvalue(), second.getvalue()) == ("a note\n", "a note\n")

@@ -376,6 +376,34 @@ def test_a_bad_clip_of_a_batch_is_named():
     assert stub().predict_batch([]) == []
 
 
+class Spoilt(torch.nn.Module):
+    """What a network of NaN weights scores: clips that are louder than 0.5 only, so that batches mix the two."""
+
+    def forward(self, wavs, lens):
+        return torch.where(wavs.abs().amax(dim=1) > 0.5, torch.nan, 0.0).view(-1, 1, 1)
+
+
+def test_an_answer_is_never_nan(tmp_path):
+    classifier = stub()
+    classifier.mods.embedding_model = Spoilt()
+    loud, quiet = tone(1.0, level=0.9), tone(1.0)
+    for door in (lambda: classifier.predict(loud, 16_000), lambda: classifier.predict_file(encode(loud))):
+        with pytest.raises(AudioError, match="scores that are no numbers") as caught:
+            door()
+        assert caught.value.reason == "non-finite"
+    answers = list(classifier.predict_files([encode(quiet), encode(loud), encode(quiet)]))
+    assert [type(answer) for answer in answers] == [Prediction, Failure, Prediction]
+    assert answers[1].reason == "non-finite"
+
+
+@pytest.mark.parametrize("factor", [1e20, 3e37])
+def test_samples_beyond_all_measure(classifier, factor):
+    """The network's squares overflow; whatever it makes of that, it is an answer or a reason."""
+    wave = noise() * np.float32(factor)
+    for answer in classifier.predict_files([encode(wave, format="WAV", subtype="FLOAT")]):
+        assert getattr(answer, "reason", None) == "non-finite" or np.isfinite(answer.probability)
+
+
 KINDS = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", None), ("MP3", None), ("OGG", "VORBIS"), ("OGG", "OPUS")]
 
 
@@ -578,6 +606,44 @@ def test_an_error_of_the_callers_iterator_reaches_the_caller():
     assert threading.active_count() == threads
 
 
+class Broken(io.BytesIO):
+    """A file object with an error of its own."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def seekable(self):
+        return False
+
+    def read(self, size=-1):
+        raise self.error
+
+
+def test_an_error_of_a_file_object_is_its_own_failure():
+    good = encode(tone(1.0))
+    answers = list(stub().predict_files([good, Broken(RuntimeError("the socket is gone")), good], workers=2))
+    assert [type(answer) for answer in answers] == [Prediction, Failure, Prediction]
+    assert str(answers[1]) == "undecodable: it cannot be read: RuntimeError: the socket is gone"
+
+
+def test_an_error_in_the_rest_of_a_file_is_its_own_failure(monkeypatch):
+    def stream(source, seconds):
+        yield from [tone(1.0)] * 3
+        raise RuntimeError("the socket is gone")
+
+    monkeypatch.setattr(audio, "stream", stream)
+    (answer,) = stub().predict_files(["a.wav"])
+    assert str(answer) == "undecodable: a.wav cannot be read: RuntimeError: the socket is gone"
+
+
+def test_an_interrupt_of_a_file_object_reaches_the_caller():
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        list(stub().predict_files([Broken(KeyboardInterrupt())], workers=2))
+    assert threading.active_count() == threads
+
+
 def test_an_interrupt_ends_the_threads(monkeypatch):
     classifier = stub()
     threads = threading.active_count()
@@ -640,8 +706,13 @@ def test_whisper_takes_no_longer_window(tmp_path, tiny_encoder):
     folder = bundle.write(tmp_path / "bundle", model, LABELS, encoder_name="tiny", pooling="mean")
     classifier = AccentClassifier.from_bundle(folder, device="cpu", window_seconds=40, hop_seconds=40)
     assert classifier.predict(noise(1.0), 16_000).seconds == 1.0
-    with pytest.raises(ConfigError, match="window_seconds is 40, too long for this encoder.*30 s"):
+    with pytest.raises(AudioError, match="window_seconds is 40, too long for this encoder.*30 s") as caught:
         classifier.predict(noise(35.0), 16_000)
+    assert caught.value.reason == "too long"
+    # In one batch with others, which are answered; and of a file that is streamed.
+    answers = list(classifier.predict_files([encode(noise(s)) for s in (29.8, 30.2, 29.9, 70.0)], batch_seconds=200))
+    assert [str(answer)[:8] for answer in answers if isinstance(answer, Failure)] == ["too long"] * 2
+    assert [answer.seconds for answer in answers[::2]] == [29.8, 29.9]
 
 
 def test_threads_may_share_a_classifier(classifier):
