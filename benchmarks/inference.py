@@ -39,16 +39,20 @@ def make(folder):
     bundle.write(folder / "bundle", accents, LABELS, encoder_name="wav2vec2-base, random weights", pooling="mean")
 
 
+def decoded(path):
+    """A file as transformers' pipeline takes it: decoded here, since it would need FFmpeg; it resamples by itself."""
+    samples, rate = soundfile.read(path, dtype="float32")
+    return {"raw": samples if samples.ndim == 1 else samples.mean(axis=1), "sampling_rate": rate}
+
+
 def peers(folder):
     """Name -> function that classifies a list of paths."""
     pipe = pipeline("audio-classification", model=str(folder / "hf"), device="cpu")
     stock = EncoderClassifier.from_hparams(source=str(folder / "bundle"), savedir=str(folder / "saved"))
 
     def run_pipeline(paths):
-        # Decoded here, since the pipeline would need FFmpeg; it resamples by itself.
         for path in paths:
-            samples, rate = soundfile.read(path, dtype="float32")
-            pipe({"raw": samples if samples.ndim == 1 else samples.mean(axis=1), "sampling_rate": rate})
+            pipe(decoded(path))
 
     def run_stock(paths):
         for path in paths:
@@ -61,34 +65,48 @@ def peers(folder):
     return found
 
 
+def in_turns(running, paths, group):
+    """Seconds that each peer took for each group of files, by turns, after two files each to get ready."""
+    groups = [paths[i : i + group] for i in range(0, len(paths), group)]
+    took = {name: [] for name in running}
+    for run in running.values():
+        run(groups[0][:2])
+    for each in groups:
+        for name, run in running.items():
+            start = time.perf_counter()
+            run(each)
+            took[name].append(time.perf_counter() - start)
+    return took
+
+
+def ratios(took, name):
+    """How many times faster than the first peer: median over groups, lowest and highest."""
+    found = [other / own for other, own in zip(next(iter(took.values())), took[name], strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+def files_of(arguments):
+    """The first files of a folder and their seconds."""
+    paths = sorted(path for path in arguments.clips.iterdir() if path.is_file())[: arguments.files]
+    seconds = sum(soundfile.info(path).duration for path in paths)
+    print(f"{len(paths)} files, {seconds:.0f} s of audio; {torch.get_num_threads()} threads", file=sys.stderr)
+    return paths, seconds
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("clips", type=Path, help="folder of audio files")
     parser.add_argument("--files", type=int, default=48)
     parser.add_argument("--group", type=int, default=12, help="files of one turn")
     arguments = parser.parse_args()
-    paths = sorted(path for path in arguments.clips.iterdir() if path.is_file())[: arguments.files]
-    seconds = sum(soundfile.info(path).duration for path in paths)
-    print(f"{len(paths)} files, {seconds:.0f} s of audio; {torch.get_num_threads()} threads", file=sys.stderr)
+    paths, seconds = files_of(arguments)
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder))
-        running = peers(Path(folder))
-        groups = [paths[i : i + arguments.group] for i in range(0, len(paths), arguments.group)]
-        took = {name: [] for name in running}
-        for run in running.values():
-            run(groups[0][:2])
-        for group in groups:
-            for name, run in running.items():
-                start = time.perf_counter()
-                run(group)
-                took[name].append(time.perf_counter() - start)
+        took = in_turns(peers(Path(folder)), paths, arguments.group)
     print(f"bf16 is faster on this processor: {bf16_is_faster('cpu')}")
     print("| | audio seconds per second | ratio to the pipeline (median of groups, lowest to highest) |\n|---|---|---|")
-    first = took[next(iter(took))]
     for name, times in took.items():
-        ratios = [reference / own for reference, own in zip(first, times, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {seconds / sum(times):.1f} | {spread} |")
+        print(f"| {name} | {seconds / sum(times):.1f} | {ratios(took, name)} |")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,10 @@ STOREYS = [
         "recordings",
     },
     {"config", "brain", "baseline", "bands", "bundle"},
-    {"experiment", "inference", "hub"},
+    {"exchange"},
+    {"experiment", "inference", "onnx", "hub"},
     {"classify", "evaluation"},
+    {"onnx_export"},
     {"cli"},
 ]
 BESIDE = {
@@ -45,6 +47,9 @@ BESIDE = {
     ("report_html", "pictures"),
 }
 WITHOUT_TORCH = {
+    "onnx",
+    "classify",
+    "evaluation",
     "bundle_config",
     "predictions",
     "gate",
