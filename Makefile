@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 DEMO := data/demo
 
@@ -40,14 +41,15 @@ DEMO_OVERRIDES = --name demo --data_folder $(DEMO)/corpus --wav2vec2_hub $(DEMO)
 	--accents "[us, england, scotland]" --pooling attentive_statistics --number_of_epochs 4 --crop_seconds 4 \
 	--batch_seconds 32 --lr_encoder 0.001 --lr_head 0.002 --decay cosine --max_grad_norm 1.0 --num_workers 1
 
+# A thread for each worker: more would wait for each other.
 test: env
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow
 
 test-all: env
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: env
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -52,6 +52,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "confidence-intervals",
             "accelerate",
