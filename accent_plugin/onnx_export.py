@@ -301,7 +301,9 @@ def _require_packages():
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep back what the exporter says to its developers."""
+    """Keep back what exporters say to their developers."""
+    # ONNX Runtime's quantisation writes through the root logger, which gets itself a handler for all notes by that.
+    handlers = logging.root.handlers[:]
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -309,3 +311,4 @@ def _quiet():
             yield
     finally:
         logging.disable(logging.NOTSET)
+        logging.root.handlers[:] = handlers

@@ -1,6 +1,8 @@
 """The same scores from ONNX Runtime as from torch, and nothing of torch needed for them."""
 
 import json
+import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +184,14 @@ def test_a_smaller_model_is_near(traced, exported, tiny_bundle, tmp_path, precis
     assert 0 < np.abs(np.exp(ours) - np.exp(exact)).max() < 0.05
 
 
+def test_quantisation_leaves_the_root_logger_alone(exported, tmp_path, monkeypatch):
+    """ONNX Runtime gave it a handler, and every note of ours was printed twice."""
+    shutil.copy(exported / "model.onnx", tmp_path)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    onnx_export.make_smaller(tmp_path / "model.onnx", "int8")
+    assert logging.root.handlers == []
+
+
 @pytest.fixture
 def losing(monkeypatch):
     """A smaller model that loses two points."""
@@ -266,8 +276,6 @@ def test_a_bundle_and_an_export_are_told_apart(exported, tiny_bundle):
 @pytest.fixture
 def spoilt(exported, tmp_path):
     """A copy of `exported`, and a function that puts another graph into it, with the digest it then has."""
-    import shutil
-
     from accent_plugin import bundle_config
 
     folder = tmp_path / "spoilt"
