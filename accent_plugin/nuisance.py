@@ -280,7 +280,9 @@ def confound(features, accents, clients=None, *, seed, permutations=199, progres
     count = Counter(accent for _, accent in {(unit, row[1]) for unit, row in zip(units, rows, strict=True)})
     names = sorted(accent for accent in count if count[accent] >= FOLDS)
     if len(names) < 2:
-        has = ", ".join(f"{accent} {n}" for accent, n in count.most_common(5)) or "none"
+        # By name among equals: sets have another order in each process.
+        most = sorted(count.items(), key=lambda item: (-item[1], item[0]))[:5]
+        has = ", ".join(f"{accent} {n}" for accent, n in most) or "none"
         return Confound(False, f"2 accents with {FOLDS} clients or more are needed; clients are: {has}")
 
     members = [(unit, row) for unit, row in zip(units, rows, strict=True) if row[1] in names]
