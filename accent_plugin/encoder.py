@@ -485,7 +485,6 @@ class MoonshineEncoder(EncoderHalf):
 
     # (kernel, stride) of the three convolutions, which Hugging Face's configuration does not hold.
     _CONVOLUTIONS = ((127, 64), (7, 3), (3, 2))
-    _HOP = 64 * 3 * 2
     minimum_samples = 127 + ((7 - 1) + (3 - 1) * 3) * 64
 
     def frame_counts(self, counts):
