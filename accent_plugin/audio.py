@@ -292,9 +292,14 @@ def read(path, start=0, frames=-1):
             if not 0 <= start < sound.frames:
                 raise AudioError(EMPTY, f"{path} has {sound.frames} samples: nothing to read from {start} on")
             sound.seek(start)
-            return sound.read(frames, dtype="float32")
+            samples = sound.read(frames, dtype="float32")
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         raise AudioError(UNDECODABLE, f"{path} cannot be read: {_why(error)}") from None
+    if not len(samples):
+        raise AudioError(EMPTY, f"{path} breaks off before sample {start}")
+    if not np.isfinite(samples).all():
+        raise AudioError(NON_FINITE, f"{path} holds samples that are not numbers")
+    return samples
 
 
 def quantise(samples):

@@ -13,6 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
+from accent_plugin.errors import DataError
 from accent_plugin.metrics import confusion_matrix, macro_f1, unweighted_average_recall
 from accent_plugin.pooling import MeanPooling
 
@@ -43,6 +44,8 @@ def layer_means(encoder, loader, device="cpu", progress=True):
     pooling, found = MeanPooling(encoder.width), {}
     with torch.inference_mode():
         for batch in tqdm(loader, desc="frozen features", unit="batch", disable=not progress):
+            if batch.lost:
+                raise DataError("; ".join(f"{name}: {why}" for name, why in batch.lost) + "\nprepare the data again")
             batch = batch.to(device)
             states, valid = encoder.hidden_states(batch.wavs, batch.wav_lens)
             means = torch.stack([pooling(state, valid) for state in states], dim=1).cpu().numpy()

@@ -2,8 +2,15 @@
 
 Everything random about a clip is drawn from (seed, epoch, clip), and the composition of the batches from
 (seed, epoch): it depends neither on the number of workers nor on how often training was interrupted.
+
+Of N processes each takes every N-th batch of the same plan. A clip that cannot be read is left out of its batch, which
+carries the reason; a batch may so come to be empty.
 """
 
+import contextlib
+import logging
+import signal
+import threading
 import zlib
 from dataclasses import dataclass, replace
 
@@ -11,7 +18,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from accent_plugin import audio
+from accent_plugin import audio, interruption
+from accent_plugin.errors import AudioError, TrainingError
+
+logger = logging.getLogger(__name__)
 
 # PyTorch's own mark for a target that does not count.
 NO_LABEL = -100
@@ -29,12 +39,18 @@ class Batch:
     wav_lens : (batch,) torch.Tensor or None
         Length of each clip as a share of the longest; None where all are equally long.
     labels : (batch,) torch.Tensor of int64
+    lost : tuple of (str, str)
+        Id of each clip that could not be read, and why.
     """
 
     ids: tuple
     wavs: torch.Tensor
     wav_lens: torch.Tensor | None
     labels: torch.Tensor
+    lost: tuple = ()
+
+    def __len__(self):
+        return len(self.ids)
 
     def _map(self, function):
         lens = None if self.wav_lens is None else function(self.wav_lens)
@@ -49,15 +65,27 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A clip that could not be read."""
+
+    id: str
+    why: str
+
+
 def collate(items):
-    """Pad a list of (id, samples, label) to a `Batch`."""
+    """Pad a list of (id, samples, label), and of what was `Lost`, to a `Batch`."""
+    lost = tuple((item.id, item.why) for item in items if isinstance(item, Lost))
+    items = [item for item in items if not isinstance(item, Lost)]
+    if not items:
+        return Batch((), torch.zeros(0, 0), None, torch.zeros(0, dtype=torch.int64), lost)
     ids, waves, labels = zip(*items, strict=True)
     lengths = [len(wave) for wave in waves]
     wavs = torch.zeros(len(waves), max(lengths))
     for row, wave in zip(wavs, waves, strict=True):
         row[: len(wave)] = torch.from_numpy(wave)
     lens = torch.tensor(lengths) / max(lengths) if min(lengths) < max(lengths) else None
-    return Batch(ids, wavs, lens, torch.tensor(labels))
+    return Batch(ids, wavs, lens, torch.tensor(labels), lost)
 
 
 class ClipDataset(Dataset):
@@ -99,7 +127,10 @@ class ClipDataset(Dataset):
         index, epoch = key
         clip = self.clips[index]
         rng = np.random.default_rng([self.seed, epoch, zlib.crc32(clip.id.encode())])
-        samples = self._read(clip, rng)
+        try:
+            samples = self._read(clip, rng)
+        except AudioError as error:
+            return Lost(clip.id, str(error))
         if self.degrade is not None:
             samples = self.degrade(samples, rng)
         if self.augmentation is not None:
@@ -144,17 +175,28 @@ class BucketBatchSampler(Sampler):
     seed : int
     weights : (clips,) np.ndarray
         Draw as many clips as there are, with replacement, in proportion to these; None takes each clip once.
+    rank, processes : int
+        Take every `processes`-th batch from number `rank` on. All processes take equally many: where the last ones
+        find none, theirs is empty.
+
+    Attributes
+    ----------
+    start : int
+        Batches (of this process) at the epoch's beginning that are not drawn, because they were before a restart.
     """
 
     # Batches in a pool: more means less padding, fewer means more different batches.
     _POOL = 16
 
-    def __init__(self, seconds, batch_seconds, shuffle=True, seed=0, weights=None):
+    def __init__(self, seconds, batch_seconds, shuffle=True, seed=0, weights=None, rank=0, processes=1):
         self.seconds = np.asarray(seconds, dtype=np.float64)
         self.batch_seconds = batch_seconds
         self.shuffle = shuffle
         self.seed = seed
         self.weights = weights
+        self.rank = rank
+        self.processes = processes
+        self.start = 0
         self.epoch = 0
         self._plan_of = None
 
@@ -163,14 +205,17 @@ class BucketBatchSampler(Sampler):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.plan())
+        """Batches of this process in the whole epoch, wherever it starts."""
+        return -(-len(self.plan()) // self.processes)
 
     def __iter__(self):
-        for batch in self.plan():
-            yield [(int(index), self.epoch) for index in batch]
+        plan = self.plan()
+        for step in range(self.start, len(self)):
+            place = step * self.processes + self.rank
+            yield [(int(index), self.epoch) for index in plan[place]] if place < len(plan) else []
 
     def plan(self):
-        """The epoch's batches as a list of arrays of clip indices."""
+        """The epoch's batches, of all processes, as a list of arrays of clip indices."""
         if self._plan_of is None or self._plan_of[0] != self.epoch:
             self._plan_of = (self.epoch, self._draw())
         return self._plan_of[1]
@@ -204,9 +249,66 @@ class BucketBatchSampler(Sampler):
         return batches
 
 
+class ClipLoader(DataLoader):
+    """A DataLoader that goes on when a process that reads audio is killed; its batch sampler is a `BucketBatchSampler`.
+
+    Arguments as of a DataLoader. Its random generator is its own: to begin an epoch anew does not move the global one.
+    """
+
+    # Restarts of the workers in one epoch; who kills them has a reason, most often a lack of memory.
+    RESTARTS = 3
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, worker_init_fn=_leave_signals, generator=torch.Generator(), **keywords)
+
+    def __iter__(self):
+        first, done, restarts = self.batch_sampler.start, 0, 0
+        try:
+            while True:
+                try:
+                    for batch in self._begin():
+                        done += 1
+                        yield batch
+                    return
+                except RuntimeError as error:
+                    if "DataLoader worker" not in str(error):
+                        raise
+                    restarts += 1
+                    if restarts > self.RESTARTS:
+                        raise TrainingError(
+                            f"processes that read audio ended unexpectedly {restarts} times in one epoch: {error}\n"
+                            "the system may be short of memory: lower num_workers (0 reads without them) or "
+                            "batch_seconds; training goes on from the last checkpoint"
+                        ) from error
+                    logger.warning("a process that reads audio ended unexpectedly; they are started again (%s)", error)
+                self._iterator = None
+                self.batch_sampler.start = first + done
+        finally:
+            self.batch_sampler.start = first
+
+    def _begin(self):
+        with _without_alarm() if self.num_workers else contextlib.nullcontext():
+            return super().__iter__()
+
+
+@contextlib.contextmanager
+def _without_alarm():
+    """Keep torch from raising wherever the program is when a worker dies: whoever waits for a batch finds out."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+
+
+def _leave_signals(worker):
+    interruption.ignore()
+
+
 def make_loader(dataset, sampler, num_workers=0, pin_memory=False):
-    """A DataLoader over a `ClipDataset` with batches from a `BucketBatchSampler`."""
-    return DataLoader(
+    """A `ClipLoader` over a `ClipDataset` with batches from a `BucketBatchSampler`."""
+    return ClipLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,

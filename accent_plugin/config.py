@@ -105,6 +105,7 @@ KEYS = {
     "save_folder": _text,
     "train_log": _text,
     "skip_prep": _switch,
+    "overwrite": _switch,
     "accents": _list_of(_text, "a list of different accents"),
     "split": _one_of("speaker", "random", "both"),
     "n_folds": _whole(0),
@@ -165,6 +166,7 @@ KEYS = {
     "eval_precision": _PRECISION,
     "selection": _one_of("macro_f1", "loss", "last"),
     "early_stopping": _whole(0),
+    "ckpt_interval_minutes": _whole(0),
     "num_workers": _whole(0),
     "tensorboard": _switch,
     "augment": _switch,
@@ -258,7 +260,7 @@ class Settings:
 
 
 # Run options of SpeechBrain that have their default in the YAML.
-_SHARED = {"precision", "eval_precision", "grad_accumulation_factor", "max_grad_norm"}
+_SHARED = {"precision", "eval_precision", "grad_accumulation_factor", "max_grad_norm", "ckpt_interval_minutes"}
 
 
 def read(argv, root, look_at_data=True):
@@ -305,6 +307,9 @@ def read(argv, root, look_at_data=True):
     if overrides.get("seeds") and "output_folder" not in own:
         # One folder per seed below it, where a single run with that seed would be.
         overrides["output_folder"] = str(Path(overrides["output_folder"]).parent)
+    if run_opts.ckpt_interval_steps and "ckpt_interval_minutes" not in run_opts.overridden_args:
+        # SpeechBrain takes one or the other, and minutes have their default in the YAML.
+        overrides["ckpt_interval_minutes"] = 0
     settings = Settings(hparams_file, run_opts, overrides, Path(root))
     wrong = _wrong_values(settings.values)
     problems += wrong.values()
@@ -519,9 +524,13 @@ def _contradictions(values, run_opts):
         problems.append("whitening_passes whitens features that do not move: it needs freeze_wav2vec2 True")
     if values["whitening_passes"] and values["projector_size"] is not None:
         problems.append("whitening_passes needs features that do not move: projector_size must be null")
+    if run_opts.ckpt_interval_steps and values["ckpt_interval_minutes"]:
+        problems.append("ckpt_interval_steps and ckpt_interval_minutes were both given: leave one out")
     on_cpu = run_opts.device == "cpu"
     if on_cpu and "fp16" in (values["precision"], values["eval_precision"]):
         problems.append("fp16 does not work on a CPU; choose bf16 or fp32")
+    if values["overwrite"] and run_opts.test_only:
+        problems.append("overwrite deletes the run that test_only would evaluate: give one of the two")
     if values["skip_prep"] and values["prepared_folder"] is None:
         problems.append("skip_prep is True, but prepared_folder does not say what to take")
     if values["augment"] and not any(

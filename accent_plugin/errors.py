@@ -55,3 +55,11 @@ class BundleError(AccentPluginError):
 
 class ExchangeError(AccentPluginError):
     """A model that another library cannot hold, or one of another library that is not understood."""
+
+
+class CheckpointError(AccentPluginError):
+    """A checkpoint that cannot be written, or is damaged."""
+
+
+class TrainingError(AccentPluginError):
+    """Training that cannot go on: weights or gradients that are not finite, too many clips that cannot be read, ..."""

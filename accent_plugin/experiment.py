@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from scipy.special import log_softmax
-from speechbrain.utils.checkpoints import Checkpointer
+from speechbrain import Stage
 from tqdm import tqdm
 
-from accent_plugin import bundle, bundle_config, calibration, config, exchange, manifests, report
+from accent_plugin import bundle, bundle_config, calibration, config, exchange, manifests, processes, report
 from accent_plugin.augment import change_speed
 from accent_plugin.bands import BANDS
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, inverse_frequency, make_loader
 from accent_plugin.brain import AccentBrain, read_history
+from accent_plugin.checkpoints import AtomicCheckpointer
 from accent_plugin.errors import ConfigError, ManifestError
 from accent_plugin.metrics import Predictions, compare, out_of_set, pool, summarise
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Evaluation keeps no activations for a backward pass, so that more audio fits.
 _EVALUATION_BATCHES = 2
+# Clips that a note names.
+_NAMED = 10
 # Of the card that a DatasetDict carries, what a report repeats.
 _CARD_REPEATED = ("made_by", "source", "arguments", "counts", "dropped", "lost_sentences", "labels", "warnings")
 _PACKAGES = ("accent_plugin", "speechbrain", "transformers", "torch", "torchaudio", "datasets", "scikit-learn", "numpy")
@@ -56,7 +59,7 @@ def make_loaders(paths, hparams):
         if split == "train":
             dataset = ClipDataset(clips, accents, hparams["crop_seconds"], hparams["augmentation"], seed)
             weights = _clip_weights(dataset, hparams)
-            sampler = BucketBatchSampler(dataset.seconds(), hparams["batch_seconds"], seed=seed, weights=weights)
+            sampler = _sampler(dataset, hparams["batch_seconds"], seed=seed, weights=weights)
             loaders[split] = _loader(dataset, sampler, hparams)
         else:
             loaders[split] = whole_clips(clips, hparams)
@@ -67,7 +70,13 @@ def whole_clips(clips, hparams, degrade=None):
     """A loader of clips as they are, or as `degrade` leaves them, for evaluation."""
     dataset = ClipDataset(clips, hparams["accents"], degrade=degrade)
     limit = _EVALUATION_BATCHES * hparams["batch_seconds"]
-    return _loader(dataset, BucketBatchSampler(dataset.seconds(), limit, shuffle=False), hparams)
+    return _loader(dataset, _sampler(dataset, limit, shuffle=False), hparams)
+
+
+def _sampler(dataset, batch_seconds, **keywords):
+    """Batches for this one of the processes."""
+    share = {"rank": processes.rank(), "processes": processes.count()}
+    return BucketBatchSampler(dataset.seconds(), batch_seconds, **keywords, **share)
 
 
 def _loader(dataset, sampler, hparams):
@@ -203,9 +212,11 @@ def fit_whitening(brain, loader, hparams):
         ):
             loader.batch_sampler.set_epoch(epoch)
             for batch in tqdm(loader, desc="whitening", unit="batch", disable=brain.noprogressbar):
-                batch = batch.to(brain.device)
-                vectors.append(model.embed(batch.wavs, batch.wav_lens).cpu())
-                labels.append(batch.labels.cpu())
+                if len(batch):
+                    batch = batch.to(brain.device)
+                    vectors.append(model.embed(batch.wavs, batch.wav_lens).cpu())
+                    labels.append(batch.labels.cpu())
+    vectors, labels = ([item for part in processes.gather(own) for item in part] for own in (vectors, labels))
     model.whitening.fit(torch.cat(vectors), torch.cat(labels), hparams["whitening_shrinkage"])
     logger.info("whitening fitted on %d crops", sum(map(len, labels)))
 
@@ -300,7 +311,7 @@ def write_report(brain, loaders, prepared, hparams, command, temperature=1.0, fo
     -------
     predictions : accent_plugin.metrics.Predictions
     metrics : dict
-        The content of metrics.json.
+        The content of metrics.json; None in all processes but the first.
     """
     accents, clips = hparams["accents"], loaders["test"].dataset.clips
 
@@ -308,6 +319,7 @@ def write_report(brain, loaders, prepared, hparams, command, temperature=1.0, fo
         return predict(brain, clips, hparams, degrade, temperature)
 
     predictions = as_predictions(*scores(clips), accents)
+    notes = [*prepared.warnings, *_unread_note(brain.unread[Stage.TEST])]
     outside = None
     if outsiders is not None:
         heard, log_probabilities = scores(manifests.read(outsiders.paths()["test"]))
@@ -324,13 +336,20 @@ def write_report(brain, loaders, prepared, hparams, command, temperature=1.0, fo
         model=describe_model(hparams) | {"temperature": temperature, "peak_memory_bytes": max(memory, default=None)},
         command=command,
         curves=history,
-        notes=list(prepared.warnings),
+        notes=notes,
         audio=_paths(clips),
         selected_epoch=brain.best_epoch(),
         out_of_set=outside,
         bands=degraded,
     )
     return predictions, metrics
+
+
+def _unread_note(unread):
+    if not unread:
+        return []
+    names = ", ".join(sorted(unread)[:_NAMED]) + (", ..." if len(unread) > _NAMED else "")
+    return [f"{len(unread)} clips of the test split could not be read and are not scored: {names}"]
 
 
 def write_bundle(folder, brain, hparams, calibrated, metrics=None):
@@ -398,7 +417,7 @@ def export(run, out=None, device="cpu"):
     require_checkpoint(save_folder)
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, settings.overrides, overrides_must_match=False)
-    hparams["checkpointer"] = Checkpointer(save_folder, hparams["checkpointer"].recoverables)
+    hparams["checkpointer"] = AtomicCheckpointer(save_folder, hparams["checkpointer"].recoverables)
     prepared = manifests.load(settings.preparation()["prepared_folder"])
     fold = int(run.name.removeprefix("fold_")) if prepared.folds else None
     loaders = {"valid": whole_clips(manifests.read(prepared.paths(fold)["valid"]), hparams)}
@@ -533,6 +552,8 @@ def write_leak(output_folder, honest, leaky):
 
 
 def _write(output_folder, predictions, **parts):
+    if not processes.is_main():
+        return None
     folder = Path(output_folder) / "report"
     metrics = report.write_report(folder, predictions, versions=versions(), **parts)
     recall = metrics["clip"]["unweighted_average_recall"]

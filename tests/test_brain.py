@@ -1,18 +1,17 @@
 """AccentBrain: the step it takes, the rates it sets, what it saves and how it ends."""
 
-import logging
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from speechbrain.utils.checkpoints import Checkpointer
 
 from accent_plugin import audio
 from accent_plugin.batches import Batch, BucketBatchSampler, ClipDataset, make_loader
 from accent_plugin.brain import AccentBrain, learning_rate_factor, make_epoch_counter, peak_memory, read_history
-from accent_plugin.errors import AccentPluginError
+from accent_plugin.checkpoints import AtomicCheckpointer
+from accent_plugin.errors import TrainingError
 from accent_plugin.manifests import Clip
 
 
@@ -65,10 +64,11 @@ def make_brain(tmp_path):
             "train_logger": Recorder(),
             "tensorboard_logger": None,
             "max_grad_norm": 1e9,
+            "max_unreadable_share": 0.05,
             **changes,
         }
         recoverables = {"model": model, "counter": counter}
-        checkpointer = Checkpointer(tmp_path / "save", recoverables) if checkpoints else None
+        checkpointer = AtomicCheckpointer(tmp_path / "save", recoverables) if checkpoints else None
         (tmp_path / "save").mkdir(exist_ok=True)
         return AccentBrain(
             modules={"model": model},
@@ -127,6 +127,20 @@ def gradients_of_one_step(brain, batches, factor):
     return seen
 
 
+def take_steps(brain, batches):
+    """Weights of the classifier after each of some steps of one batch each."""
+    brain.train_sampler, brain._epochs = Steps(batches), 1
+    brain.init_optimizers()
+    brain.modules.train()
+    brain.on_stage_start(None)
+    weights = []
+    for batch in batches:
+        brain.step += 1
+        brain.fit_batch(batch)
+        weights.append(brain.modules.model.classifier.weight.detach().clone())
+    return weights
+
+
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0])])
 def test_a_step_takes_the_weighted_mean_over_all_its_clips_however_they_are_batched(make_brain, weights):
     labels = [0, 1, 1, 0, 1]
@@ -152,13 +166,21 @@ def test_clipping_covers_all_parameters_together(make_brain):
 
 
 def test_a_gradient_that_is_not_finite_costs_one_step_and_no_weight(make_brain, caplog):
-    brain, bad = make_brain(), batch_of([0, 1], [0, 1])
+    brain, good, bad = make_brain(), batch_of([0, 1], [0, 1]), batch_of([2, 3], [0, 1])
     bad.wavs[0, 0] = torch.nan
-    before = [p.clone() for p in brain.modules.parameters()]
-    with caplog.at_level(logging.WARNING):
-        assert gradients_of_one_step(brain, [bad], 1) == []
+    weights = take_steps(brain, [good, bad, good])
     assert brain.skipped_steps == 1 and "not finite" in caplog.text
-    assert all(torch.equal(a, b) for a, b in zip(before, brain.modules.parameters(), strict=True))
+    assert torch.equal(weights[1], weights[0]) and not torch.equal(weights[2], weights[1])
+    # Momentum and decay did not move either: the steps are those without the bad batch.
+    assert torch.equal(take_steps(make_brain(), [good, good])[-1], weights[2])
+
+
+def test_gradients_that_are_never_finite_end_training_with_one_clear_error(make_brain):
+    bad = batch_of([0, 1], [0, 1])
+    bad.wavs[0, 0] = torch.nan
+    with pytest.raises(TrainingError, match="the last 3 steps, to step 3, were not finite") as caught:
+        take_steps(make_brain(run_opts={"nonfinite_patience": 2}), [bad] * 9)
+    assert "lr_encoder" in str(caught.value)
 
 
 def test_encoder_and_head_have_their_own_rates(make_brain, loader):
@@ -235,7 +257,7 @@ def test_spoilt_weights_end_with_one_clear_error(make_brain, loader):
     with torch.no_grad():
         brain.modules.model.classifier.weight.fill_(torch.nan)
     brain.nonfinite_patience = 100
-    with pytest.raises(AccentPluginError, match="validation loss of epoch 1 is not finite"):
+    with pytest.raises(TrainingError, match="validation loss of epoch 1 is not finite"):
         brain.fit(brain.hparams.epoch_counter, loader(), loader())
 
 

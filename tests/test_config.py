@@ -93,6 +93,7 @@ def test_all_problems_are_named_at_once(read):
         (["--num_layers", "2", "--freeze_layers", "3"], "freeze_layers 3 is more than num_layers 2"),
         (["--precision", "fp16", "--device", "cpu"], "fp16 does not work on a CPU"),
         (["--skip_prep", "True"], "skip_prep is True, but prepared_folder does not say"),
+        (["--overwrite", "True", "--test_only"], "overwrite deletes the run that test_only would evaluate"),
         (["--wav2vec2_hub", "./nowhere"], "wav2vec2_hub: there is no folder"),
     ],
 )

@@ -11,8 +11,9 @@ PACKAGE = Path(accent_plugin.__file__).parent
 # From the ground up; a room may import rooms of lower storeys, and of its own where it is named in BESIDE.
 STOREYS = [
     {"errors"},
-    {"labels", "audio", "disk", "pooling", "whitening", "convolutions", "adapters", "predictions", "gate"},
-    {"bundle_config"},
+    {"labels", "audio", "disk", "pooling", "whitening", "convolutions", "adapters", "predictions", "gate"}
+    | {"processes", "interruption"},
+    {"bundle_config", "checkpoints", "position"},
     {"splits", "metrics", "augment", "encoder", "tiny", "nuisance"},
     {"sources", "selection", "synthetic", "shards", "readahead"},
     {
@@ -31,7 +32,7 @@ STOREYS = [
         "recordings",
     },
     {"config", "brain", "baseline", "bands", "bundle"},
-    {"exchange"},
+    {"exchange", "run_folder"},
     {"experiment", "inference", "onnx", "hub"},
     {"classify", "evaluation"},
     {"onnx_export"},
@@ -47,6 +48,8 @@ BESIDE = {
     ("report_html", "pictures"),
 }
 WITHOUT_TORCH = {
+    "run_folder",
+    "interruption",
     "onnx",
     "classify",
     "evaluation",

@@ -5,9 +5,12 @@
 
 prepares the data (a DatasetDict on disk), trains, and writes a report on the test split. Every hyperparameter of the
 YAML can be changed on the command line; `--test_only True` evaluates a finished run again, `--n_folds 5` tests every
-speaker once, `--seeds 1,2,3` trains three times, `--split both` shows what shared speakers would add.
+speaker once, `--seeds 1,2,3` trains three times, `--split both` shows what shared speakers would add. Interrupted, the
+same command goes on; `torchrun --nproc_per_node=4 train.py ...` trains on four GPUs.
 """
 
+import contextlib
+import dataclasses
 import errno
 import os
 import shlex
@@ -19,36 +22,73 @@ import torch
 from common_voice_accent_prepare import prepare_common_voice_accent
 from hyperpyyaml import load_hyperpyyaml
 
-from accent_plugin import config, experiment
+from accent_plugin import config, experiment, interruption, processes, run_folder
 from accent_plugin.brain import AccentBrain
-from accent_plugin.errors import AccentPluginError, ConfigError
+from accent_plugin.errors import AccentPluginError, ConfigError, DataError
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Answers of the file system that a user can do something about.
-FOLDER_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
+FOLDER_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
 
 
 def run(settings, command, fold=None):
     """Prepare, train and evaluate once; return predictions and metrics of the test split."""
     # Written down with the run, so that it can be exported from anywhere.
-    settings = settings.but(prepared_folder=str(settings.preparation()["prepared_folder"]))
+    settings = settings.but(prepared_folder=processes.from_main(lambda: str(settings.preparation()["prepared_folder"])))
     values = settings.values
     if settings.run_opts.test_only:
-        experiment.require_checkpoint(values["save_folder"])
-    sb.create_experiment_directory(
-        experiment_directory=values["output_folder"],
-        hyperparams_to_save=settings.hparams_file,
-        overrides=settings.overrides,
-    )
-    prepared = prepare_common_voice_accent(**settings.preparation())
-    outsiders = settings.outsiders() and prepare_common_voice_accent(**settings.outsiders())
+        processes.from_main(experiment.require_checkpoint, values["save_folder"])
+    with contextlib.ExitStack() as owned:
+        identity = run_folder.identity(values, fold, processes.count())
+        processes.from_main(take_folder, settings, identity, owned)
+        sb.create_experiment_directory(
+            experiment_directory=values["output_folder"],
+            hyperparams_to_save=settings.hparams_file,
+            # Who runs that file again wants to go on.
+            overrides=settings.but(overwrite=False).overrides,
+        )
+        prepared = prepare(settings.preparation())
+        outsiders = settings.outsiders() and prepare(settings.outsiders())
+        processes.from_main(begin, settings, identity, run_folder.fingerprint(prepared.paths(fold)))
+        return train(settings, prepared, outsiders, command, fold)
 
+
+def take_folder(settings, identity, owned):
+    """Make the output folder this process's own, and see that it belongs to this configuration."""
+    values = settings.values
+    owned.enter_context(run_folder.claimed(values["output_folder"]))
+    if values["overwrite"] and not run_folder.restarted():
+        run_folder.clear(values["output_folder"], values["save_folder"], values["train_log"])
+    begin(settings, identity, None)
+
+
+def begin(settings, identity, data):
+    """Refuse to go on in the folder of another configuration or, where they are known, other data."""
+    values, test_only = settings.values, settings.run_opts.test_only
+    run_folder.begin(values["output_folder"], identity, data, save_folder=values["save_folder"], test_only=test_only)
+
+
+def prepare(arguments):
+    """Prepare the data in the first process."""
+    prepared = processes.from_main(prepare_common_voice_accent, **arguments)
+    if not prepared.folder.is_dir():
+        raise DataError(
+            f"{prepared.folder} was prepared on another machine and is not to be seen here: "
+            "give a prepared_folder that all machines share"
+        )
+    return prepared
+
+
+def train(settings, prepared, outsiders, command, fold):
+    """Build everything, train, evaluate, and write report and bundle."""
+    values = settings.values
     with open(settings.hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, settings.overrides, overrides_must_match=False)
     loaders = experiment.make_loaders(prepared.paths(fold), hparams)
     if hparams["method"] == "logistic_regression":
         return experiment.run_baseline(loaders, prepared, hparams, command, fold, settings.run_opts.device or "cpu")
 
+    hparams["checkpointer"].tidy()
     brain = AccentBrain(
         modules=hparams["modules"],
         hparams=hparams,
@@ -64,7 +104,7 @@ def run(settings, command, fold=None):
     predictions, metrics = experiment.write_report(
         brain, loaders, prepared, hparams, command, calibrated["temperature"], fold, outsiders
     )
-    if fold is None:
+    if fold is None and processes.is_main():
         experiment.write_bundle(Path(values["output_folder"]) / "bundle", brain, hparams, calibrated, metrics)
     return predictions, metrics
 
@@ -79,8 +119,8 @@ def run_folds(settings, command):
     folds = [run(settings.but(output_folder=str(output / f"fold_{fold}")), command, fold) for fold in chosen]
     if values["fold"]:
         return folds[0][1]
-    prepared = prepare_common_voice_accent(**settings.preparation())
-    return experiment.write_pooled_report(output, folds, prepared, command)
+    prepared = prepare(settings.preparation())
+    return experiment.write_pooled_report(output, folds, prepared, command) if processes.is_main() else None
 
 
 def run_seeds(settings, command):
@@ -94,7 +134,8 @@ def run_seeds(settings, command):
     for seed in values["seeds"]:
         folder = output / str(seed)
         runs[str(folder)] = run_folds(settings.but(seed=seed, output_folder=str(folder)), command)
-    experiment.write_seeds(output, runs)
+    if processes.is_main():
+        experiment.write_seeds(output, runs)
 
 
 def run_splits(settings, command):
@@ -102,8 +143,24 @@ def run_splits(settings, command):
     runs = settings.splits()
     for one in runs:
         run_seeds(one, command)
-    if len(runs) > 1:
+    if len(runs) > 1 and processes.is_main():
         experiment.write_leak(settings.values["output_folder"], *(one.values["output_folder"] for one in runs))
+
+
+def start(argv):
+    """Read and check the command line, join the other processes if there are any, and run."""
+    settings = config.read(argv, PROJECT, look_at_data=processes.speaks())
+    if processes.launched() and settings.values["method"] != "fine_tuning":
+        raise ConfigError(f"method {settings.values['method']} takes one process: start python train.py, not torchrun")
+    settings = dataclasses.replace(settings, run_opts=processes.start(settings.run_opts))
+    run_splits(settings, shlex.join(["python", "train.py", *argv]))
+    processes.stop()
+
+
+def complain(text):
+    """Print an error, with the number of the process where there are several."""
+    rank = f"[process {os.environ['RANK']}] " if processes.launched() else ""
+    print(f"{rank}{text}", file=sys.stderr, flush=True)
 
 
 def main(argv):
@@ -112,20 +169,29 @@ def main(argv):
         print(__doc__)
         return 0
     try:
-        if "RANK" in os.environ:
-            raise ConfigError("training on several processes is not supported yet: start python train.py, not torchrun")
-        run_splits(config.read(argv, PROJECT), shlex.join(["python", "train.py", *argv]))
+        with interruption.immediate():
+            start(argv)
+    except interruption.Interrupted as error:
+        complain(f"stopped by {error}: what is finished is kept; run the same command again, and it goes on")
+        return error.exit_code
     except AccentPluginError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        # Before they have joined, all processes of a machine find the same.
+        if processes.speaks() or processes.count() > 1:
+            complain(f"{type(error).__name__}: {error}")
         return 2
     except torch.cuda.OutOfMemoryError as error:
-        print(f"the GPU's memory is full; lower batch_seconds: {error}", file=sys.stderr)
+        complain(f"the GPU's memory is full; lower batch_seconds: {error}")
         return 2
     except OSError as error:
         if error.errno not in FOLDER_TROUBLE:
             raise
-        print(f"cannot write: {error}; free some space there, or choose another output_folder", file=sys.stderr)
+        complain(f"cannot write: {error}; free some space there, or choose another output_folder")
         return 2
+    except RuntimeError as error:
+        if processes.count() == 1 or "onnection" not in str(error):
+            raise
+        complain(f"another process has ended, see its error: {error}".splitlines()[0])
+        return 1
     return 0
 
 
