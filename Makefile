@@ -2,7 +2,7 @@
 # make test      the tests a newcomer runs (under 10 minutes on two cores)
 # make test-slow the tests that it leaves out
 # make test-all  all tests
-# make lint      ruff
+# make lint      ruff, yamllint and mypy; pre-commit runs them before a commit: see .pre-commit-config.yaml
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: help env demo test test-slow test-all lint
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 # The stamp is newer than everything the environment is made from, so that a second call has nothing to do.
 env: $(VENV)/.done
@@ -26,7 +26,7 @@ $(VENV)/.done: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + "; choose another: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test]' ruff
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,lint]'
 	@touch $@
 
 demo: env
@@ -52,4 +52,8 @@ test-all: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: env
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/yamllint .
+	$(BIN)/mypy
+	$(BIN)/pre-commit validate-config

@@ -28,6 +28,7 @@ setup(
         "speechbrain>=1.1",
         "transformers>=5.0",
         "huggingface_hub",
+        "safetensors",
         "hyperpyyaml>=1.2.3",
         "pyyaml",
         "datasets>=4.0",
@@ -62,7 +63,10 @@ setup(
             "onnxruntime>=1.22",
             "onnxscript>=0.5",
             "peft>=0.20",
+            "build",
+            "setuptools>=77",
         ],
+        "lint": ["ruff", "yamllint", "mypy", "pre-commit"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -446,7 +446,7 @@ def _balance(table):
     for split in (name for name in table.names if sources.canonical(name) == splits.TRAIN or len(counts) == 1):
         clips = {accent: cell["clips"] for accent, cell in counts[split].items()}
         if clips and (ratio := max(clips.values()) / min(clips.values())) > MOST_UNBALANCED:
-            large, small = max(clips, key=clips.get), min(clips, key=clips.get)
+            large, small = max(clips, key=clips.__getitem__), min(clips, key=clips.__getitem__)
             message = f"{large} has {ratio:.1f} times as many clips in {split} as {small}: "
             yield Finding(BALANCE, WARNING, message + f"{clips[large]:,} and {clips[small]:,}")
 

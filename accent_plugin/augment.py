@@ -74,8 +74,8 @@ def make_augmentation(enabled, probability, speed=None, noise_snr=None, band=Non
     """An `Augmentation` for prepared audio, or None."""
     if not enabled:
         return None
-    ranges = (tuple(value) if value else None for value in (speed, noise_snr, band))
-    return Augmentation(SAMPLE_RATE, probability, *ranges, mask_seconds)
+    speed, noise_snr, band = (tuple(value) if value else None for value in (speed, noise_snr, band))
+    return Augmentation(SAMPLE_RATE, probability, speed, noise_snr, band, mask_seconds)
 
 
 def change_speed(samples, factor):

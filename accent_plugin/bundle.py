@@ -191,7 +191,11 @@ def write(
         model.classifier.weight /= temperature
         model.classifier.bias /= temperature
     with disk.replacing_folder(folder, bundle_config.BUNDLE_FILES) as temporary:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary / WEIGHTS_FILE)
+        try:
+            save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary / WEIGHTS_FILE)
+        except SafetensorError as error:
+            # As what a full disk is told by everybody else.
+            raise BundleError(f"{folder} cannot be written: {error}\nmake room there and run it again") from error
         config = describe(
             model,
             labels,

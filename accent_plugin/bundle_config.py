@@ -308,7 +308,7 @@ def _problems_of_calibration(found):
     if not isinstance(curve, dict) or not _is_positive(temperature):
         yield f"calibration is {_short(found)}, not null or a temperature above 0 and a curve"
         return
-    columns = [curve.get(name) for name in ("threshold", "coverage", "risk")]
+    columns: list = [curve.get(name) for name in ("threshold", "coverage", "risk")]
     if not all(isinstance(column, list) and all(_is_share(value) for value in column) for column in columns):
         yield "calibration.curve lacks lists of numbers called threshold, coverage and risk"
     elif len(set(map(len, columns))) > 1:

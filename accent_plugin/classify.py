@@ -188,7 +188,7 @@ class _Writer:
                     )
 
     def _record(self, source, answer):
-        record = dict.fromkeys((*_FIELDS, "probabilities")) | {"source": source, "model": self._model}
+        record: dict = dict.fromkeys((*_FIELDS, "probabilities")) | {"source": source, "model": self._model}
         record |= self._settings
         if isinstance(answer, Failure):
             return record | {"error": f"{answer.reason}: {answer.message}"}

@@ -80,7 +80,7 @@ class Choices:
         Copy the audio into the result; False refers to the files where they are.
     """
 
-    accents: tuple[str, ...] = "three"
+    accents: tuple[str, ...] | str = "three"
     mapping: dict | str | None = None
     compound: str = "drop"
     split: str = "client"
@@ -98,10 +98,10 @@ class Choices:
 
     def __post_init__(self):
         """Resolve accents and mapping, and refuse values that cannot be meant, all at once."""
-        if isinstance(self.mapping, str | os.PathLike):
-            object.__setattr__(self, "mapping", labels.read_mapping(self.mapping))
-        object.__setattr__(self, "mapping", dict(self.mapping or {}))
-        named, known = self.accents, set(labels.SPELLINGS) | set(self.mapping.values())
+        mapping = labels.read_mapping(self.mapping) if isinstance(self.mapping, str | os.PathLike) else self.mapping
+        mapping = dict(mapping or {})
+        object.__setattr__(self, "mapping", mapping)
+        named, known = self.accents, set(labels.SPELLINGS) | set(mapping.values())
         object.__setattr__(self, "accents", labels.preset(named))
         if isinstance(named, str) and len(self.accents) == 1 and self.accents[0] not in known:
             raise ConfigError(f"accents {named!r} is no preset; choose {', '.join(labels.PRESETS)}, or list labels")
@@ -202,7 +202,8 @@ def survey(source, *, mapping=None, compound="drop", **reading):
         clients[key].add(cells["client"])
     found = []
     for key, count in sorted(clips.items(), key=lambda entry: (-entry[1], entry[0])):
-        parsed = selection.read_accent(*key, mapping, compound)
+        accent, variant = key
+        parsed = selection.read_accent(accent, variant, mapping, compound)
         found.append(Spelling(selection.shown(key), count, len(clients[key] - {""}), parsed.label, parsed.reason))
     return tuple(found)
 
@@ -238,8 +239,8 @@ def build(source, out, *, workers=None, progress=True, **arguments):
     ManifestError
         When ``out`` holds something else.
     """
-    reading = {field.name for field in dataclasses.fields(readers.Reading)} & arguments.keys()
-    reading = readers.Reading(**{name: arguments.pop(name) for name in reading})
+    of_reading = {field.name for field in dataclasses.fields(readers.Reading)} & arguments.keys()
+    reading = readers.Reading(**{name: arguments.pop(name) for name in of_reading})
     choices, out = Choices(**arguments), Path(out).absolute()
     reader = readers.open_source(source, reading, official=choices.split == "official")
     _require_outside(source, out)

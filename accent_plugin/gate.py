@@ -89,7 +89,8 @@ class Recording:
         self._unframed = np.zeros(0, np.float32)
         self._levels = np.zeros(0, np.float32)
         self._loudest = np.zeros(0, np.float32)
-        self._strongest = None
+        # Its power and the job, once there was a window.
+        self._strongest: tuple = ()
         self.scores = {}
         # The `AudioError` of a window that the network could not take.
         self.refused = None
@@ -117,7 +118,7 @@ class Recording:
                 jobs.append(job)
             levels = self._levels_in((start, end))
             power = float(np.mean(10 ** (levels.astype(np.float64) / 10))) if len(levels) else 0.0
-            if self._strongest is None or power > self._strongest[0]:
+            if not self._strongest or power > self._strongest[0]:
                 self._strongest = (power, Job(self, start, job.samples.copy()))
         if starts:
             # The last window may begin as early as just after the one before it.

@@ -93,8 +93,8 @@ class Predictions:
     log_probabilities: np.ndarray
     labels: tuple
     seconds: np.ndarray
-    gender: tuple = None
-    age: tuple = None
+    gender: tuple | None = None
+    age: tuple | None = None
 
     def __post_init__(self):  # noqa: D105
         def put(name, value):
@@ -131,8 +131,7 @@ class Predictions:
                 f"log_probabilities has shape {shape}; {clips} clips and {classes} labels need {(clips, classes)}"
             )
         if len(set(self.ids)) < clips:
-            seen = set()
-            twice = next(i for i in self.ids if i in seen or seen.add(i))
+            twice = next(i for i, times in Counter(self.ids).items() if times > 1)
             raise ReportError(f"clip {twice!r} is there twice; every clip may be predicted once")
         if not (np.issubdtype(self.truth.dtype, np.integer) and self.truth.ndim == 1):
             raise ReportError(f"truth must be a list of integers, not {self.truth.dtype} of shape {self.truth.shape}")
@@ -408,8 +407,11 @@ def risk_coverage(top, right):
     risk = wrong[last] / count
     area = float((np.diff(count, prepend=0) * risk).sum() / clips)
     kept = np.unique(np.searchsorted(count, np.linspace(count[0], clips, _POINTS)))
-    points = (top[last], count / clips, risk)
-    return Curve(*(tuple(values[kept].tolist()) for values in points), area)
+
+    def points(values):
+        return tuple(values[kept].tolist())
+
+    return Curve(points(top[last]), points(count / clips), points(risk), area)
 
 
 class _Tenths:
@@ -599,7 +601,8 @@ def _groups(p):
         bands, counts = {text: band(text) for text in texts}, Counter()
         for text, count in texts.items():
             counts[bands[text]] += count
-        common = sorted(counts, key=lambda c, counts=counts: (c != UNKNOWN, -counts[c], c))[:_MOST_GROUPS]
+        order = sorted(counts.items(), key=lambda item: (item[0] != UNKNOWN, -item[1], item[0]))
+        common = [name for name, _ in order[:_MOST_GROUPS]]
         values = sorted(common, key=lambda c: (c == UNKNOWN, _AGES.index(c) if c in _AGES else -1, c))
         index = {text: values.index(name) if name in values else len(values) for text, name in bands.items()}
         if len(counts) > len(values):
@@ -651,7 +654,7 @@ def evaluate(predictions, draws=1000, seed=0):
     def statistics(first, last):
         a, b = np.searchsorted(units.unit, [first, last])
         unit, size = units.unit[a:b] - first, last - first
-        parts = [i.statistics(first, last) for i in (*items, tenths)]
+        parts = [*(i.statistics(first, last) for i in items), tenths.statistics(first, last)]
         for _, values, cell in groups:
             parts.append(_sums(unit, size, cell[a:b], max(1, len(values))))
             parts.append(_sums(unit, size, cell[a:b], max(1, len(values)), items[0].right[a:b]))
@@ -891,18 +894,19 @@ def summarise(runs, names=None):
     names = [str(i + 1) for i in range(len(runs))] if names is None else [str(name) for name in names]
     if len(names) != len(runs):
         raise ReportError(f"{len(runs)} runs, but {len(names)} names")
-    summary = {"runs": names}
+    summary: dict = {"runs": names}
     for level in ("clip", "speaker"):
-        whole = all(run[level] for run in runs)
-        values = {name: [run[level][name]["value"] for run in runs] for name in FIGURES} if whole else None
-        summary[level] = values and {
-            name: {
-                "mean": float(np.mean(v)),
-                "standard_deviation": float(np.std(v, ddof=1)) if len(v) > 1 else None,
-                "values": v,
+        summary[level] = None
+        if all(run[level] for run in runs):
+            values = {name: [run[level][name]["value"] for run in runs] for name in FIGURES}
+            summary[level] = {
+                name: {
+                    "mean": float(np.mean(v)),
+                    "standard_deviation": float(np.std(v, ddof=1)) if len(v) > 1 else None,
+                    "values": v,
+                }
+                for name, v in values.items()
             }
-            for name, v in values.items()
-        }
     return summary
 
 

@@ -127,7 +127,7 @@ class Confound:
     @property
     def found(self):
         """Whether the accents are told apart beyond chance."""
-        return self.possible and self.p < ALPHA
+        return self.p is not None and self.p < ALPHA
 
 
 def features(samples, sample_rate, codec):

@@ -39,10 +39,10 @@ class OnnxAccentClassifier(RecordingClassifier):
     """
 
     def __init__(self, session, config, **options):
-        options = Options(**options)
-        if problems := list(options.problems()):
+        chosen = Options(**options)
+        if problems := list(chosen.problems()):
             raise ConfigError("\n".join(problems))
-        self._set_up(config, options)
+        self._set_up(config, chosen)
         self._session = session
         self._speeds = config["model"]["speeds"]
         self._least = config["onnx"]["minimum_samples"]

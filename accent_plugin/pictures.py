@@ -168,7 +168,7 @@ def recall(path, metrics):
     ax = figure.subplots()
     overall = metrics["clip"]["unweighted_average_recall"]["value"]
     ax.axvline(overall, color="#BBBBBB", linewidth=1, zorder=0)
-    y, ticks, names = 0, [], []
+    y, ticks, names = 0.0, [], []
     for kind, cells in sections.items():
         ticks.append(y)
         names.append((f"by {kind}", True))
@@ -308,8 +308,8 @@ def speakers(path, rows, labels):
         ax.xaxis.set_major_formatter(PercentFormatter(1))
         total = len(groups[label])
         cut = f" (the worst {len(group)} of {total:,})" if len(group) < total else f": {total} speakers"
-        bad = sum(not row["right"] for row in groups[label])
-        ax.set_title(f"{_text(label)}{cut}, {bad} wrong", fontsize=10, loc="left")
+        mistaken = sum(not row["right"] for row in groups[label])
+        ax.set_title(f"{_text(label)}{cut}, {mistaken} wrong", fontsize=10, loc="left")
         _plain(ax)
         ax.tick_params(axis="y", length=0, pad=2)
         ax.tick_params(axis="x", labelsize=8)

@@ -1,6 +1,7 @@
 """Files decoded by threads while the network works."""
 
 import threading
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class Sound:
 
     source: str | None
     blocks: tuple
-    rest: object = None
+    rest: Generator | None = None
 
     @property
     def seconds(self):

@@ -139,7 +139,7 @@ def read_predictions(path):
     ragged = [i + 2 for i, row in enumerate(rows) if len(row) != len(header)]
     if ragged:
         raise ReportError(f"{path}, line {ragged[0]}: {len(header)} columns expected; the file is damaged")
-    column = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    column = {name: tuple(row[i] for row in rows) for i, name in enumerate(header)}
     try:
         truth = [labels.index(accent) for accent in column["accent"]]
         probabilities = np.array([column[PROBABILITY + label] for label in labels], dtype=np.float64).T

@@ -221,7 +221,7 @@ def _read(path, ways_out):
         made = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         raise ConfigError(f"{path} is damaged ({error})\n{ways_out}") from None
     if not isinstance(made, dict) or not isinstance(made.get("values"), dict) or not isinstance(made.get("data"), str):
         raise ConfigError(f"{path} is damaged (it does not hold values and data)\n{ways_out}")
@@ -277,12 +277,27 @@ def claimed(folder):
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, json.dumps(me).encode())
+        _sweep(folder)
         yield folder
     finally:
         # Closed, not unlocked: that a child which comes here has forgotten it leaves the lock to the parent.
         if descriptor in _held:
             _held.remove(descriptor)
             os.close(descriptor)
+
+
+def _sweep(folder):
+    """Remove what a killed process was writing; nobody else works here."""
+    for left in folder.glob(".bundle.[0-9]*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for left in folder.glob(f".{IDENTITY_FILE}.*.tmp"):
+            left.unlink()
+        # A bundle whose place another was about to take; whatever else is in there stays.
+        for left in folder.glob(".bundle.[0-9]*.old"):
+            for name in bundle_config.BUNDLE_FILES:
+                (left / name).unlink(missing_ok=True)
+            left.rmdir()
 
 
 def _lock(descriptor, folder):
@@ -300,7 +315,7 @@ def _system_lock(descriptor):
     try:
         import fcntl
     except ImportError:
-        fcntl = None
+        fcntl = None  # type: ignore[assignment]  # a module, or None where the system has none
     if fcntl is not None:
         return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:

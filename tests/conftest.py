@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
 
+import encoders_for_tests
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,77 +62,11 @@ def lazy_modules_without_file():
     _give_lazy_modules_a_file()
 
 
-# Family -> the values that make it differ from the others; all tiny.
-TINY = {
-    "wav2vec2-group": ("Wav2Vec2", {"feat_extract_norm": "group"}),
-    "wav2vec2-layer": ("Wav2Vec2", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
-    "hubert-group": ("Hubert", {"feat_extract_norm": "group"}),
-    "hubert-layer": ("Hubert", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
-    "wavlm-group": ("WavLM", {"feat_extract_norm": "group"}),
-    "wavlm-layer": ("WavLM", {"feat_extract_norm": "layer", "do_stable_layer_norm": True}),
-    "data2vec-audio": ("Data2VecAudio", {}),
-    "moonshine": ("Moonshine", {}),
-    "whisper": ("Whisper", {}),
-}
-
-
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory):
-    """Function: name of `TINY` -> folder of an encoder with random weights, as Hugging Face saves it."""
-    import torch
-    import transformers
-
-    made = {}
-
-    def make(name):
-        if name in made:
-            return made[name]
-        family, values = TINY[name]
-        if family == "Moonshine":
-            values = {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "encoder_num_hidden_layers": 3,
-                "decoder_num_hidden_layers": 1,
-                "encoder_num_attention_heads": 4,
-                "decoder_num_attention_heads": 4,
-                "vocab_size": 16,
-            }
-        elif family == "Whisper":
-            values = {
-                "d_model": 32,
-                "encoder_layers": 3,
-                "encoder_attention_heads": 4,
-                "encoder_ffn_dim": 64,
-                "decoder_layers": 1,
-                "decoder_attention_heads": 4,
-                "decoder_ffn_dim": 64,
-                "vocab_size": 16,
-                "pad_token_id": 0,
-            }
-        else:
-            values = {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "conv_dim": [16] * 7,
-                "num_conv_pos_embedding_groups": 4,
-                **({"num_conv_pos_embeddings": 16} if family != "Data2VecAudio" else {}),
-                **values,
-            }
-        torch.manual_seed(7)
-        model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**values))
-        folder = tmp_path_factory.mktemp("encoders") / name
-        model.save_pretrained(folder)
-        if family == "Whisper":
-            transformers.WhisperFeatureExtractor().save_pretrained(folder)
-        else:
-            transformers.Wav2Vec2FeatureExtractor(do_normalize=family != "Moonshine").save_pretrained(folder)
-        made[name] = folder
-        return folder
-
-    return make
+    """Function: name of `encoders_for_tests.TINY` -> folder of an encoder with random weights."""
+    folder = tmp_path_factory.mktemp("encoders")
+    return lambda name: encoders_for_tests.make(name, folder / name)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY
+from encoders_for_tests import TINY
 from safetensors.torch import load_file
 
 from accent_plugin import adapters, bundle

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from encoders_for_tests import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -623,3 +623,16 @@ def test_without_a_network_and_from_another_folder(template, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.split()[-1:] == ["australia"], done.stderr
+
+
+def test_a_disk_that_is_full_of_weights_is_named(tmp_path, tiny_bundle, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*arguments):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    loaded = bundle.load(tiny_bundle)
+    monkeypatch.setattr(bundle, "save_file", full)
+    with pytest.raises(BundleError, match="No space left on device"):
+        bundle.write(tmp_path / "b", loaded.model, ("us", "england", "australia"), encoder_name="tiny", pooling="mean")
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY
+from encoders_for_tests import TINY
 from transformers import AutoFeatureExtractor, AutoModel
 
 from accent_plugin.audio import TOO_LONG

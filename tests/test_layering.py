@@ -1,18 +1,20 @@
 """Who may import whom: arrows point downwards, and the rooms of data and figures need no torch."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import accent_plugin
 
 PACKAGE = Path(accent_plugin.__file__).parent
 # From the ground up; a room may import rooms of lower storeys, and of its own where it is named in BESIDE.
 STOREYS = [
-    {"errors"},
+    {"errors", "interruption"},
     {"labels", "audio", "disk", "pooling", "whitening", "convolutions", "adapters", "predictions", "gate"}
-    | {"processes", "interruption"},
+    | {"processes"},
     {"bundle_config", "checkpoints", "position"},
     {"splits", "metrics", "augment", "encoder", "tiny", "nuisance"},
     {"sources", "selection", "synthetic", "shards", "readahead"},
@@ -47,41 +49,9 @@ BESIDE = {
     ("report", "report_html"),
     ("report_html", "pictures"),
 }
-WITHOUT_TORCH = {
-    "run_folder",
-    "interruption",
-    "onnx",
-    "classify",
-    "evaluation",
-    "bundle_config",
-    "predictions",
-    "gate",
-    "readahead",
-    "recordings",
-    "calibration",
-    "model_card",
-    "hub",
-    "bands",
-    "errors",
-    "disk",
-    "selection",
-    "shards",
-    "commonvoice",
-    "readers",
-    "corpus",
-    "nuisance",
-    "audit",
-    "labels",
-    "audio",
-    "splits",
-    "sources",
-    "manifests",
-    "metrics",
-    "augment",
-    "report",
-    "pictures",
-    "report_html",
-}
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+# Those that mypy checks.
+WITHOUT_TORCH = {Path(name).stem for name in SETTINGS["tool"]["mypy"]["files"]}
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 

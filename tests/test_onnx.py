@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import TINY
+from encoders_for_tests import TINY
 
 from accent_plugin import bundle, onnx_export
 from accent_plugin.encoder import make_encoder
