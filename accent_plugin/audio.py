@@ -226,7 +226,8 @@ def from_array(samples, sample_rate):
         "empty", "non-finite", "silent"; "undecodable" for what is no audio.
     """
     samples = np.asarray(samples)
-    if not isinstance(sample_rate, numbers.Real) or not _RATES.start <= sample_rate < _RATES.stop:
+    real = isinstance(sample_rate, numbers.Real)
+    if not real or not _RATES.start <= sample_rate < _RATES.stop:
         raise AudioError(
             UNDECODABLE, f"a sample rate of {sample_rate} Hz is not supported; {_RATES.start} to {_RATES[-1]} Hz are"
         )
@@ -293,7 +294,7 @@ def read(path, start=0, frames=-1):
                 raise AudioError(EMPTY, f"{path} has {sound.frames} samples: nothing to read from {start} on")
             sound.seek(start)
             samples = sound.read(frames, dtype="float32")
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
         raise AudioError(UNDECODABLE, f"{path} cannot be read: {_why(error)}") from None
     if not len(samples):
         raise AudioError(EMPTY, f"{path} breaks off before sample {start}")
@@ -541,7 +542,8 @@ def _in_processes(work, jobs, count, died):
             if not busy:
                 return
             idle = []
-            for pipe in multiprocessing.connection.wait(list(busy)):
+            ready: list = multiprocessing.connection.wait(list(busy))
+            for pipe in ready:
                 id_ = busy.pop(pipe)
                 try:
                     answer = pipe.recv()

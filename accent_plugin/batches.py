@@ -9,6 +9,7 @@ carries the reason; a batch may so come to be empty.
 
 import contextlib
 import logging
+import multiprocessing.connection
 import signal
 import threading
 import zlib
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # PyTorch's own mark for a target that does not count.
 NO_LABEL = -100
+# Seconds after which a process whose connections are closed has ended.
+_LAST_BREATH = 5.0
 
 
 @dataclass(frozen=True)
@@ -262,16 +265,17 @@ class ClipLoader(DataLoader):
         super().__init__(*arguments, worker_init_fn=_leave_signals, generator=torch.Generator(), **keywords)
 
     def __iter__(self):
-        first, done, restarts = self.batch_sampler.start, 0, 0
+        first, done, restarts, batches = self.batch_sampler.start, 0, 0, None
         try:
             while True:
                 try:
-                    for batch in self._begin():
+                    batches = self._begin()
+                    for batch in batches:
                         done += 1
                         yield batch
                     return
-                except RuntimeError as error:
-                    if "DataLoader worker" not in str(error):
+                except (RuntimeError, OSError, EOFError) as error:
+                    if not _lost_a_worker(batches, error):
                         raise
                     restarts += 1
                     if restarts > self.RESTARTS:
@@ -281,7 +285,7 @@ class ClipLoader(DataLoader):
                             "batch_seconds; training goes on from the last checkpoint"
                         ) from error
                     logger.warning("a process that reads audio ended unexpectedly; they are started again (%s)", error)
-                self._iterator = None
+                self._iterator = batches = None
                 self.batch_sampler.start = first + done
         finally:
             self.batch_sampler.start = first
@@ -289,6 +293,15 @@ class ClipLoader(DataLoader):
     def _begin(self):
         with _without_alarm() if self.num_workers else contextlib.nullcontext():
             return super().__iter__()
+
+
+def _lost_a_worker(batches, error):
+    """Whether an error comes of a worker's end, and not of what it did."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    # It had announced a batch, and was gone before the batch was fetched from it: its connections end before it does.
+    workers = [] if "in DataLoader worker process" in str(error) else getattr(batches, "_workers", [])
+    return bool(multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=_LAST_BREATH))
 
 
 @contextlib.contextmanager

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import speechbrain as sb
 import torch
+from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
+from speechbrain.utils.distributed import MainProcessContext
 from speechbrain.utils.epoch_loop import EpochCounter, EpochCounterWithStopper
 
 from accent_plugin import disk, interruption, processes
 from accent_plugin.audio import SAMPLE_RATE
 from accent_plugin.checkpoints import NEWEST
-from accent_plugin.errors import ConfigError, DataError, TrainingError
+from accent_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
 from accent_plugin.metrics import confusion_matrix, macro_f1, unweighted_average_recall
 from accent_plugin.position import Position
 
@@ -33,6 +35,8 @@ _DOING = {sb.Stage.TRAIN: "training", sb.Stage.VALID: "validating", sb.Stage.TES
 _LOOK = 20
 # A GradScaler begins too high: it halves this often before its scale is 1.
 _SCALER_HALVINGS = 16
+# After an error of the data.
+_GOES_ON = ", and run the same command: it goes on from the last checkpoint"
 
 
 def learning_rate_factor(progress, warmup, decay):
@@ -166,11 +170,23 @@ class AccentBrain(sb.Brain):
             torch.cuda.reset_peak_memory_stats(self.device)
         if processes.count() > 1:
             # The weights are those of the first process, see DistributedDataParallel; the dropout is each one's own.
-            torch.manual_seed(_mixed(torch.initial_seed(), processes.rank()))
+            seed = _mixed(torch.initial_seed(), processes.rank())
+            torch.manual_seed(seed)
+            # For SpecAugment, where a configuration has it.
+            np.random.seed(seed % 2**32)
             self.find_unused_parameters |= self._leaves_parameters_out()
         self._saved_at = time.monotonic()
         with interruption.deferred() as self._pending:
             super().fit(epoch_counter, train_set, valid_set, **keywords)
+            # After the last step nobody else looks.
+            if any(processes.total([bool(self._pending)])):
+                raise interruption.Interrupted(self._pending.number or signal.SIGTERM)
+
+    def on_fit_start(self):
+        """Load the newest checkpoint; delete old ones, which a run that was killed in between has left."""
+        super().on_fit_start()
+        if self.checkpointer is not None:
+            self._delete_old_checkpoints()
 
     def _leaves_parameters_out(self):
         """Whether some step leaves a trainable parameter without a gradient."""
@@ -322,14 +338,23 @@ class AccentBrain(sb.Brain):
             if name not in unread:
                 logger.warning("clip %s is left out: %s", name, why)
             unread[name] = why
-        clips, share = self._clips.get(stage, 0), self.hparams.max_unreadable_share
-        if unread and len(unread) > (max(1.0, share * clips / processes.count()) if share else 0):
+        self._limit_unread(stage)
+
+    def _limit_unread(self, stage):
+        unread, clips, share = self.unread[stage], self._clips.get(stage, 0), self.hparams.max_unreadable_share
+        if unread and len(unread) > (max(1.0, share * clips) if share else 0):
             name, why = next(iter(unread.items()))
             raise DataError(
                 f"{len(unread)} of {clips} clips cannot be read while {_DOING[stage]}, more than max_unreadable_share "
                 f"({share:g}) allows; the first: {name}: {why}\nprepare the data again, and run the same command: it "
                 "goes on from the last checkpoint"
             )
+
+    def _share_unread(self, stage):
+        """Let every process know what the others could not read; in another epoch the same clips are dealt anew."""
+        parts = processes.gather(self.unread[stage])
+        self.unread[stage] = {name: why for part in parts for name, why in part.items()}
+        processes.from_main(self._limit_unread, stage)
 
     # Checkpoints
 
@@ -338,7 +363,8 @@ class AccentBrain(sb.Brain):
         if not processes.is_main() or self.checkpointer is None:
             return False
         if self._every_steps:
-            return self._since >= self._every_steps
+            # With the step that is being taken.
+            return self._since + 1 >= self._every_steps
         return 0 < self._every_minutes * 60 <= time.monotonic() - self._saved_at
 
     def _save_within_epoch(self, step, sums):
@@ -346,13 +372,16 @@ class AccentBrain(sb.Brain):
             self._write_checkpoint(step, sums, end_of_epoch=False)
 
     def _write_checkpoint(self, step, sums, meta=None, end_of_epoch=True):
-        self.position.take(step, {"sums": sums})
+        self.position.take(step, {"sums": processes.gather(sums)})
         self.checkpointer.save_checkpoint(meta, end_of_epoch)
+        self._delete_old_checkpoints()
+        self._since, self._saved_at = 0, time.monotonic()
+
+    def _delete_old_checkpoints(self):
         best = self.checkpointer.find_checkpoint(**SELECTIONS[self.hparams.selection])
         self.checkpointer.delete_checkpoints(
             num_to_keep=NEWEST, ckpt_predicate=lambda one: best is None or one.path != best.path
         )
-        self._since, self._saved_at = 0, time.monotonic()
 
     # Stages
 
@@ -363,17 +392,18 @@ class AccentBrain(sb.Brain):
         if stage == sb.Stage.TRAIN:
             self.step = self.train_sampler.start = self.position.step
             if "sums" in self.position.figures:
-                self._reset_sums(self.position.figures["sums"])
+                self._reset_sums(_own(self.position.figures["sums"]))
             self.skipped_steps = int(self._sums[2])
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Keep the training loss; after validation log, choose and save."""
+        self._share_unread(stage)
         if stage == sb.Stage.TRAIN:
             sums = self._sums.tolist()
             loss, weight = processes.total(sums[:2])
             self.train_loss = loss / weight if weight else math.nan
             self._trained = (len(self.train_sampler), sums)
-            self.position.step, self.position.figures = 0, {"sums": [0.0, 0.0, *sums[2:]]}
+            self.position.step, self.position.figures = 0, {"sums": [[0.0, 0.0, *sums[2:]]] * processes.count()}
         elif stage == sb.Stage.VALID:
             self._finish_epoch(epoch)
 
@@ -400,6 +430,8 @@ class AccentBrain(sb.Brain):
 
     def _finish_epoch(self, epoch):
         _, labels, log_probabilities = self._predictions()
+        if not len(labels):
+            raise DataError("no clip of the validation split could be read\nprepare the data again" + _GOES_ON)
         confusion = confusion_matrix(labels, log_probabilities.argmax(axis=1), log_probabilities.shape[1])
         figures = {
             "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
@@ -419,9 +451,11 @@ class AccentBrain(sb.Brain):
         stats |= {name: number for name, number in counted.items() if number}
         self.hparams.train_logger.log_stats(stats, train_stats={"loss": self.train_loss}, valid_stats=figures)
         if self.hparams.tensorboard_logger is not None:
-            self.hparams.tensorboard_logger.log_stats(
-                {"epoch": epoch}, train_stats={"loss": self.train_loss}, valid_stats=figures
-            )
+            # The others have none, and would not hear that it is done.
+            with MainProcessContext():
+                self.hparams.tensorboard_logger.log_stats(
+                    {"epoch": epoch}, train_stats={"loss": self.train_loss}, valid_stats=figures
+                )
         if processes.is_main():
             self._remember(epoch, figures, memory, counted)
         if hasattr(self.hparams.epoch_counter, "update_metric"):
@@ -429,10 +463,10 @@ class AccentBrain(sb.Brain):
             error = figures["loss"] if self.hparams.selection == "loss" else 1 - figures["macro_f1"]
             self.hparams.epoch_counter.update_metric(error)
         if self.checkpointer is not None:
-            self._write_checkpoint(0, self.position.figures["sums"], {**figures, "epoch": epoch})
+            self._write_checkpoint(0, [0.0, 0.0, *self._trained[1][2:]], {**figures, "epoch": epoch})
 
     def _count_unread(self):
-        return int(sum(processes.total([len(self.unread[sb.Stage.TRAIN]) + len(self.unread[sb.Stage.VALID])])))
+        return len(self.unread[sb.Stage.TRAIN]) + len(self.unread[sb.Stage.VALID])
 
     def _remember(self, epoch, figures, memory, counted):
         """Add the epoch to the history; a resumed run replaces what it does again."""
@@ -463,10 +497,15 @@ class AccentBrain(sb.Brain):
         log_probabilities : (clips, classes) np.ndarray of float64
         """
         self._clips[sb.Stage.TEST], self.unread[sb.Stage.TEST] = _clips_in(loader), {}
+        if self.checkpointer is not None and self.best_epoch() is None:
+            raise CheckpointError(
+                f"{self.checkpointer.checkpoints_dir} holds no whole checkpoint of a finished epoch\n"
+                "train first; what was damaged is named above"
+            )
         self.evaluate(loader, **SELECTIONS[self.hparams.selection], progressbar=progressbar)
-        parts = processes.gather(self.unread[sb.Stage.TEST])
-        self.unread[sb.Stage.TEST] = {name: why for part in parts for name, why in part.items()}
         ids, _, log_probabilities = self._predictions()
+        if not ids:
+            raise DataError("no clip that is to be evaluated could be read\nprepare the data again" + _GOES_ON)
         return tuple(ids), log_probabilities.astype(np.float64)
 
     def best_epoch(self):
@@ -478,7 +517,17 @@ class AccentBrain(sb.Brain):
 def read_history(path):
     """Figures of each epoch, oldest first, as `AccentBrain` keeps them; an empty list where there are none."""
     path = Path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(row["epoch"], int) for row in history):
+            return history
+        why = "an epoch has no number"
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        why = error
+    logger.warning("%s is damaged (%s): the curves of earlier epochs are lost", path, why)
+    return []
 
 
 def peak_memory(device):
@@ -511,7 +560,20 @@ def make_epoch_counter(number_of_epochs, patience):
     if not patience:
         return EpochCounter(number_of_epochs)
     # It is given an error to minimise: its "max" takes an equal figure for an improvement and never stops.
-    return EpochCounterWithStopper(number_of_epochs, limit_to_stop=patience, limit_warmup=0, direction="min")
+    return _EarlyStopper(number_of_epochs, limit_to_stop=patience, limit_warmup=0, direction="min")
+
+
+@register_checkpoint_hooks
+class _EarlyStopper(EpochCounterWithStopper):
+    """Is saved as a whole: SpeechBrain does not register its own, so that the base's hooks save the epoch alone."""
+
+    @mark_as_saver
+    def _save(self, path):
+        super()._save(path)
+
+    @mark_as_loader
+    def _recover(self, path, end_of_epoch=True):
+        super()._recover(path, end_of_epoch)
 
 
 def make_tensorboard_logger(enabled, folder):
@@ -532,6 +594,14 @@ def make_tensorboard_logger(enabled, folder):
 
 def _clips_in(loader):
     return len(getattr(loader, "dataset", None) or ())
+
+
+def _own(sums):
+    """Sums of this process from those of all that wrote a checkpoint; the first has all if their number changed."""
+    if len(sums) == processes.count():
+        return sums[processes.rank()]
+    counted = [sum(column) for column in zip(*sums, strict=True)][:2] if processes.is_main() else [0.0, 0.0]
+    return [*counted, *sums[0][2:]]
 
 
 def _mixed(seed, rank):

@@ -2,13 +2,16 @@
 
 SpeechBrain writes the file that makes a folder a checkpoint first: a process that is killed meanwhile leaves a folder
 on which every later run fails. Here a checkpoint is written under another name, forced to the disk, and renamed when it
-is whole; its CKPT.yaml holds the size and the SHA-256 of every file, which are compared before it counts.
+is whole; its CKPT.yaml holds the size and the SHA-256 of every file, and begins with its own, which are compared
+before it counts.
 """
 
 import contextlib
 import hashlib
 import logging
+import math
 import os
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -39,7 +42,16 @@ _DELETED = ".deleted"
 _DAMAGED = "damaged"
 _BLOCK = 1 << 22
 # What comes of a CKPT.yaml that is missing, cut off or overwritten.
-_UNREADABLE = (OSError, UnicodeDecodeError, yaml.YAMLError, CheckpointError, KeyError, TypeError, AttributeError)
+_UNREADABLE = (
+    *(OSError, ValueError, yaml.YAMLError, CheckpointError),
+    *(KeyError, TypeError, AttributeError, RecursionError, OverflowError),
+)
+# What comes of loading a checkpoint of another model, or a damaged one that SpeechBrain has written.
+_UNLOADABLE = (*_UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError, IndexError)
+# First words of a CKPT.yaml, before the digest of what follows in it.
+_SEAL = "# sha256 of what follows: "
+# What torch says, as a RuntimeError, of a disk that is full or a folder that has vanished.
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "Parent directory")
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -77,8 +89,7 @@ class AtomicCheckpointer(Checkpointer):
                 saved = self._publish(saved, place)
                 logger.log(verbosity, "saved %s", saved.path)
         except (OSError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError of its own.
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_CANNOT_WRITE):
                 raise
             failure = error
         finally:
@@ -87,8 +98,8 @@ class AtomicCheckpointer(Checkpointer):
                 shutil.rmtree(staging, ignore_errors=True)
         if failure is not None:
             raise CheckpointError(
-                f"no checkpoint could be written in {place}: {failure}\n"
-                "what was saved before is whole: make room there and run the same command again, and it goes on"
+                f"no checkpoint could be written in {place}: {failure}{_room(place)}\n"
+                "what was saved before is as it was: make room there and run the same command again, and it goes on"
             ) from failure
         return saved
 
@@ -99,7 +110,8 @@ class AtomicCheckpointer(Checkpointer):
             meta["files"][path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
             _sync(path)
         metafile = saved.path / METAFNAME
-        metafile.write_text("# yamllint disable\n" + yaml.safe_dump(meta), encoding="utf-8")
+        content = "# yamllint disable\n" + yaml.safe_dump(meta)
+        metafile.write_text(f"{_SEAL}{hashlib.sha256(content.encode()).hexdigest()}\n{content}", encoding="utf-8")
         _sync(metafile)
         _sync(saved.path)
         final = place / saved.path.name
@@ -133,7 +145,7 @@ class AtomicCheckpointer(Checkpointer):
             if not folder.is_dir():
                 continue
             try:
-                meta = yaml.safe_load((folder / METAFNAME).read_text(encoding="utf-8"))
+                meta = _read_meta(folder / METAFNAME)
                 if folder not in self._whole:
                     _require_whole(folder, meta)
             except _UNREADABLE as error:
@@ -143,7 +155,8 @@ class AtomicCheckpointer(Checkpointer):
             self._last = max(self._last, meta["unixtime"])
             files = {path.stem: path for path in folder.iterdir() if path.suffix == PARAMFILE_EXT}
             found.append(Checkpoint(folder, meta, files))
-        return found
+        # Names are given anew within a second. Of equally good ones the oldest is the best, whatever the clock says.
+        return sorted(found, key=lambda checkpoint: checkpoint.meta["unixtime"])
 
     def _set_aside(self, folder, why):
         if not folder.exists():
@@ -158,6 +171,23 @@ class AtomicCheckpointer(Checkpointer):
             folder.rename(aside)
         except OSError as error:
             logger.warning("it could not be renamed: %s", error)
+
+    def load_checkpoint(self, checkpoint):
+        """Load a checkpoint; as in SpeechBrain.
+
+        Raises
+        ------
+        CheckpointError
+            When it is whole, but not one of this model.
+        """
+        try:
+            super().load_checkpoint(checkpoint)
+        except _UNLOADABLE as error:
+            raise CheckpointError(
+                f"{checkpoint.path} cannot be loaded: {str(error) or type(error).__name__}\n"
+                "it is of another model, or damaged: move it away, and the one before it is used; or choose another "
+                "output_folder"
+            ) from error
 
     # Deleting
 
@@ -177,7 +207,12 @@ class AtomicCheckpointer(Checkpointer):
         if processes.is_main():
             for path in sorted(candidates.keys() - kept):
                 gone = path.with_name(f"{_DELETED}+{path.name}")
-                path.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+                try:
+                    path.rename(gone)
+                except OSError as error:
+                    logger.warning("the old checkpoint %s could not be deleted: %s", path, error)
+                    continue
                 shutil.rmtree(gone, ignore_errors=True)
                 self._whole.discard(path)
                 logger.log(verbosity, "deleted %s", path)
@@ -189,12 +224,38 @@ class AtomicCheckpointer(Checkpointer):
             for pattern in (f"{_WRITING}*", f"{_DELETED}+*"):
                 for left in self.checkpoints_dir.glob(pattern):
                     shutil.rmtree(left, ignore_errors=True)
+            for left in self.checkpoints_dir.glob(".*.tmp"):
+                left.unlink(missing_ok=True)
+
+
+def _read_meta(path):
+    """The content of a CKPT.yaml that is as it was written."""
+    # As bytes: reading text would take other ends of lines for the same.
+    first, _, content = (text := path.read_bytes().decode("utf-8")).partition("\n")
+    # Checkpoints that SpeechBrain's own class has written have no seal.
+    if first.startswith(_SEAL) and first[len(_SEAL) :] != hashlib.sha256(content.encode()).hexdigest():
+        raise CheckpointError(f"the content of {path.name} has changed")
+    meta = yaml.safe_load(text)
+    if (
+        not isinstance(meta, dict)
+        or not isinstance(meta.get("unixtime"), float)
+        or not math.isfinite(meta["unixtime"])
+        or not isinstance(meta.get("end-of-epoch"), bool)
+    ):
+        raise CheckpointError(f"its {path.name} is not complete")
+    return meta
+
+
+def _room(folder):
+    """How much room a disk has left, for a message."""
+    try:
+        return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free)"
+    except OSError:
+        return ""
 
 
 def _require_whole(folder, meta):
     """Refuse a checkpoint whose files are not what its CKPT.yaml says."""
-    if not isinstance(meta, dict) or not isinstance(meta.get("unixtime"), float) or "end-of-epoch" not in meta:
-        raise CheckpointError(f"its {METAFNAME} is not complete")
     # Checkpoints that SpeechBrain's own class has written do not say what they hold.
     for name, said in meta.get("files", {}).items():
         path = folder / name

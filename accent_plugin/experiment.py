@@ -20,7 +20,7 @@ from accent_plugin.bands import BANDS
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, inverse_frequency, make_loader
 from accent_plugin.brain import AccentBrain, read_history
 from accent_plugin.checkpoints import AtomicCheckpointer
-from accent_plugin.errors import ConfigError, ManifestError
+from accent_plugin.errors import ConfigError, DataError, ManifestError
 from accent_plugin.metrics import Predictions, compare, out_of_set, pool, summarise
 
 logger = logging.getLogger(__name__)
@@ -217,6 +217,8 @@ def fit_whitening(brain, loader, hparams):
                     vectors.append(model.embed(batch.wavs, batch.wav_lens).cpu())
                     labels.append(batch.labels.cpu())
     vectors, labels = ([item for part in processes.gather(own) for item in part] for own in (vectors, labels))
+    if not vectors:
+        raise DataError("no clip of the training split could be read\nprepare the data again")
     model.whitening.fit(torch.cat(vectors), torch.cat(labels), hparams["whitening_shrinkage"])
     logger.info("whitening fitted on %d crops", sum(map(len, labels)))
 

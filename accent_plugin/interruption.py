@@ -79,6 +79,13 @@ def deferred():
         yield pending
 
 
+@contextlib.contextmanager
+def deadly():
+    """Let a signal end this process at once: where it waits for others to join, Python calls no handler."""
+    with _handling(signal.SIG_DFL):
+        yield
+
+
 def ignore():
     """Leave signals to the process that started this one: a terminal and some clusters send them to all."""
     for number in SIGNALS:

@@ -1,6 +1,7 @@
 """Where training is, besides weights and optimizer: what a restart needs to go on as if nothing had happened."""
 
 import logging
+import math
 import random
 
 import numpy as np
@@ -36,14 +37,15 @@ class Position:
 
     @mark_as_saver
     def save(self, path):
-        """Write what `take` noted."""
-        torch.save({"step": self.step, "figures": self.figures, "random": self._random}, path)
+        """Write what `take` noted, with the batches of all processes: others may go on."""
+        done = self.step * processes.count()
+        torch.save({"step": done, "figures": self.figures, "random": self._random}, path)
 
     @mark_as_loader
     def load(self, path, end_of_epoch):
         """Read it, and set the random generators of this process."""
         state = torch.load(path, map_location="cpu", weights_only=True)
-        self.step, self.figures = state["step"], state["figures"]
+        self.step, self.figures = math.ceil(state["step"] / processes.count()), state["figures"]
         if len(state["random"]) == processes.count():
             set_random_state(state["random"][processes.rank()])
         else:

@@ -9,15 +9,22 @@ import dataclasses
 import datetime
 import os
 import sys
+import time
+import uuid
 
 import torch
-from speechbrain.utils.distributed import ddp_init_group, is_distributed_initialized
+from speechbrain.utils.distributed import is_distributed_initialized
 from torch import distributed
 
+from accent_plugin import interruption
 from accent_plugin.errors import AccentPluginError, ConfigError
 
 # Others wait this long for the first to prepare the data; a process that died is noticed by its closed connection.
 _PATIENCE = datetime.timedelta(days=7)
+# As SpeechBrain's.
+_PATIENCE_TO_JOIN = datetime.timedelta(hours=2)
+# Seconds between two looks of the first process at who is there.
+_GLANCE = 0.05
 
 _control = None
 
@@ -85,9 +92,37 @@ def start(run_opts):
             "lower --nproc_per_node, or train on the processor with --device cpu"
         )
     if not is_distributed_initialized():
-        ddp_init_group(run_opts)
-        _control = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        with interruption.deadly():
+            _join(run_opts.distributed_backend)
+            _control = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     return run_opts
+
+
+def _join(backend):
+    """Join as SpeechBrain's `ddp_init_group` does, but never what an earlier start has left.
+
+    torchrun has one store for all its restarts, in which PyTorch would find the addresses of processes that are dead
+    (and they all are, before new ones begin). So each process writes a name that nobody had before, and the first one
+    answers with the part of the store that is this start's. How often torchrun has restarted would not do: on several
+    machines they count differently.
+    """
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, own, size = next(distributed.rendezvous("env://", timeout=_PATIENCE_TO_JOIN))
+    name = uuid.uuid4().hex
+    if own:
+        store.set(f"accent_plugin/{own}", name)
+        start = store.get(f"accent_plugin/{name}").decode()
+        store.add(f"accent_plugin/{start}", 1)
+    else:
+        start = name
+        while store.add(f"accent_plugin/{start}", 0) < size - 1:
+            for key in (f"accent_plugin/{other}" for other in range(1, size)):
+                if store.check([key]):
+                    store.set(f"accent_plugin/{store.get(key).decode()}", start)
+            time.sleep(_GLANCE)
+    store = distributed.PrefixStore(start, store)
+    distributed.init_process_group(backend, store=store, rank=own, world_size=size, timeout=_PATIENCE_TO_JOIN)
 
 
 def stop():

@@ -1,14 +1,31 @@
-"""Batches: drawn anew each epoch, the same for a seed, within their limit; augmentation by clip, not by batch."""
+"""Batches: drawn anew each epoch, the same for a seed, within their limit; augmentation by clip, not by batch.
+
+What cannot be read is left out of its batch with a reason, and a reading process that is killed costs nothing.
+"""
+
+import os
+import shutil
+import signal
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accent_plugin import audio
 from accent_plugin.augment import Augmentation, add_noise, change_speed, limit_band, make_augmentation, mask_time
-from accent_plugin.batches import BucketBatchSampler, ClipDataset, collate, inverse_frequency, make_loader
+from accent_plugin.batches import (
+    BucketBatchSampler,
+    ClipDataset,
+    ClipLoader,
+    Lost,
+    collate,
+    inverse_frequency,
+    make_loader,
+)
+from accent_plugin.errors import TrainingError
 from accent_plugin.manifests import Clip
 
 LENGTHS = st.lists(st.floats(0.5, 20.0), min_size=1, max_size=200)
@@ -142,6 +159,268 @@ def test_clips_are_degraded_after_reading_and_before_augmentation(clips):
     assert abs(10 * np.log10(np.mean(halved**2) / np.mean(added**2)) - 10) < 0.01
     # The same generator for the same clip, which nothing but the clip's place and epoch seeds.
     assert calls == [calls[0]] * 2 and calls[0][0] == 24000
+
+
+# Clips that cannot be read
+
+
+def vanish(path):
+    os.unlink(path)
+
+
+def empty(path):
+    open(path, "w").close()
+
+
+def truncate(path):
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+def text(path):
+    with open(path, "w") as file:
+        file.write("This was a clip. " * 100)
+
+
+def zeros(path):
+    with open(path, "r+b") as file:
+        file.seek(1000)
+        file.write(bytes(os.path.getsize(path) - 1000))
+
+
+def endless(path):
+    # A spoilt header that announces more samples than any memory holds.
+    with open(path, "r+b") as file:
+        file.seek(21)
+        file.write(bytes([0xFF] * 5))
+
+
+def a_folder(path):
+    os.unlink(path)
+    os.mkdir(path)
+
+
+def a_link_to_itself(path):
+    os.unlink(path)
+    os.symlink(path, path)
+
+
+def a_pipe(path):
+    os.unlink(path)
+    os.mkfifo(path)
+
+
+def a_name_that_is_too_long(path):
+    return os.path.join(os.path.dirname(path), "x" * 300)
+
+
+def a_name_with_a_null_byte(path):
+    return path + "\0"
+
+
+def not_a_number(path):
+    samples = np.zeros(32000, np.float32)
+    samples[::1000] = np.nan
+    soundfile.write(path, samples, 16000, format="WAV", subtype="FLOAT")
+
+
+def infinite(path):
+    soundfile.write(path, np.full(32000, np.inf, np.float32), 16000, format="WAV", subtype="FLOAT")
+
+
+def another_rate(path):
+    soundfile.write(path, np.zeros(32000), 8000, format="FLAC")
+
+
+def stereo(path):
+    soundfile.write(path, np.zeros((32000, 2)), 16000, format="FLAC")
+
+
+SPOILT = {
+    vanish: "No such file",
+    empty: "cannot be read",
+    truncate: "cannot be read",
+    text: "cannot be read",
+    zeros: "cannot be read",
+    endless: "cannot be read",
+    a_folder: "is not a regular file",
+    a_link_to_itself: "cannot be read",
+    a_pipe: "is not a regular file",
+    a_name_that_is_too_long: "cannot be read",
+    a_name_with_a_null_byte: "cannot be read",
+    not_a_number: "not numbers",
+    infinite: "not numbers",
+    another_rate: "at 8000 Hz",
+    stereo: "2 channel(s)",
+}
+
+
+def spoil(clips, number, how):
+    """The clips with one of them spoilt, in a file or by its name."""
+    path = how(clips[number].wav) or clips[number].wav
+    return [clip if place != number else Clip(**{**vars(clip), "wav": path}) for place, clip in enumerate(clips)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+@pytest.mark.parametrize("how", SPOILT, ids=lambda how: how.__name__)
+@pytest.mark.parametrize("crop", [None, 0.5], ids=["whole", "crop"])
+def test_a_spoilt_clip_is_left_out_of_its_batch_with_the_reason(clips, how, crop):
+    whole = ClipDataset(clips, ["a", "b"], crop_seconds=crop)
+    others = collate([whole[(0, 1)], whole[(3, 1)]])
+    if how is endless and crop:
+        pytest.skip("the stretch that is asked for is there")
+    dataset = ClipDataset(spoil(clips, 1, how), ["a", "b"], crop_seconds=crop)
+    batch = collate([dataset[(0, 1)], dataset[(1, 1)], dataset[(3, 1)]])
+    ((name, why),) = batch.lost
+    assert name == "clip1" and SPOILT[how] in why and str(dataset.clips[1].wav).split("\0")[0] in why
+    assert batch.ids == ("clip0", "clip3") and batch.labels.tolist() == [0, 1]
+    assert torch.equal(batch.wavs, others.wavs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 20), st.integers(0, 7), st.booleans())
+def test_a_flipped_bit_gives_samples_or_a_reason(tmp_path_factory, place, bit, in_header):
+    path = tmp_path_factory.getbasetemp() / "flipped.flac"
+    audio.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 4000).astype(np.float32))
+    content = bytearray(path.read_bytes())
+    content[place % (100 if in_header else len(content))] ^= 1 << bit
+    path.write_bytes(content)
+    item = ClipDataset([Clip("c", 0.25, str(path), "a", "", "", "")], ["a"])[(0, 1)]
+    assert isinstance(item, Lost) or np.isfinite(item[1]).all()
+
+
+def test_a_batch_of_which_nothing_can_be_read_is_empty(clips):
+    batch = collate([Lost("one", "why"), Lost("other", "because")])
+    assert len(batch) == 0 and batch.lost == (("one", "why"), ("other", "because"))
+    assert batch.wavs.shape == (0, 0) and batch.labels.shape == (0,) and batch.to("cpu").lost == batch.lost
+
+
+def test_lost_clips_come_through_reading_processes(clips):
+    vanish(clips[3].wav)
+    dataset = ClipDataset(clips, ["a", "b"])
+    sampler = BucketBatchSampler(dataset.seconds(), 4.0)
+    batches = list(make_loader(dataset, sampler, num_workers=1))
+    assert [name for batch in batches for name, _ in batch.lost] == ["clip3"]
+    assert sorted(name for batch in batches for name in batch.ids) == ["clip0", "clip1", "clip2"]
+
+
+# Reading processes that are killed
+
+FORKED = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no such signal")
+
+
+class Suicidal(ClipDataset):
+    """Kills the process that reads a certain clip as often as there are files to count by."""
+
+    def __getitem__(self, key):
+        lives = sorted(self.lives.glob(f"{self.clips[key[0]].id}.{key[1]}.*"))
+        if lives:
+            lives[0].unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(key)
+
+
+@pytest.fixture
+def soon_noticed(monkeypatch):
+    """PyTorch looks every five seconds whether its workers live."""
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+
+
+@pytest.fixture
+def suicidal(clips, tmp_path, soon_noticed):
+    """Function: (clip, epoch, times), ... -> data set whose reading process is killed there."""
+
+    def make(*deaths):
+        augmentation = make_augmentation(True, 0.9, [0.9, 1.1], [5, 20])
+        many = [Clip(**{**vars(clip), "id": f"{clip.id}{n}"}) for n in range(5) for clip in clips]
+        dataset = Suicidal(many, ["a", "b"], crop_seconds=1.0, augmentation=augmentation, seed=4)
+        dataset.lives = tmp_path / "lives"
+        shutil.rmtree(dataset.lives, ignore_errors=True)
+        dataset.lives.mkdir()
+        for clip, number, times in deaths:
+            for life in range(times):
+                (dataset.lives / f"{clip}.{number}.{life}").touch()
+        return dataset
+
+    return make
+
+
+def passes(dataset, workers, epochs=(1,), start=0, loader=None):
+    """Everything that a loader gives, epoch by epoch."""
+    sampler = BucketBatchSampler(dataset.seconds(), 2.5)
+    loader = (loader or make_loader)(dataset, sampler, num_workers=workers)
+    found = []
+    for number in epochs:
+        sampler.set_epoch(number)
+        sampler.start = start
+        found += [(batch.ids, batch.wavs.sum().item(), batch.wavs.shape) for batch in loader]
+        assert sampler.start == start
+    return found
+
+
+@FORKED
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_process_costs_no_clip_and_changes_no_batch(suicidal, caplog, workers, start):
+    undisturbed = passes(suicidal(), 0, (1, 2), start)
+    steps = len(undisturbed) // 2
+    # In the first and the last batch of the first epoch, and in the middle of the second.
+    deaths = [(undisturbed[step][0][0], 1 + step // steps, 1) for step in (0, steps - 1, steps + steps // 2)]
+    assert passes(suicidal(*deaths), workers, (1, 2), start) == undisturbed
+    assert "they are started again" in caplog.text
+
+
+@FORKED
+def test_a_process_that_is_killed_again_and_again_is_one_clear_error(suicidal, caplog):
+    with pytest.raises(TrainingError, match="ended unexpectedly 4 times in one epoch") as caught:
+        passes(suicidal(("clip12", 1, 99)), 1)
+    assert "num_workers" in str(caught.value) and "last checkpoint" in str(caught.value)
+    assert caplog.text.count("they are started again") == ClipLoader.RESTARTS
+
+
+class Faulty(ClipDataset):
+    """Has a bug."""
+
+    def __getitem__(self, key):
+        raise RuntimeError("a bug of the data set")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_errors_of_a_data_set_pass(clips, caplog, workers):
+    with pytest.raises(RuntimeError, match="a bug of the data set"):
+        passes(Faulty(clips, ["a", "b"]), workers)
+    assert "started again" not in caplog.text
+
+
+class Watchful(ClipDataset):
+    """Says how the process that reads handles signals, in place of an accent."""
+
+    def __getitem__(self, key):
+        name, samples, _ = super().__getitem__(key)
+        ignored = all(signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGTERM, signal.SIGINT))
+        return name, samples, int(ignored)
+
+
+def test_signals_are_left_to_the_process_that_trains(clips):
+    dataset = Watchful(clips, ["a", "b"])
+    loader = make_loader(dataset, BucketBatchSampler(dataset.seconds(), 4.0), num_workers=1)
+    assert [label for batch in loader for label in batch.labels.tolist()] == [1] * 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_to_iterate_a_loader_does_not_move_the_global_generator(clips, workers):
+    dataset, before = ClipDataset(clips, ["a", "b"]), torch.get_rng_state()
+    list(make_loader(dataset, BucketBatchSampler(dataset.seconds(), 4.0), num_workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loader_that_is_left_early_begins_anew(clips):
+    dataset = ClipDataset(clips, ["a", "b"])
+    loader = make_loader(dataset, BucketBatchSampler(dataset.seconds(), 4.0, shuffle=False), num_workers=1)
+    first = next(iter(loader)).ids
+    assert [batch.ids for batch in loader][0] == first
 
 
 # Augmentation

@@ -11,7 +11,7 @@ from accent_plugin import audio
 from accent_plugin.batches import Batch, BucketBatchSampler, ClipDataset, make_loader
 from accent_plugin.brain import AccentBrain, learning_rate_factor, make_epoch_counter, peak_memory, read_history
 from accent_plugin.checkpoints import AtomicCheckpointer
-from accent_plugin.errors import TrainingError
+from accent_plugin.errors import DataError, TrainingError
 from accent_plugin.manifests import Clip
 
 
@@ -322,3 +322,69 @@ def test_the_weights_for_classes_follow_their_counts():
     assert torch.allclose(make_class_weights("balanced", dataset), torch.tensor([2 / 3, 2.0]))
     assert make_class_weights([1, 3], dataset).tolist() == [1.0, 3.0]
     assert make_class_weights(None, dataset) is None
+
+
+# Clips that cannot be read
+
+
+def spoil(loader, *numbers):
+    for number in numbers:
+        with open(loader.dataset.clips[number].wav, "wb"):
+            pass
+
+
+def test_training_clips_that_cannot_be_read_are_left_out_and_counted(make_brain, loader):
+    brain, train, valid = make_brain(epochs=1, max_unreadable_share=0.5), loader(), loader()
+    valid.dataset.clips = valid.dataset.clips[4:]
+    valid.batch_sampler.seconds = valid.dataset.seconds()
+    spoil(train, 0, 3)
+    brain.fit(brain.hparams.epoch_counter, train, valid)
+    (row,) = read_history(brain.history_file)
+    assert row["clips_not_read"] == 2 and row["steps_left_out"] == 0
+    assert brain.hparams.train_logger.rows[0]["clips not read"] == 2
+
+
+def test_too_many_end_training_with_one_clear_error_and_the_last_checkpoint_is_usable(make_brain, loader):
+    brain, train = make_brain(epochs=1), loader()
+    brain.fit(brain.hparams.epoch_counter, train, loader())
+    spoil(train, *range(6))
+    brain = make_brain(epochs=2)
+    with pytest.raises(DataError, match=r"more than max_unreadable_share \(0.05\) allows; the first: c\d+: ") as caught:
+        brain.fit(brain.hparams.epoch_counter, train, loader())
+    assert "prepare the data again" in str(caught.value)
+    assert make_brain().best_epoch() == 1
+
+
+@pytest.mark.parametrize("stage", ["validation", "evaluated"])
+def test_where_nothing_can_be_read_there_is_no_figure(make_brain, loader, stage):
+    brain, train = make_brain(epochs=1, max_unreadable_share=1.0), loader()
+    if stage == "evaluated":
+        brain.fit(brain.hparams.epoch_counter, train, loader())
+    spoil(train, *range(12))
+    with pytest.raises(DataError, match=f"no clip .*{stage}.* could be read"):
+        brain.predict(loader()) if stage == "evaluated" else brain.fit(brain.hparams.epoch_counter, train, loader())
+
+
+def test_a_batch_that_is_not_finite_is_counted_in_the_history(make_brain, loader):
+    brain, count = make_brain(epochs=1), 0
+    compute_forward = brain.compute_forward
+
+    def spoilt(batch, stage):
+        nonlocal count
+        count += stage.name == "TRAIN"
+        return compute_forward(batch, stage) * (torch.nan if stage.name == "TRAIN" and count == 2 else 1.0)
+
+    brain.compute_forward = spoilt
+    brain.fit(brain.hparams.epoch_counter, loader(), loader())
+    (row,) = read_history(brain.history_file)
+    assert row["steps_left_out"] == 1 and np.isfinite(row["train_loss"])
+    assert brain.hparams.train_logger.rows[0]["steps left out"] == 1
+
+
+def test_early_stopping_is_remembered_by_a_restart(make_brain, loader):
+    still = {"patience": 2, "lr_encoder": 0.0, "lr_head": 1e-12}
+    for epochs in (2, 50, 50):
+        # Each begins at the end of an epoch; the last when training had stopped already.
+        brain = make_brain(epochs=epochs, **still)
+        brain.fit(brain.hparams.epoch_counter, loader(), loader())
+    assert len(read_history(brain.history_file)) == 3

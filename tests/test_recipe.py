@@ -377,3 +377,55 @@ def test_real_speech_with_a_real_encoder(train, real_speech, real_moonshine, tmp
     assert done.code == 0
     # Two epochs of a head are no result; chance is a third.
     assert metrics_of(tmp_path / "out")["clip"]["unweighted_average_recall"]["value"] > 0.4
+
+
+# What stands in the way, or is spoilt in a run's folder
+
+
+def a_file(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+
+
+def a_folder(path):
+    path.mkdir(parents=True)
+
+
+def a_link_to_nothing(path):
+    path.symlink_to(path.with_name("nowhere") / "deeper")
+
+
+def a_link_to_itself(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    "name, what",
+    [(".", a_file), (".", a_link_to_nothing), (".", a_link_to_itself), ("hyperparams.yaml", a_folder),
+     ("env.log", a_folder), ("log.txt", a_folder), ("train_log.txt", a_folder), ("run.json", a_folder),
+     ("save", a_file), ("save/history.json", a_folder)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)  # fmt: skip
+def test_what_stands_in_the_way_is_one_clear_error(train, words, tmp_path, name, what):
+    what(tmp_path / "out" / name)
+    done = train(*words, "--number_of_epochs", "1")
+    assert done.code == 2 and "Traceback" not in done.err
+    assert "output_folder" in done.err and str(tmp_path / "out" / name) in done.err
+
+
+@pytest.mark.parametrize("content", [b'{"a', b"[1]", b'{"epoch": 1}', b'[{"x": 1}]', b"", b"null", b"\xff\xfe"])
+def test_a_history_that_is_damaged_is_said_and_begun_anew(tmp_path, caplog, content):
+    from accent_plugin.brain import read_history
+
+    (tmp_path / "history.json").write_bytes(content)
+    assert read_history(tmp_path / "history.json") == [] and "history.json is damaged" in caplog.text
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_evaluated(train, words, tmp_path):
+    assert train(*words, "--number_of_epochs", "1").code == 0
+    report = (tmp_path / "out/report/metrics.json").read_bytes()
+    for path in (tmp_path / "out/save").glob("CKPT*/model.ckpt"):
+        path.write_bytes(b"")
+    done = train(*words, "--number_of_epochs", "1", "--test_only", "True")
+    assert done.code == 2 and "no whole checkpoint" in done.err
+    assert (tmp_path / "out/report/metrics.json").read_bytes() == report

@@ -28,7 +28,12 @@ from accent_plugin.errors import AccentPluginError, ConfigError, DataError
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Answers of the file system that a user can do something about.
-FOLDER_TROUBLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
+FOLDER_TROUBLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE),
+}
+# What PyTorch says where another process has left.
+PARTED = ("onnection", "roken pipe")
 
 
 def run(settings, command, fold=None):
@@ -40,7 +45,9 @@ def run(settings, command, fold=None):
         processes.from_main(experiment.require_checkpoint, values["save_folder"])
     with contextlib.ExitStack() as owned:
         identity = run_folder.identity(values, fold, processes.count())
-        processes.from_main(take_folder, settings, identity, owned)
+        # On the machine where a process died, and not on the others, torchrun counts a restart.
+        restarted = any(processes.gather(run_folder.restarted()))
+        processes.from_main(take_folder, settings, identity, owned, restarted)
         sb.create_experiment_directory(
             experiment_directory=values["output_folder"],
             hyperparams_to_save=settings.hparams_file,
@@ -53,11 +60,11 @@ def run(settings, command, fold=None):
         return train(settings, prepared, outsiders, command, fold)
 
 
-def take_folder(settings, identity, owned):
+def take_folder(settings, identity, owned, restarted):
     """Make the output folder this process's own, and see that it belongs to this configuration."""
     values = settings.values
     owned.enter_context(run_folder.claimed(values["output_folder"]))
-    if values["overwrite"] and not run_folder.restarted():
+    if values["overwrite"] and not restarted:
         run_folder.clear(values["output_folder"], values["save_folder"], values["train_log"])
     begin(settings, identity, None)
 
@@ -182,13 +189,15 @@ def main(argv):
     except torch.cuda.OutOfMemoryError as error:
         complain(f"the GPU's memory is full; lower batch_seconds: {error}")
         return 2
-    except OSError as error:
-        if error.errno not in FOLDER_TROUBLE:
+    except (OSError, ValueError) as error:
+        # The configuration of logging hides what the system said of its file.
+        said = error.__cause__ if isinstance(error, ValueError) else error
+        if not isinstance(said, OSError) or said.errno not in FOLDER_TROUBLE:
             raise
-        complain(f"cannot write: {error}; free some space there, or choose another output_folder")
+        complain(f"cannot write: {said}; free some space there, or choose another output_folder")
         return 2
     except RuntimeError as error:
-        if processes.count() == 1 or "onnection" not in str(error):
+        if not (processes.launched() and any(words in str(error) for words in PARTED)):
             raise
         complain(f"another process has ended, see its error: {error}".splitlines()[0])
         return 1
