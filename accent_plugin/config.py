@@ -517,6 +517,9 @@ def _contradictions(values, run_opts):
         problems.append("freeze_wav2vec2 freezes the whole encoder: freeze_layers and freeze_encoder_steps must be 0")
     if values["num_layers"] is not None and values["freeze_layers"] > values["num_layers"]:
         problems.append(f"freeze_layers {values['freeze_layers']} is more than num_layers {values['num_layers']}")
+    dropped = [key for key in ("layerdrop", "encoder_layerdrop") if values["config_overrides"].get(key)]
+    if dropped and values["weighted_layers"] is not None:
+        problems.append(f"weighted_layers sums what {dropped[0]} leaves out at random: give one of them alone")
     problems += _trouble_with_adapters(values)
     if values["selection"] == "last" and values["early_stopping"]:
         problems.append("selection last takes the last epoch, whatever it is: early_stopping must be 0")

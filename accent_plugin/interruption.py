@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 
@@ -39,8 +40,13 @@ class Pending:
         return self.number is not None
 
     def receive(self, number, frame):
-        """Handle a signal: the first is remembered, the second ends at once."""
+        """Handle a signal: the first is remembered, the second ends at once.
+
+        Under torchrun it does not: a terminal or a cluster may send one to all, and torchrun hands its own on.
+        """
         if self.number is not None:
+            if "RANK" in os.environ:
+                return
             raise Interrupted(number)
         self.number = number
         logger.warning("%s: this step is finished and saved, then training ends", signal.Signals(number).name)

@@ -84,6 +84,10 @@ def test_all_problems_are_named_at_once(read):
         (["--lora_alpha", "16"], "lora_alpha and lora_dropout are of adapters, but there are none"),
         (["--lora_rank", "4", "--freeze_wav2vec2", "True"], "freeze_wav2vec2 must be False"),
         (["--lora_rank", "4", "--freeze_feature_extractor", "False"], "freeze_feature_extractor True"),
+        (
+            ["--weighted_layers", "all", "--config_overrides", "{layerdrop: 0.1}"],
+            "weighted_layers sums what layerdrop leaves out",
+        ),
         (["--lora_rank", "4", "--num_layers", "2", "--freeze_layers", "2"], "leaves no layer for the adapters"),
         (["--lora_rank", "4", "--method", "logistic_regression"], "does not train the encoder: lora_rank must be null"),
         (["--selection", "last"], "early_stopping must be 0"),

@@ -54,6 +54,14 @@ def test_the_second_ends_at_once():
     assert caught.value.signal == signal.SIGINT and unchanged()
 
 
+def test_under_torchrun_the_second_is_the_same_once_more(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with interruption.deferred() as pending:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert pending.number == signal.SIGTERM
+
+
 def test_inside_an_immediate_one_a_deferred_one_counts():
     with pytest.raises(Interrupted), interruption.immediate():
         with interruption.deferred() as pending:
