@@ -1,5 +1,6 @@
 """AccentBrain: SpeechBrain's training loop for an `AccentModel`."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -67,18 +68,56 @@ def learning_rate_factor(progress, warmup, decay):
     return {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "none": 1.0}[decay]
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How a classifier is trained.
+
+    Arguments
+    ---------
+    lr_encoder, lr_head : float
+        Peak learning rates of what is pretrained, and of what starts from nothing.
+    weight_decay : float
+        Of matrices; biases, norms and layer weights have none.
+    warmup : float
+        Share of training in which the rates rise.
+    decay : str
+        How they fall then, see `learning_rate_factor`.
+    freeze_encoder_steps : int
+        Hold the encoder still for so many steps.
+    label_smoothing : float
+    selection : str
+        Which epoch is evaluated: a key of `SELECTIONS`.
+    max_unreadable_share : float
+        Share of a split's clips that may be lost before training stops.
+    train_logger, tensorboard_logger : speechbrain.utils.train_logger.TrainLogger
+        The second may be None.
+    """
+
+    lr_encoder: float
+    lr_head: float
+    weight_decay: float
+    warmup: float
+    decay: str
+    freeze_encoder_steps: int
+    label_smoothing: float
+    selection: str
+    max_unreadable_share: float
+    train_logger: object
+    tensorboard_logger: object = None
+
+
 class AccentBrain(sb.Brain):
     """Trains and applies an accent classifier.
 
-    `modules` holds one `model`, an `accent_plugin.model.AccentModel`. Read from `hparams`: lr_encoder, lr_head,
-    weight_decay, warmup, decay, number_of_epochs, freeze_encoder_steps, label_smoothing, selection, epoch_counter,
-    max_unreadable_share, train_logger, tensorboard_logger, and SpeechBrain's run options.
+    `modules` holds one `model`, an `accent_plugin.model.AccentModel`. Read from `hparams`: `epoch_counter`, and
+    SpeechBrain's run options.
 
     What is random about a step is the dropout alone; its generators are part of a checkpoint, and so is the place in
     the epoch. A restart thus goes on as if nothing had happened, on the CPU to the last bit.
 
     Arguments
     ---------
+    options : TrainingOptions
     class_weights : (classes,) torch.Tensor
         Weight of each class in the training loss; None for ones.
     history_file : str or Path
@@ -94,8 +133,9 @@ class AccentBrain(sb.Brain):
         Stage -> {id of a clip that could not be read: why}.
     """
 
-    def __init__(self, *arguments, class_weights=None, history_file=None, **keywords):
+    def __init__(self, *arguments, options, class_weights=None, history_file=None, **keywords):
         super().__init__(*arguments, **keywords)
+        self.options = options
         self._weights = None if class_weights is None else class_weights.cpu()
         self.class_weights = None if class_weights is None else class_weights.to(self.device)
         self.history_file = None if history_file is None else Path(history_file)
@@ -141,7 +181,7 @@ class AccentBrain(sb.Brain):
             log_probabilities.float(),
             labels,
             weight=self.class_weights,
-            label_smoothing=self.hparams.label_smoothing,
+            label_smoothing=self.options.label_smoothing,
             reduction="none",
         )
         weights = torch.ones_like(losses) if self.class_weights is None else self.class_weights[labels]
@@ -192,7 +232,7 @@ class AccentBrain(sb.Brain):
         """Whether some step leaves a trainable parameter without a gradient."""
         encoder = self._model().wav2vec2
         return bool(
-            self.hparams.freeze_encoder_steps
+            self.options.freeze_encoder_steps
             or getattr(encoder.config, "layerdrop", 0)
             or getattr(encoder.config, "encoder_layerdrop", 0)
             or getattr(encoder, "layer_weights", None) is not None
@@ -202,14 +242,14 @@ class AccentBrain(sb.Brain):
         """One AdamW with a group for the pretrained encoder and one for what starts from nothing: head and adapters."""
         model = self._model()
         groups = [
-            {"params": _decayed(model.encoder_parameters()), "peak": self.hparams.lr_encoder},
-            {"params": _not_decayed(model.encoder_parameters()), "peak": self.hparams.lr_encoder, "weight_decay": 0.0},
-            {"params": _decayed(model.head_parameters()), "peak": self.hparams.lr_head},
-            {"params": _not_decayed(model.head_parameters()), "peak": self.hparams.lr_head, "weight_decay": 0.0},
+            {"params": _decayed(model.encoder_parameters()), "peak": self.options.lr_encoder},
+            {"params": _not_decayed(model.encoder_parameters()), "peak": self.options.lr_encoder, "weight_decay": 0.0},
+            {"params": _decayed(model.head_parameters()), "peak": self.options.lr_head},
+            {"params": _not_decayed(model.head_parameters()), "peak": self.options.lr_head, "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         # The fused one leaves a step out by itself where it is told to, without anybody looking at the gradient.
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=self.hparams.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=self.options.weight_decay, fused=True)
         self.optimizers_dict = {"optimizer": self.optimizer}
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("optimizer", self.optimizer)
@@ -222,7 +262,7 @@ class AccentBrain(sb.Brain):
         """
         steps = len(self.train_sampler)
         should_step = self.step % self.grad_accumulation_factor == 0 or self.step == steps
-        self._freeze_encoder(self.optimizer_step < self.hparams.freeze_encoder_steps)
+        self._freeze_encoder(self.optimizer_step < self.options.freeze_encoder_steps)
         self._note_unread(batch, sb.Stage.TRAIN)
         weight = float(len(batch) if self._weights is None else self._weights[batch.labels].sum())
         with self.no_sync(not should_step):
@@ -253,7 +293,7 @@ class AccentBrain(sb.Brain):
 
     def _set_learning_rates(self, progress):
         # A function of progress alone: nothing to save, and right after a restart.
-        factor = learning_rate_factor(progress, self.hparams.warmup, self.hparams.decay)
+        factor = learning_rate_factor(progress, self.options.warmup, self.options.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
@@ -341,7 +381,7 @@ class AccentBrain(sb.Brain):
         self._limit_unread(stage)
 
     def _limit_unread(self, stage):
-        unread, clips, share = self.unread[stage], self._clips.get(stage, 0), self.hparams.max_unreadable_share
+        unread, clips, share = self.unread[stage], self._clips.get(stage, 0), self.options.max_unreadable_share
         if unread and len(unread) > (max(1.0, share * clips) if share else 0):
             name, why = next(iter(unread.items()))
             raise DataError(
@@ -378,7 +418,7 @@ class AccentBrain(sb.Brain):
         self._since, self._saved_at = 0, time.monotonic()
 
     def _delete_old_checkpoints(self):
-        best = self.checkpointer.find_checkpoint(**SELECTIONS[self.hparams.selection])
+        best = self.checkpointer.find_checkpoint(**SELECTIONS[self.options.selection])
         self.checkpointer.delete_checkpoints(
             num_to_keep=NEWEST, ckpt_predicate=lambda one: best is None or one.path != best.path
         )
@@ -449,18 +489,18 @@ class AccentBrain(sb.Brain):
         stats["peak memory"] = "not known" if memory is None else f"{memory / 2**20:.0f} MiB"
         counted = {"steps left out": int(self._trained[1][2]), "clips not read": self._count_unread()}
         stats |= {name: number for name, number in counted.items() if number}
-        self.hparams.train_logger.log_stats(stats, train_stats={"loss": self.train_loss}, valid_stats=figures)
-        if self.hparams.tensorboard_logger is not None:
+        self.options.train_logger.log_stats(stats, train_stats={"loss": self.train_loss}, valid_stats=figures)
+        if self.options.tensorboard_logger is not None:
             # The others have none, and would not hear that it is done.
             with MainProcessContext():
-                self.hparams.tensorboard_logger.log_stats(
+                self.options.tensorboard_logger.log_stats(
                     {"epoch": epoch}, train_stats={"loss": self.train_loss}, valid_stats=figures
                 )
         if processes.is_main():
             self._remember(epoch, figures, memory, counted)
         if hasattr(self.hparams.epoch_counter, "update_metric"):
             # Before the checkpoint, which has to know of it.
-            error = figures["loss"] if self.hparams.selection == "loss" else 1 - figures["macro_f1"]
+            error = figures["loss"] if self.options.selection == "loss" else 1 - figures["macro_f1"]
             self.hparams.epoch_counter.update_metric(error)
         if self.checkpointer is not None:
             self._write_checkpoint(0, [0.0, 0.0, *self._trained[1][2:]], {**figures, "epoch": epoch})
@@ -502,7 +542,7 @@ class AccentBrain(sb.Brain):
                 f"{self.checkpointer.checkpoints_dir} holds no whole checkpoint of a finished epoch\n"
                 "train first; what was damaged is named above"
             )
-        self.evaluate(loader, **SELECTIONS[self.hparams.selection], progressbar=progressbar)
+        self.evaluate(loader, **SELECTIONS[self.options.selection], progressbar=progressbar)
         ids, _, log_probabilities = self._predictions()
         if not ids:
             raise DataError("no clip that is to be evaluated could be read\nprepare the data again" + _GOES_ON)
@@ -510,7 +550,7 @@ class AccentBrain(sb.Brain):
 
     def best_epoch(self):
         """Number of the epoch that evaluation uses, or None where nothing was saved."""
-        checkpoint = self.checkpointer.find_checkpoint(**SELECTIONS[self.hparams.selection])
+        checkpoint = self.checkpointer.find_checkpoint(**SELECTIONS[self.options.selection])
         return None if checkpoint is None else checkpoint.meta["epoch"]
 
 

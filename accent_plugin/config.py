@@ -177,6 +177,9 @@ KEYS = {
     "augment_mask_seconds": _or_nothing(_number(0, above=True)),
 }
 
+# Groups of hyperparameters in the YAML, each a mapping.
+_GROUPS = ("preparation", "evaluation")
+
 # Given on the command line they start at the working directory; left at their default, at the project's root.
 PATHS = (
     *("data_folder", "prepared_folder", "out_of_set_folder", "output_folder", "save_folder", "train_log"),
@@ -184,8 +187,9 @@ PATHS = (
 )
 
 
-# Field of accent_plugin.manifests.Choices -> hyperparameter.
-_PREPARATION = {field.name: field.name for field in dataclasses.fields(manifests.Choices)} | {"seed": "data_seed"}
+# Fields of accent_plugin.manifests.Choices; as hyperparameters they have the same names, but for the seed.
+_CHOICES = {field.name for field in dataclasses.fields(manifests.Choices)}
+_PREPARATION = _CHOICES - {"seed"} | {"data_seed", "skip_prep", "prepared_folder", "data_folder"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,33 +234,25 @@ class Settings:
             folders["prepared_folder"] = str(Path(self.values["prepared_folder"]) / name)
         return folders
 
-    def preparation(self):
-        """Arguments of the recipe's preparation."""
-        choices = {field: self.values[key] for field, key in _PREPARATION.items()}
-        return self._with_folder(self.values["data_folder"], self.values["prepared_folder"], choices)
+    def located(self, preparation):
+        """Arguments of the recipe's preparation, with the folder that they stand for where none was given."""
+        choices = {field: value for field, value in preparation.items() if field in _CHOICES}
+        prepared_folder = preparation["prepared_folder"]
+        if prepared_folder is None and not preparation["skip_prep"]:
+            prepared_folder = self.root / "data" / "prepared"
+            # Where there are no such data, that is said when they are looked for.
+            with contextlib.suppress(AccentPluginError):
+                prepared_folder = manifests.default_folder(preparation["data_folder"], prepared_folder, **choices)
+        return preparation | {"prepared_folder": prepared_folder}
 
     def outsiders(self):
         """The same for speech of accents that are not among the classes; None where none is asked for."""
         if self.values["out_of_set"] is None:
             return None
         folder = self.values["out_of_set_folder"] or self.values["data_folder"]
-        choices = {field: self.values[key] for field, key in _PREPARATION.items()}
-        choices |= {"accents": self.values["out_of_set"], "split": "all", "balance": "none", "n_folds": 0}
-        return self._with_folder(folder, None, choices) | {"skip_prep": False}
-
-    def _with_folder(self, data_folder, prepared_folder, choices):
-        if prepared_folder is None and not self.values["skip_prep"]:
-            prepared_folder = self.root / "data" / "prepared"
-            # Where there are no such data, that is said when they are looked for.
-            with contextlib.suppress(AccentPluginError):
-                prepared_folder = manifests.default_folder(data_folder, prepared_folder, **choices)
-        return {
-            "data_folder": data_folder,
-            "prepared_folder": prepared_folder,
-            "skip_prep": self.values["skip_prep"],
-            "workers": self.values["prepare_workers"],
-            **choices,
-        }
+        changes = {"accents": self.values["out_of_set"], "split": "all", "balance": "none", "n_folds": 0}
+        folders = {"data_folder": folder, "prepared_folder": None, "skip_prep": False}
+        return self.located(self.values["preparation"] | changes | folders)
 
 
 # Run options of SpeechBrain that have their default in the YAML.
@@ -315,7 +311,7 @@ def read(argv, root, look_at_data=True):
     problems += wrong.values()
     if not wrong:
         problems += _contradictions(settings.values, run_opts)
-    if look_at_data and not wrong.keys() & {*_PREPARATION.values(), "skip_prep", "prepared_folder", "data_folder"}:
+    if look_at_data and not wrong.keys() & {*_PREPARATION, "preparation"}:
         problems += _trouble_with_data(settings)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -350,7 +346,7 @@ def _trouble_with_adapters(values):
 def _trouble_with_data(settings):
     problems = []
     for one in settings.splits():
-        problems += _refusals(one.preparation())
+        problems += _refusals(one.located(one.values["preparation"]))
     if settings.values["out_of_set"] is not None and not problems:
         problems += _refusals(settings.outsiders())
     return problems
@@ -430,7 +426,12 @@ def _plain(text, overrides):
     except Exception as error:
         # ruamel, PyYAML and HyperPyYAML each raise their own.
         raise ConfigError(f"the YAML cannot be read: {error}") from error
-    return {key: _value(key, value) for key, value in values.items()}
+    return _values(values)
+
+
+def _values(mapping):
+    # A hyperparameter that is handed on in a group has its own name there, too.
+    return {key: _values(value) if key in _GROUPS else _value(key, value) for key, value in mapping.items()}
 
 
 def _value(key, value):
@@ -474,6 +475,9 @@ def _wrong_values(values):
             problems[key] = f"{key} is missing"
         elif wanted := check(values[key]):
             problems[key] = f"{key} is {values[key]!r}; it should be {wanted}"
+    missing = _CHOICES - (values.get("preparation") or {}).keys()
+    if missing:
+        problems["preparation"] = f"preparation lacks {', '.join(sorted(missing))}: give each as !ref <its name>"
     return problems
 
 

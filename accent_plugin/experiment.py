@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,22 +35,52 @@ _CARD_REPEATED = ("made_by", "source", "arguments", "counts", "dropped", "lost_s
 _PACKAGES = ("accent_plugin", "speechbrain", "transformers", "torch", "torchaudio", "datasets", "scikit-learn", "numpy")
 
 
-def make_loaders(paths, hparams):
+@dataclass(frozen=True)
+class LoadingOptions:
+    """How clips come to be batches.
+
+    Arguments
+    ---------
+    accents : list of str
+        Classes, in the order of the output.
+    seed : int
+        Of batches, crops and augmentation.
+    balance : str
+        "sampler" draws training clips so that all accents come equally often.
+    batch_seconds : float
+        Audio in a batch, padding included.
+    crop_seconds : float
+        Train on random stretches of this length; None takes clips whole.
+    augmentation : accent_plugin.augment.Augmentation
+        Of training clips; None for none.
+    num_workers : int
+        Processes that read audio.
+    """
+
+    accents: list
+    seed: int
+    balance: str
+    batch_seconds: float
+    crop_seconds: float | None
+    augmentation: object
+    num_workers: int
+
+
+def make_loaders(paths, options):
     """Loaders of the three splits.
 
     Arguments
     ---------
     paths : dict
         Split -> manifest, as `accent_plugin.manifests.Prepared.paths` gives it.
-    hparams : dict
-        Of the YAML: accents, balance, batch_seconds, crop_seconds, augmentation, seed, num_workers.
+    options : LoadingOptions
 
     Returns
     -------
     dict
         "train", "valid", "test" -> torch.utils.data.DataLoader over a `ClipDataset`.
     """
-    accents, seed = hparams["accents"], hparams["seed"]
+    accents, seed = options.accents, options.seed
     loaders = {}
     for split, path in paths.items():
         clips = manifests.read(path)
@@ -57,20 +88,20 @@ def make_loaders(paths, hparams):
         if strange:
             raise ManifestError(f"{path} has the accent(s) {', '.join(strange)}; accents lists {', '.join(accents)}")
         if split == "train":
-            dataset = ClipDataset(clips, accents, hparams["crop_seconds"], hparams["augmentation"], seed)
-            weights = _clip_weights(dataset, hparams)
-            sampler = _sampler(dataset, hparams["batch_seconds"], seed=seed, weights=weights)
-            loaders[split] = _loader(dataset, sampler, hparams)
+            dataset = ClipDataset(clips, accents, options.crop_seconds, options.augmentation, seed)
+            weights = _clip_weights(dataset, options)
+            sampler = _sampler(dataset, options.batch_seconds, seed=seed, weights=weights)
+            loaders[split] = _loader(dataset, sampler, options)
         else:
-            loaders[split] = whole_clips(clips, hparams)
+            loaders[split] = whole_clips(clips, options)
     return loaders
 
 
-def whole_clips(clips, hparams, degrade=None):
-    """A loader of clips as they are, or as `degrade` leaves them, for evaluation."""
-    dataset = ClipDataset(clips, hparams["accents"], degrade=degrade)
-    limit = _EVALUATION_BATCHES * hparams["batch_seconds"]
-    return _loader(dataset, _sampler(dataset, limit, shuffle=False), hparams)
+def whole_clips(clips, options, degrade=None):
+    """A loader of clips as they are, or as `degrade` leaves them, for evaluation; `options` is a `LoadingOptions`."""
+    dataset = ClipDataset(clips, options.accents, degrade=degrade)
+    limit = _EVALUATION_BATCHES * options.batch_seconds
+    return _loader(dataset, _sampler(dataset, limit, shuffle=False), options)
 
 
 def _sampler(dataset, batch_seconds, **keywords):
@@ -79,15 +110,15 @@ def _sampler(dataset, batch_seconds, **keywords):
     return BucketBatchSampler(dataset.seconds(), batch_seconds, **keywords, **share)
 
 
-def _loader(dataset, sampler, hparams):
-    return make_loader(dataset, sampler, hparams["num_workers"], pin_memory=torch.cuda.is_available())
+def _loader(dataset, sampler, options):
+    return make_loader(dataset, sampler, options.num_workers, pin_memory=torch.cuda.is_available())
 
 
-def _clip_weights(dataset, hparams):
+def _clip_weights(dataset, options):
     """Weights for drawing clips so that all accents come equally often; None where `balance` is not sampler."""
-    if hparams["balance"] != "sampler":
+    if options.balance != "sampler":
         return None
-    return inverse_frequency(dataset.labels(), len(hparams["accents"]))[dataset.labels()]
+    return inverse_frequency(dataset.labels(), len(options.accents))[dataset.labels()]
 
 
 def make_class_weights(choice, dataset):
@@ -125,14 +156,16 @@ def require_checkpoint(save_folder):
         )
 
 
-def predict(brain, clips, hparams, degrade=None, temperature=1.0):
+def predict(brain, clips, loading, speeds=(1.0,), degrade=None, temperature=1.0):
     """Apply the best epoch's model to clips.
 
     Arguments
     ---------
     brain : AccentBrain
     clips : sequence of accent_plugin.manifests.Clip
-    hparams : dict
+    loading : LoadingOptions
+    speeds : sequence of float
+        Speed factors; log-probabilities are averaged over the copies of a clip.
     degrade : callable
         Of `accent_plugin.bands.BANDS`; None takes the clips as they are.
     temperature : float
@@ -143,28 +176,37 @@ def predict(brain, clips, hparams, degrade=None, temperature=1.0):
     clips : list of accent_plugin.manifests.Clip
         In their order; with `--debug` only some batches are seen.
     log_probabilities : (clips, classes) np.ndarray
-        Means over the copies of a clip at `test_speeds`, normalised anew.
+        Means over the copies of a clip, normalised anew.
     """
     copies = []
-    for speed in hparams["test_speeds"]:
+    for speed in speeds:
         changes = [degrade] if degrade else []
         changes += [functools.partial(_played, speed=speed)] if speed != 1 else []
-        ids, log_probabilities = brain.predict(whole_clips(clips, hparams, _Chain(changes) if changes else None))
+        ids, log_probabilities = brain.predict(whole_clips(clips, loading, _Chain(changes) if changes else None))
         copies.append(dict(zip(ids, log_probabilities, strict=True)))
     seen = [clip for clip in clips if all(clip.id in copy for copy in copies)]
     mean = np.mean([[copy[clip.id] for clip in seen] for copy in copies], axis=0)
     return seen, calibration.apply_temperature(log_softmax(mean, axis=1), temperature)
 
 
-def calibrate(brain, loaders, hparams):
+def calibrate(brain, loaders, loading, speeds):
     """Fit the temperature of the best epoch's model, and what its probabilities are worth, on validation.
+
+    Arguments
+    ---------
+    brain : AccentBrain
+    loaders : dict
+        As `make_loaders` gives it.
+    loading : LoadingOptions
+    speeds : list of float
+        As in `predict`.
 
     Returns
     -------
     dict
         As `accent_plugin.calibration.describe` gives it.
     """
-    predictions = as_predictions(*predict(brain, loaders["valid"].dataset.clips, hparams), hparams["accents"])
+    predictions = as_predictions(*predict(brain, loaders["valid"].dataset.clips, loading, speeds), loading.accents)
     found = calibration.describe(predictions.log_probabilities, predictions.truth)
     logger.info("temperature %.3f, fitted on %d clips of validation", found["temperature"], found["clips"])
     return found
@@ -195,21 +237,20 @@ def initialise(brain, hparams):
     logger.info("from %s: %s; anew: %s", hparams["from_bundle"], parts, ", ".join(new) or "nothing")
 
 
-def fit_whitening(brain, loader, hparams):
-    """Fit the model's whitening on `whitening_passes` passes over the training clips, as training will draw them.
+def fit_whitening(brain, loader, passes, shrinkage):
+    """Fit the model's whitening on some passes over the training clips, as training will draw them.
 
     Nothing is done where the model has none, or where a checkpoint or `from_bundle` holds the fitted one.
     """
-    model = hparams["model"]
+    model = brain.modules.model
     if model.whitening is None or model.whitening.fitted or brain.checkpointer.find_checkpoint() is not None:
         return
     model.eval()
     vectors, labels = [], []
     with torch.inference_mode():
         # Epochs beyond the last: crops and augmentation that training does not see again.
-        for epoch in range(
-            hparams["number_of_epochs"] + 1, hparams["number_of_epochs"] + 1 + hparams["whitening_passes"]
-        ):
+        last = brain.hparams.epoch_counter.limit
+        for epoch in range(last + 1, last + 1 + passes):
             loader.batch_sampler.set_epoch(epoch)
             for batch in tqdm(loader, desc="whitening", unit="batch", disable=brain.noprogressbar):
                 if len(batch):
@@ -219,7 +260,7 @@ def fit_whitening(brain, loader, hparams):
     vectors, labels = ([item for part in processes.gather(own) for item in part] for own in (vectors, labels))
     if not vectors:
         raise DataError("no clip of the training split could be read\nprepare the data again")
-    model.whitening.fit(torch.cat(vectors), torch.cat(labels), hparams["whitening_shrinkage"])
+    model.whitening.fit(torch.cat(vectors), torch.cat(labels), shrinkage)
     logger.info("whitening fitted on %d crops", sum(map(len, labels)))
 
 
@@ -318,7 +359,7 @@ def write_report(brain, loaders, prepared, hparams, command, temperature=1.0, fo
     accents, clips = hparams["accents"], loaders["test"].dataset.clips
 
     def scores(clips, degrade=None):
-        return predict(brain, clips, hparams, degrade, temperature)
+        return predict(brain, clips, hparams["loading"], hparams["evaluation"]["test_speeds"], degrade, temperature)
 
     predictions = as_predictions(*scores(clips), accents)
     notes = [*prepared.warnings, *_unread_note(brain.unread[Stage.TEST])]
@@ -327,7 +368,7 @@ def write_report(brain, loaders, prepared, hparams, command, temperature=1.0, fo
         heard, log_probabilities = scores(manifests.read(outsiders.paths()["test"]))
         outside = out_of_set(predictions, log_probabilities, [clip.accent for clip in heard])
     degraded = None
-    if hparams["bands"]:
+    if hparams["evaluation"]["bands"]:
         degraded = {name: as_predictions(*scores(clips, degrade), accents) for name, degrade in BANDS.items()}
     history = read_history(brain.history_file)
     memory = [row["peak_memory_bytes"] for row in history if row.get("peak_memory_bytes") is not None]
@@ -373,7 +414,7 @@ def write_bundle(folder, brain, hparams, calibrated, metrics=None):
         hparams["accents"],
         encoder_name=describe_model(hparams)["encoder"],
         pooling=hparams["pooling"],
-        speeds=hparams["test_speeds"],
+        speeds=hparams["evaluation"]["test_speeds"],
         calibration=calibrated,
         metrics=metrics,
         versions=versions(),
@@ -420,17 +461,18 @@ def export(run, out=None, device="cpu"):
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, settings.overrides, overrides_must_match=False)
     hparams["checkpointer"] = AtomicCheckpointer(save_folder, hparams["checkpointer"].recoverables)
-    prepared = manifests.load(settings.preparation()["prepared_folder"])
+    prepared = manifests.load(settings.located(settings.values["preparation"])["prepared_folder"])
     fold = int(run.name.removeprefix("fold_")) if prepared.folds else None
-    loaders = {"valid": whole_clips(manifests.read(prepared.paths(fold)["valid"]), hparams)}
+    loaders = {"valid": whole_clips(manifests.read(prepared.paths(fold)["valid"]), hparams["loading"])}
     brain = AccentBrain(
         modules=hparams["modules"],
+        options=hparams["training"],
         hparams=hparams,
         run_opts={"device": device},
         checkpointer=hparams["checkpointer"],
         history_file=save_folder / "history.json",
     )
-    calibrated = calibrate(brain, loaders, hparams)
+    calibrated = calibrate(brain, loaders, hparams["loading"], hparams["evaluation"]["test_speeds"])
     metrics_file = run / "report" / report.METRICS_FILE
     metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else None
     out = Path(out or run / "bundle")
@@ -449,7 +491,7 @@ def run_baseline(loaders, prepared, hparams, command, fold=None, device="cpu"):
 
     datasets = {split: loader.dataset for split, loader in loaders.items()}
     features = {
-        split: baseline.layer_means(hparams["wav2vec2"], whole_clips(dataset.clips, hparams), device)
+        split: baseline.layer_means(hparams["wav2vec2"], whole_clips(dataset.clips, hparams["loading"]), device)
         for split, dataset in datasets.items()
     }
     model, layer, trials = baseline.fit(

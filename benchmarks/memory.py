@@ -60,7 +60,7 @@ def main():
         sampler = BucketBatchSampler(dataset.seconds(), hparams["batch_seconds"])
         sampler.set_epoch(1)
         run_opts = {"device": arguments.device, "precision": arguments.precision}
-        brain = AccentBrain(modules=hparams["modules"], hparams=hparams, run_opts=run_opts)
+        brain = AccentBrain(modules=hparams["modules"], options=hparams["training"], hparams=hparams, run_opts=run_opts)
         brain.train_sampler, brain._epochs, brain.nonfinite_count = sampler, 1, 0
         brain.init_optimizers()
         brain.modules.train()

@@ -21,7 +21,7 @@ from speechbrain.utils.run_opts import RunOptions
 
 from accent_plugin import audio, experiment, processes
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, make_loader
-from accent_plugin.brain import AccentBrain, make_epoch_counter
+from accent_plugin.brain import AccentBrain, TrainingOptions, make_epoch_counter
 from accent_plugin.checkpoints import AtomicCheckpointer
 from accent_plugin.errors import AccentPluginError, ConfigError, DataError
 from accent_plugin.manifests import Clip
@@ -115,7 +115,7 @@ def make_brain(folder, class_weights=None, epochs=EPOCHS, dropout=0.0, **changes
     if not processes.rank():
         torch.manual_seed(0)
         model = AccentModel(TinyEncoder(dropout), ["a", "b"], dropout=dropout)
-    hparams = {
+    options = {
         "lr_encoder": 0.01,
         "lr_head": 0.1,
         "weight_decay": 0.01,
@@ -124,23 +124,18 @@ def make_brain(folder, class_weights=None, epochs=EPOCHS, dropout=0.0, **changes
         "freeze_encoder_steps": 0,
         "label_smoothing": 0.1,
         "selection": "macro_f1",
-        "epoch_counter": counter,
         "train_logger": Logger(),
-        "tensorboard_logger": None,
-        "max_grad_norm": 1e9,
         "max_unreadable_share": 0.0,
-        "number_of_epochs": epochs,
-        "accents": ["a", "b"],
-        "batch_seconds": 0.15,
-        "num_workers": 0,
-        **changes,
     }
+    options |= {key: value for key, value in changes.items() if key in options}
+    hparams = {"epoch_counter": counter, "max_grad_norm": 1e9}
     run_opts = {"device": "cpu", "noprogressbar": True, "distributed_backend": "gloo"}
     run_opts["distributed_launch"] = processes.launched()
     run_opts["grad_accumulation_factor"] = changes.get("window", 2) // processes.count()
     (folder / "save").mkdir(parents=True, exist_ok=True)
     return RecordingBrain(
         modules={"model": model},
+        options=TrainingOptions(**options),
         hparams=hparams,
         run_opts=run_opts,
         checkpointer=AtomicCheckpointer(folder / "save", {"model": model, "counter": counter}),
@@ -157,12 +152,11 @@ def check(folder, broken=(), validate=True, **changes):
     share = {"rank": processes.rank(), "processes": processes.count()}
     train = make_loader(dataset, BucketBatchSampler(dataset.seconds(), 0.3, seed=1, **share))
     # SpeechBrain's loop over epochs, with or without the stage after each.
-    brain.fit(
-        brain.hparams.epoch_counter, train, experiment.whole_clips(clips, vars(brain.hparams)) if validate else None
-    )
-    seen = {"batches": brain.batches, "gradients": brain.gradients, "logged": brain.hparams.train_logger.rows}
+    options = experiment.LoadingOptions(["a", "b"], 0, "none", 0.15, None, None, 0)
+    brain.fit(brain.hparams.epoch_counter, train, experiment.whole_clips(clips, options) if validate else None)
+    seen = {"batches": brain.batches, "gradients": brain.gradients, "logged": brain.options.train_logger.rows}
     if validate:
-        seen["ids"], scores = brain.predict(experiment.whole_clips(clips, vars(brain.hparams)))
+        seen["ids"], scores = brain.predict(experiment.whole_clips(clips, options))
         seen["scores"] = scores.tolist()
     seen["draw"] = torch.rand(()).item()
     return seen

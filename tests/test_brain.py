@@ -9,7 +9,14 @@ import torch
 
 from accent_plugin import audio
 from accent_plugin.batches import Batch, BucketBatchSampler, ClipDataset, make_loader
-from accent_plugin.brain import AccentBrain, learning_rate_factor, make_epoch_counter, peak_memory, read_history
+from accent_plugin.brain import (
+    AccentBrain,
+    TrainingOptions,
+    learning_rate_factor,
+    make_epoch_counter,
+    peak_memory,
+    read_history,
+)
 from accent_plugin.checkpoints import AtomicCheckpointer
 from accent_plugin.errors import DataError, TrainingError
 from accent_plugin.manifests import Clip
@@ -51,7 +58,7 @@ class Recorder:
 def make_brain(tmp_path):
     def make(epochs=2, patience=0, checkpoints=True, class_weights=None, run_opts=None, **changes):
         model, counter = make_model(), make_epoch_counter(epochs, patience)
-        hparams = {
+        options = {
             "lr_encoder": 0.01,
             "lr_head": 0.1,
             "weight_decay": 0.0,
@@ -60,18 +67,17 @@ def make_brain(tmp_path):
             "freeze_encoder_steps": 0,
             "label_smoothing": 0.0,
             "selection": "macro_f1",
-            "epoch_counter": counter,
             "train_logger": Recorder(),
-            "tensorboard_logger": None,
-            "max_grad_norm": 1e9,
             "max_unreadable_share": 0.05,
             **changes,
         }
+        hparams = {"max_grad_norm": options.pop("max_grad_norm", 1e9), "epoch_counter": counter}
         recoverables = {"model": model, "counter": counter}
         checkpointer = AtomicCheckpointer(tmp_path / "save", recoverables) if checkpoints else None
         (tmp_path / "save").mkdir(exist_ok=True)
         return AccentBrain(
             modules={"model": model},
+            options=TrainingOptions(**options),
             hparams=hparams,
             run_opts={"device": "cpu", "noprogressbar": True, **(run_opts or {})},
             checkpointer=checkpointer,
@@ -299,7 +305,7 @@ def test_the_log_and_the_history_tell_how_much_memory_was_used(make_brain, loade
     (row,) = read_history(brain.history_file)
     # Python with torch takes some 300 MB.
     assert 1e8 < row["peak_memory_bytes"] < 1e11
-    assert brain.hparams.train_logger.rows[0]["peak memory"] == f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"
+    assert brain.options.train_logger.rows[0]["peak memory"] == f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"
 
 
 def test_peak_memory_by_system(monkeypatch):
@@ -341,7 +347,7 @@ def test_training_clips_that_cannot_be_read_are_left_out_and_counted(make_brain,
     brain.fit(brain.hparams.epoch_counter, train, valid)
     (row,) = read_history(brain.history_file)
     assert row["clips_not_read"] == 2 and row["steps_left_out"] == 0
-    assert brain.hparams.train_logger.rows[0]["clips not read"] == 2
+    assert brain.options.train_logger.rows[0]["clips not read"] == 2
 
 
 def test_too_many_end_training_with_one_clear_error_and_the_last_checkpoint_is_usable(make_brain, loader):
@@ -378,7 +384,7 @@ def test_a_batch_that_is_not_finite_is_counted_in_the_history(make_brain, loader
     brain.fit(brain.hparams.epoch_counter, loader(), loader())
     (row,) = read_history(brain.history_file)
     assert row["steps_left_out"] == 1 and np.isfinite(row["train_loss"])
-    assert brain.hparams.train_logger.rows[0]["steps left out"] == 1
+    assert brain.options.train_logger.rows[0]["steps left out"] == 1
 
 
 def test_early_stopping_is_remembered_by_a_restart(make_brain, loader):

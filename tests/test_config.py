@@ -40,7 +40,7 @@ def test_defaults_are_right(read):
 
 def test_every_key_of_the_yaml_is_checked_and_every_checked_key_is_in_the_yaml(read):
     objects = {"wav2vec2", "model", "modules", "epoch_counter", "augmentation", "checkpointer", "train_logger"}
-    objects |= {"tensorboard_logger", "__set_seed"}
+    objects |= {"tensorboard_logger", "__set_seed", "loading", "training", "preparation", "evaluation"}
     text = re.sub(r"!(new|apply|ref)\S*", "", Path(HPARAMS).read_text(encoding="utf-8"))
     assert set(yaml.safe_load(text)) == set(config.KEYS) | objects
 

@@ -39,7 +39,7 @@ PARTED = ("onnection", "roken pipe")
 def run(settings, command, fold=None):
     """Prepare, train and evaluate once; return predictions and metrics of the test split."""
     # Written down with the run, so that it can be exported from anywhere.
-    settings = settings.but(prepared_folder=processes.from_main(lambda: str(settings.preparation()["prepared_folder"])))
+    settings = settings.but(prepared_folder=processes.from_main(find_folder, settings))
     values = settings.values
     if settings.run_opts.test_only:
         processes.from_main(experiment.require_checkpoint, values["save_folder"])
@@ -54,10 +54,15 @@ def run(settings, command, fold=None):
             # Who runs that file again wants to go on.
             overrides=settings.but(overwrite=False).overrides,
         )
-        prepared = prepare(settings.preparation())
-        outsiders = settings.outsiders() and prepare(settings.outsiders())
+        prepared = prepare(values["preparation"])
+        outsiders = prepare(settings.outsiders()) if values["evaluation"]["out_of_set"] else None
         processes.from_main(begin, settings, identity, run_folder.fingerprint(prepared.paths(fold)))
         return train(settings, prepared, outsiders, command, fold)
+
+
+def find_folder(settings):
+    """Where the prepared data are or will be."""
+    return str(settings.located(settings.values["preparation"])["prepared_folder"])
 
 
 def take_folder(settings, identity, owned, restarted):
@@ -91,13 +96,14 @@ def train(settings, prepared, outsiders, command, fold):
     values = settings.values
     with open(settings.hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, settings.overrides, overrides_must_match=False)
-    loaders = experiment.make_loaders(prepared.paths(fold), hparams)
+    loaders = experiment.make_loaders(prepared.paths(fold), hparams["loading"])
     if hparams["method"] == "logistic_regression":
         return experiment.run_baseline(loaders, prepared, hparams, command, fold, settings.run_opts.device or "cpu")
 
     hparams["checkpointer"].tidy()
     brain = AccentBrain(
         modules=hparams["modules"],
+        options=hparams["training"],
         hparams=hparams,
         run_opts=settings.run_opts,
         checkpointer=hparams["checkpointer"],
@@ -105,9 +111,9 @@ def train(settings, prepared, outsiders, command, fold):
         history_file=Path(hparams["save_folder"]) / "history.json",
     )
     experiment.initialise(brain, hparams)
-    experiment.fit_whitening(brain, loaders["train"], hparams)
+    experiment.fit_whitening(brain, loaders["train"], hparams["whitening_passes"], hparams["whitening_shrinkage"])
     brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
-    calibrated = experiment.calibrate(brain, loaders, hparams)
+    calibrated = experiment.calibrate(brain, loaders, hparams["loading"], hparams["evaluation"]["test_speeds"])
     predictions, metrics = experiment.write_report(
         brain, loaders, prepared, hparams, command, calibrated["temperature"], fold, outsiders
     )
@@ -126,7 +132,7 @@ def run_folds(settings, command):
     folds = [run(settings.but(output_folder=str(output / f"fold_{fold}")), command, fold) for fold in chosen]
     if values["fold"]:
         return folds[0][1]
-    prepared = prepare(settings.preparation())
+    prepared = prepare(settings.located(values["preparation"]))
     return experiment.write_pooled_report(output, folds, prepared, command) if processes.is_main() else None
 
 
