@@ -2,6 +2,7 @@
 # make test      the tests a newcomer runs (under 10 minutes on two cores)
 # make test-slow the tests that it leaves out
 # make test-all  all tests
+# make test-oldest, test-newest   with the oldest and the newest supported versions, each in an environment of its own
 # make lint      ruff, yamllint and mypy; pre-commit runs them before a commit: see .pre-commit-config.yaml
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ DEMO := data/demo
 # Threads that wait by spinning make a step five times slower on a machine that has other work to do.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help env demo test test-slow test-all lint
+.PHONY: help env demo test test-slow test-all test-oldest test-newest lint
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -50,6 +51,21 @@ test-slow: env
 
 test-all: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# In place of constraints.txt, which holds one version of everything; only torch has to be of torchaudio's release.
+test-oldest: VENV := .venv-oldest
+test-oldest:
+	$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv
+	grep '^torch' constraints.txt | cat - constraints-oldest.txt > $(VENV)/constraints.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(VENV)/constraints.txt --editable '.[test]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+
+test-newest: VENV := .venv-newest
+test-newest:
+	$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv
+	grep '^torch' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/uv pip install --quiet --upgrade --python $(BIN)/python --constraint $(VENV)/constraints.txt --editable '.[test]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 lint: env
 	$(BIN)/ruff check .

@@ -1,3 +1,30 @@
 """Fine-tune wav2vec 2.0 and its relatives to tell English accents apart, with SpeechBrain."""
 
 __version__ = "0.1.0"
+
+
+def _name_unsupported():
+    """Warn of what is installed in a version that setup.py does not allow: pip only says so while it installs."""
+    import importlib.metadata
+    import warnings
+
+    from packaging.requirements import Requirement
+
+    try:
+        required = importlib.metadata.requires(__name__) or ()
+    except importlib.metadata.PackageNotFoundError:
+        # A checkout that is not installed.
+        return
+    for requirement in map(Requirement, required):
+        if requirement.name not in ("speechbrain", "transformers", "datasets") or requirement.marker is not None:
+            continue
+        try:
+            found = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            message = f"{__name__} {__version__} is tested with {requirement}, and {found} is installed"
+            warnings.warn(message, stacklevel=3)
+
+
+_name_unsupported()

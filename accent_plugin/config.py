@@ -17,6 +17,7 @@ from speechbrain.utils.run_opts import RunOptions
 
 from accent_plugin import manifests
 from accent_plugin.errors import AccentPluginError, ConfigError
+from accent_plugin.pooling import POOLINGS
 
 # Checks of one value: a function that returns what is wanted where the value is not that, and None where it is.
 
@@ -46,6 +47,11 @@ def _number(low=-math.inf, high=math.inf, above=False):
 
 def _one_of(*choices):
     return lambda value: None if value in choices else f"one of {', '.join(map(str, choices))}"
+
+
+def _name_in(choices):
+    """Looked up when a value is checked: a program may have added choices of its own by then."""
+    return lambda value: _one_of(*choices)(value)
 
 
 def _text(value):
@@ -146,7 +152,7 @@ KEYS = {
     "lora_dropout": _number(0, 0.95),
     "projector_size": _or_nothing(_whole(1)),
     "projector_activation": _switch,
-    "pooling": _one_of("mean", "statistics", "attentive", "attentive_statistics"),
+    "pooling": _name_in(POOLINGS),
     "whitening_passes": _whole(0),
     "whitening_shrinkage": _SHARE,
     "dropout": _number(0, 0.95),

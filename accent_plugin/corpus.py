@@ -216,7 +216,8 @@ def build(source, out, *, workers=None, progress=True, **arguments):
     Arguments
     ---------
     source : str or Path
-        A Common Voice release, a DatasetDict, a folder per accent, a CSV file, or a name on the Hub; only read.
+        A Common Voice release, a DatasetDict, a folder per accent, a CSV file, or a name on the Hub; only read. A
+        reader of one's own (see ``readers``) is taken, too; its ``folder`` is where its files are.
     out : str or Path
         Folder to write; nothing is written outside it.
     workers : int, optional
@@ -575,7 +576,7 @@ def _without_collection():
 
 
 def _require_outside(source, out):
-    folder = Path(source)
+    folder = Path(source if isinstance(source, str | os.PathLike) else source.folder)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"--out {out} is inside the source, which is only read: choose another folder")
 

@@ -75,7 +75,7 @@ def open_source(source, reading=None, official=False):
     Arguments
     ---------
     source : str or Path
-        A path, or the name of a data set on the Hub.
+        A path, or the name of a data set on the Hub. A reader is given back as it is.
     reading : Reading, optional
     official : bool
         Read the official splits of a release; the splits of other sources are always given.
@@ -93,13 +93,16 @@ def open_source(source, reading=None, official=False):
         When ``reading`` says something that means nothing for this source.
     """
     reading = reading or Reading()
-    path, columns = Path(source), reading.columns()
 
     def require_only(what, *allowed):
         given = [field.name for field in fields(Reading) if getattr(reading, field.name)]
         if useless := [name for name in given if name not in allowed]:
             raise ConfigError(f"{', '.join(useless)} means nothing for {what}: leave it out")
 
+    if not isinstance(source, str | os.PathLike):
+        require_only(f"a reader of {source.kind}")
+        return source
+    path, columns = Path(source), reading.columns()
     if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
         require_only("a table", *_COLUMNS)
         return Table(path, columns)
