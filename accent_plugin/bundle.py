@@ -344,14 +344,15 @@ def _played(wavs, wav_lens, speed):
     if speed == 1:
         return wavs, wav_lens
     lens = torch.ones(len(wavs)) if wav_lens is None else wav_lens
-    counts = torch.round(lens.double().cpu() * wavs.shape[1]).long().tolist()
+    counts = torch.round(lens.cpu().double() * wavs.shape[1]).long().tolist()
     clips = [
         torch.from_numpy(change_speed(wav[:count].float().cpu().numpy(), speed))
         for wav, count in zip(wavs, counts, strict=True)
     ]
     padded = nn.utils.rnn.pad_sequence(clips, batch_first=True).to(wavs.device)
     lengths = torch.tensor([len(clip) for clip in clips], dtype=torch.double) / padded.shape[1]
-    return padded, lengths.to(wavs.device)
+    # Apple's GPUs have no float64.
+    return padded, (lengths.float() if wavs.device.type == "mps" else lengths).to(wavs.device)
 
 
 def _compare(model, bundle, speeds):

@@ -299,12 +299,13 @@ def read(argv, root, look_at_data=True):
         else:
             overrides[key] = _value(key, " ".join(words))
     for key in PATHS:
-        if isinstance(overrides.get(key), str):
+        # An empty one is no folder, and not the working directory either.
+        if isinstance(overrides.get(key), str) and overrides[key].strip():
             overrides[key] = str(Path.cwd() / Path(overrides[key]).expanduser())
     for key in PATHS:
         # One after the other: a path that refers to one before it becomes absolute with it, and is left alone.
         default = _plain(_read_yaml(hparams_file), overrides).get(key)
-        if isinstance(default, str) and not Path(default).is_absolute():
+        if isinstance(default, str) and default.strip() and not Path(default).is_absolute():
             overrides[key] = str(root / default)
     if overrides.get("seeds") and "output_folder" not in own:
         # One folder per seed below it, where a single run with that seed would be.

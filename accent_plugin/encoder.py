@@ -62,7 +62,9 @@ def sample_counts(wavs, wav_lens=None):
     """
     if wav_lens is None:
         return torch.full((wavs.shape[0],), wavs.shape[1], device=wavs.device)
-    return torch.round(wav_lens.double() * wavs.shape[1]).long().to(wavs.device)
+    # Apple's GPUs have no float64.
+    shares = wav_lens.cpu() if wav_lens.device.type == "mps" else wav_lens
+    return torch.round(shares.double() * wavs.shape[1]).long().to(wavs.device)
 
 
 def _valid(counts, length):

@@ -107,7 +107,7 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
             raise AudioError(
                 audio.TOO_LONG, f"window_seconds is {self.window_seconds:g}, too long for this encoder: {error}"
             ) from None
-        return log_probabilities.double().cpu().numpy()
+        return log_probabilities.cpu().double().numpy()
 
 
 def _cast_weights(encoder):

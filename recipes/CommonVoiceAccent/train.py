@@ -21,6 +21,7 @@ import speechbrain as sb
 import torch
 from common_voice_accent_prepare import prepare_common_voice_accent
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.distributed import infer_device
 
 from accent_plugin import config, experiment, interruption, processes, run_folder
 from accent_plugin.brain import AccentBrain
@@ -98,7 +99,8 @@ def train(settings, prepared, outsiders, command, fold):
         hparams = load_hyperpyyaml(file, settings.overrides, overrides_must_match=False)
     loaders = experiment.make_loaders(prepared.paths(fold), hparams["loading"])
     if hparams["method"] == "logistic_regression":
-        return experiment.run_baseline(loaders, prepared, hparams, command, fold, settings.run_opts.device or "cpu")
+        device = settings.run_opts.device or infer_device()
+        return experiment.run_baseline(loaders, prepared, hparams, command, fold, device)
 
     hparams["checkpointer"].tidy()
     brain = AccentBrain(
