@@ -179,6 +179,7 @@ def test_how_often_one_saves_changes_nothing(lives, whole, tmp_path):
     require_the_same(tmp_path / "out", whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_stopped_early_is_not_trained_on(lives, whole, tmp_path):
     shutil.copytree(whole.out, tmp_path / "out")
     assert lives.finish(tmp_path / "out", *OFTEN).saves == 0
@@ -250,6 +251,7 @@ def test_killed_before_old_checkpoints_are_deleted_there_are_never_more_than_pro
     assert most <= checkpoints.AT_MOST - 1  # None is damaged.
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_was_writing_is_removed(lives, whole, tmp_path):
     shutil.copytree(whole.out, tmp_path / "out")
     for name in ("save/.history.json.7.tmp", ".run.json.7.tmp"):

@@ -128,6 +128,7 @@ def test_the_table_has_every_key():
     assert VALUES.keys() == config.KEYS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", VALUES)
 def test_every_key_is_changed_on_the_command_line(key, source, defaults, tiny_bundle):
     if key.startswith("lora"):
