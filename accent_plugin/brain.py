@@ -37,7 +37,7 @@ _LOOK = 20
 # A GradScaler begins too high: it halves this often before its scale is 1.
 _SCALER_HALVINGS = 16
 # After an error of the data.
-_GOES_ON = ", and run the same command: it goes on from the last checkpoint"
+_AGAIN = "prepare the data again, and run the same command: it goes on from the last checkpoint"
 
 
 def learning_rate_factor(progress, warmup, decay):
@@ -165,27 +165,17 @@ class AccentBrain(sb.Brain):
         return getattr(self.modules.model, "module", self.modules.model)
 
     def compute_objectives(self, predictions, batch, stage):
-        """Mean loss of a batch; in evaluation the plain negative log-likelihood, and the predictions are kept."""
+        """In training the sum of the clips' weighted losses; in evaluation their mean, and predictions are kept."""
         labels = batch.labels.to(self.device)
         if stage == sb.Stage.TRAIN:
-            losses, weights = self._weighted_losses(predictions, labels)
-            return losses.sum() / weights.sum()
+            smoothing = self.options.label_smoothing
+            return torch.nn.functional.cross_entropy(
+                predictions.float(), labels, weight=self.class_weights, label_smoothing=smoothing, reduction="none"
+            ).sum()
         self._ids.extend(batch.ids)
         self._labels.append(batch.labels.cpu().numpy())
         self._log_probabilities.append(predictions.detach().float().cpu().numpy())
         return torch.nn.functional.nll_loss(predictions.float(), labels)
-
-    def _weighted_losses(self, log_probabilities, labels):
-        """Loss of each clip times its weight, and the weights; both (batch,) torch.Tensor."""
-        losses = torch.nn.functional.cross_entropy(
-            log_probabilities.float(),
-            labels,
-            weight=self.class_weights,
-            label_smoothing=self.options.label_smoothing,
-            reduction="none",
-        )
-        weights = torch.ones_like(losses) if self.class_weights is None else self.class_weights[labels]
-        return losses, weights
 
     # Training
 
@@ -282,9 +272,8 @@ class AccentBrain(sb.Brain):
     def _summed_loss(self, batch, should_step):
         """Weighted sum of the losses of a batch's clips; None where it has none and nobody waits for its gradient."""
         if len(batch):
-            return self._weighted_losses(self.compute_forward(batch, sb.Stage.TRAIN), batch.labels.to(self.device))[
-                0
-            ].sum()
+            predictions = self.compute_forward(batch, sb.Stage.TRAIN)
+            return self.compute_objectives(predictions, batch, sb.Stage.TRAIN)
         if processes.count() == 1 or not should_step:
             return None
         # The other processes exchange gradients: one of zeros is this one's part.
@@ -366,7 +355,7 @@ class AccentBrain(sb.Brain):
 
     def update_average(self, loss, avg_loss):
         """Mean loss of the epoch so far, for the progress bar: looked at now and then, as that waits for a GPU."""
-        if self.step % _LOOK:
+        if self.step % _LOOK != 1:
             return avg_loss
         loss, weight = self._sums[:2].tolist()
         return loss / weight if weight else 0.0
@@ -386,8 +375,7 @@ class AccentBrain(sb.Brain):
             name, why = next(iter(unread.items()))
             raise DataError(
                 f"{len(unread)} of {clips} clips cannot be read while {_DOING[stage]}, more than max_unreadable_share "
-                f"({share:g}) allows; the first: {name}: {why}\nprepare the data again, and run the same command: it "
-                "goes on from the last checkpoint"
+                f"({share:g}) allows; the first: {name}: {why}\n{_AGAIN}"
             )
 
     def _share_unread(self, stage):
@@ -471,7 +459,7 @@ class AccentBrain(sb.Brain):
     def _finish_epoch(self, epoch):
         _, labels, log_probabilities = self._predictions()
         if not len(labels):
-            raise DataError("no clip of the validation split could be read\nprepare the data again" + _GOES_ON)
+            raise DataError("no clip of the validation split could be read\n" + _AGAIN)
         confusion = confusion_matrix(labels, log_probabilities.argmax(axis=1), log_probabilities.shape[1])
         figures = {
             "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
@@ -487,7 +475,8 @@ class AccentBrain(sb.Brain):
         memory = peak_memory(self.device)
         stats = {"epoch": epoch, **{f"lr {peak:g}": rate for peak, rate in rates.items()}}
         stats["peak memory"] = "not known" if memory is None else f"{memory / 2**20:.0f} MiB"
-        counted = {"steps left out": int(self._trained[1][2]), "clips not read": self._count_unread()}
+        unread = len(self.unread[sb.Stage.TRAIN]) + len(self.unread[sb.Stage.VALID])
+        counted = {"steps left out": int(self._trained[1][2]), "clips not read": unread}
         stats |= {name: number for name, number in counted.items() if number}
         self.options.train_logger.log_stats(stats, train_stats={"loss": self.train_loss}, valid_stats=figures)
         if self.options.tensorboard_logger is not None:
@@ -504,9 +493,6 @@ class AccentBrain(sb.Brain):
             self.hparams.epoch_counter.update_metric(error)
         if self.checkpointer is not None:
             self._write_checkpoint(0, [0.0, 0.0, *self._trained[1][2:]], {**figures, "epoch": epoch})
-
-    def _count_unread(self):
-        return len(self.unread[sb.Stage.TRAIN]) + len(self.unread[sb.Stage.VALID])
 
     def _remember(self, epoch, figures, memory, counted):
         """Add the epoch to the history; a resumed run replaces what it does again."""
@@ -545,7 +531,7 @@ class AccentBrain(sb.Brain):
         self.evaluate(loader, **SELECTIONS[self.options.selection], progressbar=progressbar)
         ids, _, log_probabilities = self._predictions()
         if not ids:
-            raise DataError("no clip that is to be evaluated could be read\nprepare the data again" + _GOES_ON)
+            raise DataError("no clip that is to be evaluated could be read\n" + _AGAIN)
         return tuple(ids), log_probabilities.astype(np.float64)
 
     def best_epoch(self):
