@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from accent_plugin import adapters, bundle_config
 from accent_plugin.audio import SAMPLE_RATE, TOO_LONG
 from accent_plugin.convolutions import WaveformConvolutions
+from accent_plugin.dropout import quicken
 from accent_plugin.errors import AudioError, EncoderError
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ class InvariantEncoder:
         self._weights = weights
         with quiet():
             super().__init__(source, save_path, **kwargs)
+        quicken(self.model, attention=kwargs.get("attn_implementation") is None)
         self._adapt(source)
         if weights_file is not None:
             # Before adapters are put in, which give weights other names.
@@ -657,7 +659,8 @@ def make_encoder(
     config_overrides : dict
         Values of the Hugging Face configuration to change, such as `layerdrop` or `attention_dropout`.
     attn_implementation : str
-        "sdpa", "eager" or "flash_attention_2", as in Hugging Face; None for what it takes by itself.
+        "sdpa", "eager" or "flash_attention_2", as in Hugging Face; None for
+        `accent_plugin.dropout.attend`, which is the first of them but where that is slow.
     lora_rank : int
         Freeze the encoder's own weights and train low-rank adapters of this rank in its transformer blocks, but for
         the `freeze_layers` lowest (Hu et al. 2021); None for no adapters.
