@@ -97,7 +97,7 @@ def _or_nothing(check):
 
 
 _SHARE = _number(0, 1)
-_PRECISION = _one_of("fp32", "fp16", "bf16")
+_PRECISIONS = ("fp32", "fp16", "bf16")
 
 # Every plain key of a YAML of this recipe.
 KEYS = {
@@ -168,8 +168,8 @@ KEYS = {
     "grad_accumulation_factor": _whole(1),
     "label_smoothing": _number(0, 0.9),
     "class_weights": _or_nothing(_weights),
-    "precision": _PRECISION,
-    "eval_precision": _PRECISION,
+    "precision": _one_of("auto", *_PRECISIONS),
+    "eval_precision": _one_of(*_PRECISIONS),
     "selection": _one_of("macro_f1", "loss", "last"),
     "early_stopping": _whole(0),
     "ckpt_interval_minutes": _whole(0),
@@ -262,7 +262,7 @@ class Settings:
 
 
 # Run options of SpeechBrain that have their default in the YAML.
-_SHARED = {"precision", "eval_precision", "grad_accumulation_factor", "max_grad_norm", "ckpt_interval_minutes"}
+_SHARED = {"eval_precision", "grad_accumulation_factor", "max_grad_norm", "ckpt_interval_minutes"}
 
 
 def read(argv, root, look_at_data=True):
@@ -287,7 +287,8 @@ def read(argv, root, look_at_data=True):
         With every problem, each on a line of its own.
     """
     hparams_file, own, others = _split(argv)
-    known = _plain(_read_yaml(hparams_file), {})
+    text = _read_yaml(hparams_file)
+    known = _plain(text, {})
     run_opts, stray = _run_options(hparams_file, others)
     problems = [_unknown(word, known) for word in stray]
     overrides = {}
@@ -302,11 +303,13 @@ def read(argv, root, look_at_data=True):
         # An empty one is no folder, and not the working directory either.
         if isinstance(overrides.get(key), str) and overrides[key].strip():
             overrides[key] = str(Path.cwd() / Path(overrides[key]).expanduser())
+    defaults = _plain(text, overrides)
     for key in PATHS:
         # One after the other: a path that refers to one before it becomes absolute with it, and is left alone.
-        default = _plain(_read_yaml(hparams_file), overrides).get(key)
+        default = defaults.get(key)
         if isinstance(default, str) and default.strip() and not Path(default).is_absolute():
             overrides[key] = str(root / default)
+            defaults = _plain(text, overrides)
     if overrides.get("seeds") and "output_folder" not in own:
         # One folder per seed below it, where a single run with that seed would be.
         overrides["output_folder"] = str(Path(overrides["output_folder"]).parent)
@@ -393,7 +396,8 @@ def _split(argv):
         name = word.removeprefix("--")
         if not word.startswith("--"):
             others.append(word)
-        elif name not in options:
+        elif name not in options or name == "precision":
+            # SpeechBrain's own option does not know "auto".
             own[name] = words
         elif options[name] is False and words and words[0].lower() in ("true", "false"):
             others += [word] * (words[0].lower() == "true") + words[1:]

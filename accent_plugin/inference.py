@@ -1,9 +1,7 @@
 """Classify speech of any kind and length with a trained bundle; see `accent_plugin.recordings` for how."""
 
-import functools
 import json
 import threading
-import time
 from collections.abc import Mapping
 
 import torch
@@ -12,10 +10,11 @@ from torch import nn
 
 from accent_plugin import audio, bundle
 from accent_plugin.errors import AudioError, ConfigError
+from accent_plugin.precision import bf16_is_faster
 from accent_plugin.predictions import Failure, Prediction, Window
 from accent_plugin.recordings import Options, RecordingClassifier
 
-__all__ = ["AccentClassifier", "Failure", "Prediction", "Window", "bf16_is_faster"]
+__all__ = ["AccentClassifier", "Failure", "Prediction", "Window"]
 
 PRECISIONS = ("fp32", "bf16", "auto")
 
@@ -115,35 +114,6 @@ def _cast_weights(encoder):
     for module in encoder.modules():
         if isinstance(module, nn.Linear) and not nn.utils.parametrize.is_parametrized(module):
             module.to(torch.bfloat16)
-
-
-@functools.cache
-def bf16_is_faster(device_type):
-    """Whether the device is faster with bf16: a few layers like an encoder's, timed once per process."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type != "cpu":
-        return False
-    wide, flat = torch.zeros(1, 256, 1600), torch.zeros(256, 512)
-    weights = {
-        kind: (torch.zeros(256, 256, 3, dtype=kind), torch.zeros(1024, 512, dtype=kind))
-        for kind in (torch.float32, torch.bfloat16)
-    }
-
-    def took(kernel, weight):
-        start = time.perf_counter()
-        for _ in range(3):
-            torch.nn.functional.conv1d(wide, kernel, stride=2)
-            torch.nn.functional.linear(flat, weight)
-        return time.perf_counter() - start
-
-    best = {}
-    for enabled in (False, True):
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            # The first calls prepare the kernels; the least of several is what no other process disturbed.
-            best[enabled] = min([took(*weights[torch.bfloat16 if enabled else torch.float32]) for _ in range(6)][1:])
-    # Where it is about the same, exactness is worth more.
-    return best[True] < 0.8 * best[False]
 
 
 def require_device(device):

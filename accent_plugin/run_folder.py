@@ -215,6 +215,16 @@ def begin(folder, identity, data, *, save_folder, test_only=False):
             file.write("\n")
 
 
+def begun(folder):
+    """The identity of the run in a folder, as `identity` gives it; None where there is none, or it cannot be read."""
+    try:
+        made = _read(Path(folder) / IDENTITY_FILE, "")
+    except (ConfigError, OSError):
+        # `begin` says so.
+        return None
+    return None if made is None else made["values"]
+
+
 def _read(path, ways_out):
     """The content of run.json; None where there is none."""
     try:

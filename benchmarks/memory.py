@@ -1,15 +1,16 @@
-"""Peak memory of training steps with the YAML's defaults and wav2vec2-base (random weights).
+"""Parameters, and peak memory of training steps, of the recipe's YAMLs as they are; encoders with random weights.
 
-    python benchmarks/memory.py [--steps 3] [--device cpu] [--precision fp32]
+    python benchmarks/memory.py [hparams/wav2vec2_base.yaml ...] [--steps 3] [--precision bf16]
 
-The clips are noise with lengths like Common Voice's (log-normal, mean 5.3 s, cut at max_seconds); batches hold
-batch_seconds of audio, the largest first.
+Without a YAML: all of hparams/, each in a process of its own. The clips are noise with lengths like Common Voice's
+(log-normal, mean 5.3 s, cut at max_seconds). On a GPU what PyTorch allocated there, otherwise the whole process.
 """
 
 import argparse
 import resource
+import subprocess
+import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,45 @@ import torch
 import transformers
 from hyperpyyaml import load_hyperpyyaml
 
-from accent_plugin import audio, experiment
+from accent_plugin import audio, experiment, precision
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, make_loader
 from accent_plugin.brain import AccentBrain
 from accent_plugin.manifests import Clip
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WAVEFORM, MEL = transformers.Wav2Vec2FeatureExtractor, transformers.WhisperFeatureExtractor
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+# YAML -> family, what differs from the family's default configuration, and what reads the audio. The shapes are those
+# of the papers and of the weights that the YAML names.
+SHAPES = {
+    "wav2vec2_base": ("Wav2Vec2", {}, WAVEFORM()),
+    "xlsr_53": (
+        "Wav2Vec2",
+        {**LARGE, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
+        WAVEFORM(),
+    ),
+    "hubert_base": ("Hubert", {}, WAVEFORM()),
+    "wavlm_base_plus": ("WavLM", {}, WAVEFORM()),
+    "whisper_base": (
+        "Whisper",
+        {
+            **{"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048},
+            **{"decoder_layers": 6, "decoder_attention_heads": 8, "decoder_ffn_dim": 2048},
+        },
+        MEL(),
+    ),
+    "moonshine_tiny": ("Moonshine", {}, WAVEFORM(do_normalize=False)),
+}
 
 
-def make_base(folder):
-    """wav2vec2-base's architecture is what Wav2Vec2Config makes by default."""
-    transformers.Wav2Vec2Model(transformers.Wav2Vec2Config()).save_pretrained(folder)
-    transformers.Wav2Vec2FeatureExtractor().save_pretrained(folder)
+def make_encoder(name, folder):
+    """Write an encoder of the YAML's shape with random weights, as Hugging Face saves it."""
+    family, changes, extractor = SHAPES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**changes))
+    model.save_pretrained(folder)
+    extractor.save_pretrained(folder)
 
 
 def make_clips(folder, count, longest, accents, seed=0):
@@ -43,42 +71,54 @@ def make_clips(folder, count, longest, accents, seed=0):
     return tuple(clips)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", default="fp32")
-    arguments = parser.parse_args()
+def measure(path, options):
+    """Train a few steps in this process; print one row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        make_base(folder / "base")
-        changes = {"wav2vec2_hub": str(folder / "base"), "output_folder": str(folder / "out"), "num_workers": 0}
-        with open(ROOT / "hparams/wav2vec2_base.yaml", encoding="utf-8") as file:
+        make_encoder(path.stem, folder / "encoder")
+        changes = {"wav2vec2_hub": str(folder / "encoder"), "output_folder": str(folder / "out")}
+        with open(path, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, changes)
-        clips = make_clips(folder, 60 * arguments.steps, hparams["max_seconds"], hparams["accents"])
+        steps = options.steps * hparams["grad_accumulation_factor"]
+        clips = make_clips(folder, 60 * options.steps, hparams["max_seconds"], hparams["accents"])
         dataset = ClipDataset(clips, hparams["accents"])
-        sampler = BucketBatchSampler(dataset.seconds(), hparams["batch_seconds"])
-        sampler.set_epoch(1)
-        run_opts = {"device": arguments.device, "precision": arguments.precision}
-        brain = AccentBrain(modules=hparams["modules"], options=hparams["training"], hparams=hparams, run_opts=run_opts)
-        brain.train_sampler, brain._epochs, brain.nonfinite_count = sampler, 1, 0
-        brain.init_optimizers()
-        brain.modules.train()
-        for batch in make_loader(dataset, sampler):
-            start = time.time()
-            brain.step += 1
-            loss = float(brain.fit_batch(batch))
-            print(
-                f"step {brain.step}: {tuple(batch.wavs.shape)}, loss {loss:.3f}, {time.time() - start:.1f} s",
-                flush=True,
-            )
-            if brain.step == arguments.steps:
-                break
-    versions = experiment.versions()
-    print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    if arguments.device.startswith("cuda"):
-        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB (allocated)")
-    print(f"peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+        loader = make_loader(dataset, BucketBatchSampler(dataset.seconds(), hparams["batch_seconds"]))
+        run = {"device": DEVICE, "precision": options.precision, "noprogressbar": True}
+        run |= {"debug": True, "debug_batches": steps, "debug_epochs": 1}
+        brain = AccentBrain(modules=hparams["modules"], options=hparams["training"], hparams=hparams, run_opts=run)
+        brain.fit(hparams["epoch_counter"], loader)
+    parameters = list(hparams["model"].parameters())
+    whole, trained = (sum(one.numel() for one in some) / 1e6 for some in (parameters, _trained(parameters)))
+    if DEVICE == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    batch = f"{hparams['batch_seconds']:g} s, {hparams['grad_accumulation_factor']} a step"
+    counts = f"{whole:.1f} | {trained:.1f}"
+    print(f"| {path.name} | {counts} | {batch} | {run['precision']} | {peak / 1e9:.2f} |", flush=True)
+
+
+def _trained(parameters):
+    return [one for one in parameters if one.requires_grad]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("yamls", type=Path, nargs="*")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--precision", default=precision.fastest(DEVICE), help="default: what auto is here")
+    options = parser.parse_args()
+    if len(options.yamls) == 1:
+        measure(options.yamls[0], options)
+        return
+    memory = "GPU memory" if DEVICE == "cuda" else "memory of the process"
+    print(f"| | parameters (M) | trained (M) | batch | precision | peak {memory} (GB) |\n|---|---|---|---|---|---|")
+    sys.stdout.flush()
+    for path in options.yamls or sorted((ROOT / "hparams").glob("*.yaml")):
+        words = [sys.executable, __file__, str(path), "--steps", str(options.steps)]
+        words += ["--precision", options.precision]
+        subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
+    print(", ".join(f"{name} {version}" for name, version in experiment.versions().items()))
 
 
 if __name__ == "__main__":

@@ -132,7 +132,8 @@ def test_a_switch_with_every_augmentation_off_is_a_contradiction(read):
 
 
 def test_a_wrong_run_option_is_an_error_of_ours(read, capsys):
-    assert "run option" in "\n".join(problems(read, "--precision", "fp8"))
+    assert "run option" in "\n".join(problems(read, "--eval_precision", "fp8"))
+    assert "precision is 'fp8'; it should be one of auto" in "\n".join(problems(read, "--precision", "fp8"))
 
 
 def test_missing_yaml(read):

@@ -694,13 +694,6 @@ def test_bf16_is_used_where_it_was_asked_for(folder, monkeypatch, classifier):
         assert values(rounded) != pytest.approx(values(exact), abs=1e-6)
 
 
-def test_the_probe_answers_and_draws_no_random_numbers():
-    state = torch.get_rng_state()
-    assert inference.bf16_is_faster("cpu") in (True, False)
-    assert inference.bf16_is_faster("mps") is False
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_whisper_takes_no_longer_window(tmp_path, tiny_encoder):
     model = AccentModel(make_encoder(str(tiny_encoder("whisper"))), LABELS)
     folder = bundle.write(tmp_path / "bundle", model, LABELS, encoder_name="tiny", pooling="mean")

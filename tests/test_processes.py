@@ -144,6 +144,7 @@ def words(corpus, tiny_encoder):
             *("--data_folder", str(corpus), "--prepared_folder", str(folder / "prepared")),
             *("--output_folder", str(folder / "out"), "--accents", f"[{', '.join(ACCENTS)}]"),
             *("--wav2vec2_hub", str(tiny_encoder("wav2vec2-group")), "--num_workers", "0", "--device", "cpu"),
+            *("--precision", "fp32"),
             *("--number_of_epochs", "5", "--crop_seconds", "1.0", "--batch_seconds", "2.0", "--noprogressbar"),
             *("--lr_encoder", "0.001", "--lr_head", "0.01", "--early_stopping", "0", "--prepare_workers", "1"),
             *more,

@@ -31,6 +31,7 @@ def words(corpus, tiny_encoder, tmp_path):
         *("--data_folder", str(corpus), "--prepared_folder", str(tmp_path / "prepared")),
         *("--output_folder", str(tmp_path / "out"), "--accents", f"[{', '.join(ACCENTS)}]"),
         *("--wav2vec2_hub", str(tiny_encoder("wav2vec2-group")), "--num_workers", "0", "--number_of_epochs", "2"),
+        *("--precision", "fp32"),
         *("--device", "cpu", "--noprogressbar", "--lr_head", "0.01"),
     ]
 
@@ -429,3 +430,18 @@ def test_where_every_checkpoint_is_damaged_nothing_is_evaluated(train, words, tm
     done = train(*words, "--number_of_epochs", "1", "--test_only", "True")
     assert done.code == 2 and "no whole checkpoint" in done.err
     assert (tmp_path / "out/report/metrics.json").read_bytes() == report
+
+
+def test_a_run_goes_on_in_the_precision_that_it_found_fastest_when_it_began(train, words, tmp_path, monkeypatch):
+    from accent_plugin import precision
+
+    def trained_in(found, *more):
+        monkeypatch.setattr(precision, "fastest", lambda device: found)
+        assert train(*words, "--number_of_epochs", "1", "--precision", "auto", *more).code == 0
+        return json.loads((tmp_path / "out/run.json").read_text(encoding="utf-8"))["values"]["precision"]
+
+    assert trained_in("bf16") == "bf16"
+    assert "precision: bf16" in (tmp_path / "out/hyperparams.yaml").read_text(encoding="utf-8")
+    # On a machine that is busy, the measurement may fall out differently.
+    assert trained_in("fp32") == "bf16"
+    assert trained_in("fp32", "--overwrite", "True") == "fp32"

@@ -23,7 +23,7 @@ from common_voice_accent_prepare import prepare_common_voice_accent
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import infer_device
 
-from accent_plugin import config, experiment, interruption, processes, run_folder
+from accent_plugin import config, experiment, interruption, precision, processes, run_folder
 from accent_plugin.brain import AccentBrain
 from accent_plugin.errors import AccentPluginError, ConfigError, DataError
 
@@ -39,15 +39,18 @@ PARTED = ("onnection", "roken pipe")
 
 def run(settings, command, fold=None):
     """Prepare, train and evaluate once; return predictions and metrics of the test split."""
+    # On the machine where a process died, and not on the others, torchrun counts a restart.
+    restarted = any(processes.gather(run_folder.restarted()))
     # Written down with the run, so that it can be exported from anywhere.
-    settings = settings.but(prepared_folder=processes.from_main(find_folder, settings))
+    settings = settings.but(
+        prepared_folder=processes.from_main(find_folder, settings),
+        precision=processes.from_main(find_precision, settings, restarted),
+    )
     values = settings.values
     if settings.run_opts.test_only:
         processes.from_main(experiment.require_checkpoint, values["save_folder"])
     with contextlib.ExitStack() as owned:
         identity = run_folder.identity(values, fold, processes.count())
-        # On the machine where a process died, and not on the others, torchrun counts a restart.
-        restarted = any(processes.gather(run_folder.restarted()))
         processes.from_main(take_folder, settings, identity, owned, restarted)
         sb.create_experiment_directory(
             experiment_directory=values["output_folder"],
@@ -64,6 +67,15 @@ def run(settings, command, fold=None):
 def find_folder(settings):
     """Where the prepared data are or will be."""
     return str(settings.located(settings.values["preparation"])["prepared_folder"])
+
+
+def find_precision(settings, restarted):
+    """The precision to train in; where it is left open, the one that a run has begun in, or the fastest here."""
+    values = settings.values
+    if values["precision"] != "auto":
+        return values["precision"]
+    begun = None if values["overwrite"] and not restarted else run_folder.begun(values["output_folder"])
+    return (begun or {}).get("precision") or precision.fastest(settings.run_opts.device or infer_device())
 
 
 def take_folder(settings, identity, owned, restarted):
