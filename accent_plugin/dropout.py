@@ -17,6 +17,8 @@ from transformers.masking_utils import sdpa_mask
 # What an encoder's configuration calls the attention below.
 ATTENTION = "accent_plugin"
 _LEVELS = 2**16
+# Frames; some ten seconds.
+_SHORT = 512
 
 
 def dropout(inputs, p=0.5, training=True):
@@ -67,7 +69,7 @@ class Dropout(nn.Dropout):
 
 
 def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **keywords):
-    """Scaled dot-product attention as Hugging Face's models call it; with dropout on a processor by way of `dropout`.
+    """Scaled dot-product attention as Hugging Face's models call it; on a processor fast in training, too.
 
     Arguments
     ---------
@@ -89,14 +91,17 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     weights : None
         They are not kept.
     """
-    if not dropout or query.device.type != "cpu" or _is_recorded():
+    # PyTorch's backward pass in bf16 is slow until the products become too large for the cache.
+    learning = torch.is_grad_enabled() and query.requires_grad
+    short = learning and query.dtype == torch.bfloat16 and query.shape[2] <= _SHORT
+    if query.device.type != "cpu" or not (dropout or short) or _is_recorded():
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
         )
-    return _attend_with_dropout(query, key, value, attention_mask, dropout, scaling), None
+    return _attend_by_products(query, key, value, attention_mask, dropout, scaling), None
 
 
-def _attend_with_dropout(query, key, value, mask, p, scaling):
+def _attend_by_products(query, key, value, mask, p, scaling):
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (query * scaling) @ key.transpose(-1, -2)
     if mask is not None:

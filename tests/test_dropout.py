@@ -143,6 +143,24 @@ def test_without_dropout_attention_is_pytorchs(heads):
     assert any("scaled_dot_product" in name for name in calls.names)
 
 
+@pytest.mark.parametrize(
+    ("kind", "frames", "learning", "ours"),
+    [
+        (torch.bfloat16, 512, True, True),
+        (torch.bfloat16, 513, True, False),
+        (torch.bfloat16, 512, False, False),
+        (torch.float32, 512, True, False),
+    ],
+)
+def test_the_faster_way_without_dropout_is_taken(kind, frames, learning, ours):
+    module = nn.Module()
+    module.is_causal = False
+    heads = [torch.randn(1, 1, frames, 4, dtype=kind, requires_grad=True) for _ in range(3)]
+    with Calls() as calls, torch.set_grad_enabled(learning):
+        attend(module, *heads, None)
+    assert ("_softmax" in calls.names) is ours
+
+
 @pytest.mark.parametrize(("device", "looks"), [("cpu", True), ("meta", False)])
 def test_a_mask_is_looked_at_on_a_processor_alone(device, looks):
     def make(valid):
