@@ -17,11 +17,16 @@ Nothing here imports torch, and ``datasets`` only when there is something to do.
 import contextlib
 import csv
 import dataclasses
+import io
+import itertools
 import json
 import logging
 import os
+import pickle
 import re
-from collections import Counter, defaultdict
+from array import array
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +141,46 @@ class Clip:
     client_id: str
     gender: str
     age: str
+
+
+class Clips(Sequence):
+    """Clips held in two objects, however many they are; each is made anew where it is asked for.
+
+    Counting its references writes to an object wherever it is only looked at: as objects, all clips would in the course
+    of an epoch be copied into every process that reads audio.
+
+    Arguments
+    ---------
+    clips : iterable of Clip
+
+    Example
+    -------
+    >>> clips = Clips(Clip(name, 1.5, f"/clips/{name}.flac", "us", "", "", "") for name in "abc")
+    >>> len(clips), clips[-1].wav, [clip.id for clip in clips[1:]]
+    (3, '/clips/c.flac', ['b', 'c'])
+    """
+
+    def __init__(self, clips):
+        rows, ends = io.BytesIO(), array("q", [0])
+        for clip in clips:
+            rows.write(pickle.dumps(tuple(vars(clip).values())))
+            ends.append(rows.tell())
+        self._rows, self._ends = rows.getvalue(), ends
+
+    def __len__(self):
+        return len(self._ends) - 1
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return Clips(self[number] for number in range(*place.indices(len(self))))
+        number = range(len(self))[place]
+        return self._between(self._ends[number], self._ends[number + 1])
+
+    def __iter__(self):
+        return itertools.starmap(self._between, itertools.pairwise(self._ends))
+
+    def _between(self, start, end):
+        return Clip(*pickle.loads(self._rows[start:end]))
 
 
 @dataclass(frozen=True)
@@ -321,7 +366,7 @@ def read(csv_path, data_root=None):
 
     Returns
     -------
-    tuple of Clip
+    Clips
 
     Raises
     ------
@@ -330,19 +375,25 @@ def read(csv_path, data_root=None):
     path = Path(csv_path).absolute()
     if data_root is None:
         data_root = path.parent.parent if (path.parent.parent / PREPARE_JSON).exists() else path.parent
+    data_root, ids = Path(data_root).absolute(), set()
+
+    def clips(table):
+        for row in table:
+            clip = _clip(row, data_root)
+            if clip.id in ids:
+                raise ManifestError(f"{path} has the ID {clip.id} more than once")
+            ids.add(clip.id)
+            yield clip
+
     try:
         with open(path, newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (table.fieldnames or ())]
             if missing:
                 raise ManifestError(f"{path} lacks column(s) {', '.join(missing)}; it has {table.fieldnames}")
-            clips = tuple(_clip(row, data_root) for row in table)
+            return Clips(clips(table))
     except (OSError, ValueError, csv.Error, AttributeError, TypeError) as error:
         raise ManifestError(f"{path} cannot be read as a manifest: {error}") from None
-    if len({clip.id for clip in clips}) < len(clips):
-        twice = Counter(clip.id for clip in clips).most_common(1)[0][0]
-        raise ManifestError(f"{path} has the ID {twice} more than once")
-    return clips
 
 
 # ------------------------------------------------------------------------------------------------- the way through
@@ -657,7 +708,7 @@ def _clip(row, data_root):
     return Clip(
         id=row["ID"],
         duration=float(row["duration"]),
-        wav=str(Path(data_root).absolute() / wav[len(DATA_ROOT) + 1 :]),
+        wav=os.path.join(data_root, wav[len(DATA_ROOT) + 1 :]),
         accent=_unescape(row["accent"]),
         client_id=_unescape(row["client_id"]),
         gender=_unescape(row["gender"]),
@@ -670,7 +721,7 @@ def _escape(text):
 
 
 def _unescape(text):
-    return re.sub(r"%(25|24|0D|0A|00)", lambda match: chr(int(match[1], 16)), text)
+    return re.sub(r"%(25|24|0D|0A|00)", lambda match: chr(int(match[1], 16)), text) if "%" in text else text
 
 
 def _wav(id_):

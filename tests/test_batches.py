@@ -3,7 +3,10 @@
 What cannot be read is left out of its batch with a reason, and a reading process that is killed costs nothing.
 """
 
+import gc
 import os
+import pickle
+import pickletools
 import shutil
 import signal
 
@@ -26,7 +29,7 @@ from accent_plugin.batches import (
     make_loader,
 )
 from accent_plugin.errors import TrainingError
-from accent_plugin.manifests import Clip
+from accent_plugin.manifests import Clip, Clips
 
 LENGTHS = st.lists(st.floats(0.5, 20.0), min_size=1, max_size=200)
 
@@ -159,6 +162,63 @@ def test_clips_are_degraded_after_reading_and_before_augmentation(clips):
     assert abs(10 * np.log10(np.mean(halved**2) / np.mean(added**2)) - 10) < 0.01
     # The same generator for the same clip, which nothing but the clip's place and epoch seeds.
     assert calls == [calls[0]] * 2 and calls[0][0] == 24000
+
+
+def test_nothing_is_decoded_twice_in_an_epoch(clips, monkeypatch):
+    decoded, read = [], audio.read
+    monkeypatch.setattr(audio, "read", lambda path, **stretch: decoded.append(path) or read(path, **stretch))
+    dataset = ClipDataset(clips, ["a", "b"], crop_seconds=1.5)
+    loader = make_loader(dataset, BucketBatchSampler(dataset.seconds(), 4.0))
+    for number in (1, 2):
+        loader.batch_sampler.set_epoch(number)
+        list(loader)
+        assert sorted(decoded) == sorted(clip.wav for clip in clips)
+        decoded.clear()
+
+
+# A million clips
+
+
+def many(count):
+    clips = Clips(Clip(f"c{n}", 1 + n / 7, f"/{n}.flac", "ab"[n % 2], "s", "", "") for n in range(count))
+    return ClipDataset(clips, ["a", "b"])
+
+
+def objects_below(root):
+    """Number of Python objects that can be reached from one, apart from classes, modules and what they hold."""
+    seen, waiting = {id(root)}, [root]
+    while waiting:
+        for item in gc.get_referents(waiting.pop()):
+            if id(item) not in seen and not isinstance(item, type):
+                seen.add(id(item))
+                waiting.append(item)
+    return len(seen)
+
+
+def test_the_number_of_objects_that_workers_share_does_not_grow_with_the_clips():
+    # Each one that a worker looks at is copied into it: its count of references is written.
+    assert objects_below(many(5000)) == objects_below(many(50)) < 50
+
+
+def test_what_a_worker_is_sent_has_no_object_per_clip():
+    def steps(count):
+        # How it is cut into frames depends on its bytes.
+        return [code.name for code, _, _ in pickletools.genops(pickle.dumps(many(count))) if code.name != "FRAME"]
+
+    assert len(steps(5000)) == len(steps(50)) < 150
+    restored = pickle.loads(pickle.dumps(many(50)))
+    assert list(restored.clips) == list(many(50).clips) and np.array_equal(restored.labels(), many(50).labels())
+
+
+def test_clips_held_together_are_the_clips_that_were_given(clips):
+    held = Clips(clips)
+    assert list(held) == clips and [held[n] for n in range(-4, 4)] == clips + clips
+    assert list(held[1:]) == clips[1:] and list(held[::-2]) == clips[::-2] and not Clips([])
+    with pytest.raises(IndexError):
+        held[4]
+    one, other = (ClipDataset(some, ["a", "b"], crop_seconds=1.5, seed=4) for some in (clips, held))
+    assert np.array_equal(one.seconds(), other.seconds()) and np.array_equal(one.labels(), other.labels())
+    assert all(np.array_equal(one[(n, 1)][1], other[(n, 1)][1]) for n in range(4))
 
 
 # Clips that cannot be read
