@@ -68,6 +68,8 @@ setup(
             "setuptools>=77",
         ],
         "lint": ["ruff", "yamllint", "mypy", "pre-commit"],
+        # For benchmarks/micro.py. Not in `test`: beside pytest-xdist it warns in each run.
+        "bench": ["pytest-benchmark>=5"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

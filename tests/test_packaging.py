@@ -23,7 +23,7 @@ import accent_plugin
 
 ROOMS = sorted(path.stem for path in (ROOT / "accent_plugin").glob("*.py") if path.stem != "__init__")
 # Extras of those who work on the package.
-NOT_FOR_USERS = {"test", "lint"}
+NOT_FOR_USERS = {"test", "lint", "bench"}
 
 
 def setup_arguments():
