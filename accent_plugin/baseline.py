@@ -7,15 +7,13 @@ of regularisation are tried, validation chooses, and the choice is fitted again 
 import logging
 
 import numpy as np
-import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tqdm import tqdm
 
+from accent_plugin import features
 from accent_plugin.errors import DataError
 from accent_plugin.metrics import confusion_matrix, macro_f1, unweighted_average_recall
-from accent_plugin.pooling import MeanPooling
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +38,22 @@ def layer_means(encoder, loader, device="cpu", progress=True):
     (clips, states, features) np.ndarray of float32
         In the order of the loader's data set.
     """
-    encoder = encoder.to(device).eval()
-    pooling, found = MeanPooling(encoder.width), {}
-    with torch.inference_mode():
-        for batch in tqdm(loader, desc="frozen features", unit="batch", disable=not progress):
-            if batch.lost:
-                raise DataError("; ".join(f"{name}: {why}" for name, why in batch.lost) + "\nprepare the data again")
-            batch = batch.to(device)
-            states, valid = encoder.hidden_states(batch.wavs, batch.wav_lens)
-            means = torch.stack([pooling(state, valid) for state in states], dim=1).cpu().numpy()
-            found.update(zip(batch.ids, means, strict=True))
+    found = {}
+    for batch, means in features.encode(encoder, loader, device, every_state=True, progress=progress):
+        require_all(dict(batch.lost))
+        found.update(zip(batch.ids, means, strict=True))
     return np.stack([found[clip.id] for clip in loader.dataset.clips])
+
+
+def require_all(lost):
+    """Refuse to go on without clips that could not be read: {id: why}.
+
+    Raises
+    ------
+    DataError
+    """
+    if lost:
+        raise DataError("; ".join(f"{name}: {why}" for name, why in lost.items()) + "\nprepare the data again")
 
 
 def fit(train, labels, valid, valid_labels, classes, layers=None, seed=0):

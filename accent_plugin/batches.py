@@ -44,6 +44,8 @@ class Batch:
     labels : (batch,) torch.Tensor of int64
     lost : tuple of (str, str)
         Id of each clip that could not be read, and why.
+    means : (batch, states, features) torch.Tensor or None
+        Of `accent_plugin.features`, in place of the waveforms, which are empty then.
     """
 
     ids: tuple
@@ -51,13 +53,14 @@ class Batch:
     wav_lens: torch.Tensor | None
     labels: torch.Tensor
     lost: tuple = ()
+    means: torch.Tensor | None = None
 
     def __len__(self):
         return len(self.ids)
 
     def _map(self, function):
-        lens = None if self.wav_lens is None else function(self.wav_lens)
-        return replace(self, wavs=function(self.wavs), wav_lens=lens, labels=function(self.labels))
+        lens, means = (None if one is None else function(one) for one in (self.wav_lens, self.means))
+        return replace(self, wavs=function(self.wavs), wav_lens=lens, labels=function(self.labels), means=means)
 
     def to(self, device):
         """The same batch on another device."""
@@ -319,12 +322,12 @@ def _leave_signals(worker):
     interruption.ignore()
 
 
-def make_loader(dataset, sampler, num_workers=0, pin_memory=False):
+def make_loader(dataset, sampler, num_workers=0, pin_memory=False, collate_fn=collate):
     """A `ClipLoader` over a `ClipDataset` with batches from a `BucketBatchSampler`."""
     return ClipLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,

@@ -158,7 +158,7 @@ class AccentBrain(sb.Brain):
         batch = batch.to(self.device)
         # Outside training the processes need not see equally many batches, which a wrapped model would wait for.
         model = self.modules.model if stage == sb.Stage.TRAIN else self._model()
-        return model(batch.wavs, batch.wav_lens)
+        return model(batch.wavs, batch.wav_lens, batch.means)
 
     def _model(self):
         """The `AccentModel`, without what distributes it."""

@@ -139,6 +139,8 @@ KEYS = {
     "wav2vec2_folder": _or_nothing(_text),
     "from_bundle": _or_nothing(_text),
     "freeze_wav2vec2": _switch,
+    "cache_features": _switch,
+    "features_folder": _text,
     "freeze_feature_extractor": _switch,
     "freeze_layers": _whole(0),
     "freeze_encoder_steps": _whole(0),
@@ -189,7 +191,7 @@ _GROUPS = ("preparation", "evaluation")
 # Given on the command line they start at the working directory; left at their default, at the project's root.
 PATHS = (
     *("data_folder", "prepared_folder", "out_of_set_folder", "output_folder", "save_folder", "train_log"),
-    *("wav2vec2_folder", "from_bundle"),
+    *("wav2vec2_folder", "features_folder", "from_bundle"),
 )
 
 
@@ -351,6 +353,18 @@ def _trouble_with_adapters(values):
         adapters.require_peft()
     except AccentPluginError as error:
         yield f"lora_rank: {error}"
+
+
+def _trouble_with_features(values):
+    """Yield why what an encoder makes of a clip cannot be kept."""
+    if not values["cache_features"] or values["method"] != "fine_tuning":
+        return
+    if not values["freeze_wav2vec2"]:
+        yield "cache_features keeps what an encoder makes of a clip: it needs freeze_wav2vec2 True"
+    if values["pooling"] != "mean" or values["projector_activation"]:
+        yield "cache_features keeps means over a clip: pooling must be mean and projector_activation False"
+    if values["augment"] or values["crop_seconds"] is not None:
+        yield "cache_features keeps whole clips as they are: augment must be False and crop_seconds null"
 
 
 def _trouble_with_data(settings):
@@ -536,6 +550,7 @@ def _contradictions(values, run_opts):
     if dropped and values["weighted_layers"] is not None:
         problems.append(f"weighted_layers sums what {dropped[0]} leaves out at random: give one of them alone")
     problems += _trouble_with_adapters(values)
+    problems += _trouble_with_features(values)
     if values["selection"] == "last" and values["early_stopping"]:
         problems.append("selection last takes the last epoch, whatever it is: early_stopping must be 0")
     if values["whitening_passes"] and not values["freeze_wav2vec2"]:

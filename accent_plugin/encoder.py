@@ -247,14 +247,33 @@ class InvariantEncoder:
         valid : (batch, frames) torch.Tensor
             True where a frame belongs to the clip.
         """
+        states, valid = self.used_states(wavs, wav_lens)
+        return self.combine(states), valid
+
+    def used_states(self, wavs, wav_lens=None):
+        """Encode waveforms up to the learned sum of layers, where there is one.
+
+        Returns
+        -------
+        states : list of (batch, frames, features) torch.Tensor
+            What `combine` takes: the states that are summed, standardised where they are to be; or the last one alone.
+        valid : (batch, frames) torch.Tensor
+        """
         if self.weighted_layers is None:
-            return self._run(wavs, wav_lens, all_states=False)
+            state, valid = self._run(wavs, wav_lens, all_states=False)
+            return [state], valid
         states, valid = self._run(wavs, wav_lens, all_states=True)
-        weights = torch.softmax(self.layer_weights, dim=0)
-        chosen = (states[layer] for layer in self.weighted_layers)
+        chosen = [states[layer] for layer in self.weighted_layers]
         if self.standardise_layers:
-            chosen = (nn.functional.layer_norm(state, state.shape[-1:]) for state in chosen)
-        return sum(weight * state for weight, state in zip(weights, chosen, strict=True)), valid
+            chosen = [nn.functional.layer_norm(state, state.shape[-1:]) for state in chosen]
+        return chosen, valid
+
+    def combine(self, states):
+        """Sum states with the learned weights: list of (batch, frames, features) torch.Tensor -> one such."""
+        if self.weighted_layers is None:
+            return states[0]
+        weights = torch.softmax(self.layer_weights, dim=0)
+        return sum(weight * state for weight, state in zip(weights, states, strict=True))
 
     def hidden_states(self, wavs, wav_lens=None):
         """Encode waveforms and keep every layer.

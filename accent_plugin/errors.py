@@ -57,6 +57,10 @@ class ExchangeError(AccentPluginError):
     """A model that another library cannot hold, or one of another library that is not understood."""
 
 
+class FeatureError(AccentPluginError):
+    """Features on disk that are damaged, or of another encoder."""
+
+
 class CheckpointError(AccentPluginError):
     """A checkpoint that cannot be written, or is damaged."""
 

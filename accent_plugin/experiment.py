@@ -15,7 +15,7 @@ from scipy.special import log_softmax
 from speechbrain import Stage
 from tqdm import tqdm
 
-from accent_plugin import bundle, bundle_config, calibration, config, exchange, manifests, processes, report
+from accent_plugin import bundle, bundle_config, calibration, config, exchange, features, manifests, processes, report
 from accent_plugin.augment import change_speed
 from accent_plugin.bands import BANDS
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, inverse_frequency, make_loader
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 # Evaluation keeps no activations for a backward pass, so that more audio fits.
 _EVALUATION_BATCHES = 2
+_LARGEST_BATCH = 120.0
 # Clips that a note names.
 _NAMED = 10
 # Of the card that a DatasetDict carries, what a report repeats.
@@ -100,8 +101,12 @@ def make_loaders(paths, options):
 def whole_clips(clips, options, degrade=None):
     """A loader of clips as they are, or as `degrade` leaves them, for evaluation; `options` is a `LoadingOptions`."""
     dataset = ClipDataset(clips, options.accents, degrade=degrade)
-    limit = _EVALUATION_BATCHES * options.batch_seconds
-    return _loader(dataset, _sampler(dataset, limit, shuffle=False), options)
+    return _loader(dataset, _sampler(dataset, _evaluation_seconds(options), shuffle=False), options)
+
+
+def _evaluation_seconds(options):
+    # Larger batches than these are for heads on features that are kept, and gain nothing where an encoder runs.
+    return _EVALUATION_BATCHES * min(options.batch_seconds, _LARGEST_BATCH)
 
 
 def _sampler(dataset, batch_seconds, **keywords):
@@ -118,7 +123,8 @@ def _clip_weights(dataset, options):
     """Weights for drawing clips so that all accents come equally often; None where `balance` is not sampler."""
     if options.balance != "sampler":
         return None
-    return inverse_frequency(dataset.labels(), len(options.accents))[dataset.labels()]
+    labels = dataset.labels()
+    return inverse_frequency(labels, len(options.accents))[labels]
 
 
 def make_class_weights(choice, dataset):
@@ -255,13 +261,56 @@ def fit_whitening(brain, loader, passes, shrinkage):
             for batch in tqdm(loader, desc="whitening", unit="batch", disable=brain.noprogressbar):
                 if len(batch):
                     batch = batch.to(brain.device)
-                    vectors.append(model.embed(batch.wavs, batch.wav_lens).cpu())
+                    vectors.append(model.embed(batch.wavs, batch.wav_lens, batch.means).cpu())
                     labels.append(batch.labels.cpu())
     vectors, labels = ([item for part in processes.gather(own) for item in part] for own in (vectors, labels))
     if not vectors:
         raise DataError("no clip of the training split could be read\nprepare the data again")
     model.whitening.fit(torch.cat(vectors), torch.cat(labels), shrinkage)
     logger.info("whitening fitted on %d crops", sum(map(len, labels)))
+
+
+def keep_features(brain, loaders, hparams):
+    """Let a frozen encoder run once over the training and validation clips, and go on with what is kept of them.
+
+    Arguments
+    ---------
+    brain : AccentBrain
+    loaders : dict
+        As `make_loaders` gives it.
+    hparams : dict
+
+    Returns
+    -------
+    dict
+        The same; "train" and "valid" give `Batch.means` instead of audio.
+    """
+    kept = dict(loaders)
+    for split, precision in (("train", brain.precision), ("valid", brain.eval_precision)):
+        loader = loaders[split]
+        store, lost = _stored(hparams, loader.dataset, brain.device, precision)
+        dataset = features.MeansDataset(loader.dataset, store, lost)
+        kept[split] = make_loader(dataset, loader.batch_sampler, collate_fn=features.collate)
+    return kept
+
+
+def _stored(hparams, dataset, device, precision="fp32", every_state=False):
+    """A `features.Store` that has the clips of a `ClipDataset`, and which of them cannot be read."""
+    encoder, loading = hparams["wav2vec2"], hparams["loading"]
+
+    def load(clips):
+        # All of them in this process, whoever else trains.
+        missing = ClipDataset(clips, loading.accents)
+        sampler = BucketBatchSampler(missing.seconds(), _evaluation_seconds(loading), shuffle=False)
+        return _loader(missing, sampler, loading)
+
+    def fill():
+        store = features.Store(hparams["features_folder"], identity)
+        return features.fill(store, encoder, dataset.clips, load, device)
+
+    identity = features.identify(encoder, precision, every_state)
+    lost = processes.from_main(fill)
+    return features.Store(hparams["features_folder"], identity), lost
 
 
 def as_predictions(clips, log_probabilities, accents):
@@ -490,14 +539,11 @@ def run_baseline(loaders, prepared, hparams, command, fold=None, device="cpu"):
     from accent_plugin import baseline
 
     datasets = {split: loader.dataset for split, loader in loaders.items()}
-    features = {
-        split: baseline.layer_means(hparams["wav2vec2"], whole_clips(dataset.clips, hparams["loading"]), device)
-        for split, dataset in datasets.items()
-    }
+    means = {split: _layer_means(dataset, hparams, device) for split, dataset in datasets.items()}
     model, layer, trials = baseline.fit(
-        features["train"],
+        means["train"],
         datasets["train"].labels(),
-        features["valid"],
+        means["valid"],
         datasets["valid"].labels(),
         len(hparams["accents"]),
         layers=hparams["weighted_layers"] if isinstance(hparams["weighted_layers"], list) else None,
@@ -507,7 +553,7 @@ def run_baseline(loaders, prepared, hparams, command, fold=None, device="cpu"):
     trials_file.parent.mkdir(parents=True, exist_ok=True)
     trials_file.write_text(json.dumps(trials, indent=1), encoding="utf-8")
     clips = datasets["test"].clips
-    log_probabilities = model.predict_log_proba(features["test"][:, layer])
+    log_probabilities = model.predict_log_proba(means["test"][:, layer])
     predictions = as_predictions(clips, log_probabilities, hparams["accents"])
     metrics = _write(
         hparams["output_folder"],
@@ -524,6 +570,17 @@ def run_baseline(loaders, prepared, hparams, command, fold=None, device="cpu"):
         audio=_paths(clips),
     )
     return predictions, metrics
+
+
+def _layer_means(dataset, hparams, device):
+    """As `accent_plugin.baseline.layer_means`, kept on disk where that is wanted."""
+    from accent_plugin import baseline
+
+    if not hparams["cache_features"]:
+        return baseline.layer_means(hparams["wav2vec2"], whole_clips(dataset.clips, hparams["loading"]), device)
+    store, lost = _stored(hparams, dataset, device, every_state=True)
+    baseline.require_all(lost)
+    return np.stack([store[store.row(features.key(clip))] for clip in dataset.clips])
 
 
 def _paths(clips):

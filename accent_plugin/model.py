@@ -59,7 +59,7 @@ class AccentModel(nn.Module):
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
 
-    def embed(self, wavs, wav_lens=None):
+    def embed(self, wavs, wav_lens=None, means=None):
         """One vector per clip.
 
         Arguments
@@ -68,18 +68,25 @@ class AccentModel(nn.Module):
             16 kHz, padded at the end.
         wav_lens : (batch,) torch.Tensor
             Length of each clip as a share of the longest; None where nothing is padded.
+        means : (batch, states, features) torch.Tensor
+            What `accent_plugin.features` kept of the clips, in place of the waveforms; None for those.
 
         Returns
         -------
         (batch, features) torch.Tensor
         """
-        frames, valid = self.wav2vec2(wavs, wav_lens)
+        if means is None:
+            frames, valid = self.wav2vec2(wavs, wav_lens)
+        else:
+            # The mean over a single frame, which is the mean already: all that comes before it is linear.
+            frames = self.wav2vec2.combine(means.unsqueeze(2).unbind(1))
+            valid = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
         if self.projector is not None:
             frames = self.projector(frames)
         pooled = self.pooling(frames, valid)
         return pooled if self.whitening is None else self.whitening(pooled)
 
-    def forward(self, wavs, wav_lens=None):
+    def forward(self, wavs, wav_lens=None, means=None):
         """Classify; arguments as in `embed`.
 
         Returns
@@ -87,7 +94,7 @@ class AccentModel(nn.Module):
         (batch, classes) torch.Tensor
             Log-probabilities in float32.
         """
-        scores = self.classifier(self.dropout(self.embed(wavs, wav_lens)))
+        scores = self.classifier(self.dropout(self.embed(wavs, wav_lens, means)))
         return torch.log_softmax(scores.float(), dim=-1)
 
     def head_parameters(self):

@@ -29,12 +29,12 @@ LOCK_FILE = ".run.lock"
 NOT_COUNTED = {
     "where things are and what they are called: a run may be moved": (
         *("name", "data_folder", "prepared_folder", "out_of_set_folder"),
-        *("output_folder", "save_folder", "train_log", "wav2vec2_folder"),
+        *("output_folder", "save_folder", "train_log", "wav2vec2_folder", "features_folder"),
     ),
     "which runs one command makes; each is known by its own seed and fold": ("seeds", "fold"),
     "how a machine does it": (
         *("prepare_workers", "num_workers", "attn_implementation", "tensorboard", "skip_prep", "overwrite"),
-        "ckpt_interval_minutes",
+        *("ckpt_interval_minutes", "cache_features"),
     ),
     "how the data are found; what was found is in their fingerprint": (
         *("accent_column", "client_column", "sentence_column", "audio_column", "max_unreadable_share"),

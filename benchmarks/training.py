@@ -59,11 +59,11 @@ def make_clips(source, folder, count, seed=0):
 
 
 def make_encoder(folder):
-    """wav2vec2-base with random weights, as Hugging Face saves it."""
+    """wav2vec2-base with random weights, as Hugging Face saves it; no dropout of activations or of whole layers."""
     from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
     torch.manual_seed(0)
-    Wav2Vec2Model(Wav2Vec2Config()).save_pretrained(folder)
+    Wav2Vec2Model(Wav2Vec2Config(activation_dropout=0.0, layerdrop=0.0)).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(folder)
 
 
@@ -128,7 +128,7 @@ def run_ours(rows, encoder, options, turns):
     """The recipe's own Brain and YAML; `fit` is SpeechBrain's."""
     from hyperpyyaml import load_hyperpyyaml
 
-    from accent_plugin import experiment
+    from accent_plugin import experiment, precision
     from accent_plugin.brain import AccentBrain
 
     folder, manifest = Path(tempfile.mkdtemp()), options.source / "train.csv"
@@ -139,7 +139,8 @@ def run_ours(rows, encoder, options, turns):
                 f"{row['ID']},{row['duration']},$data_root/clips/{row['ID']}.flac,{row['accent']},{row['ID']},,\n"
             )
     changes = {"wav2vec2_hub": encoder, "output_folder": str(folder), "number_of_epochs": 1000, "early_stopping": 0}
-    changes |= {"precision": options.precision} if options.precision else {}
+    # What the YAML's "auto" comes to.
+    changes["precision"] = options.precision or precision.fastest("cuda" if torch.cuda.is_available() else "cpu")
     with open(ROOT / "hparams/wav2vec2_base.yaml", encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, changes)
     loaders = experiment.make_loaders({"train": manifest}, hparams["loading"])

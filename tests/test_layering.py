@@ -33,6 +33,7 @@ STOREYS = [
         "audit",
         "recordings",
     },
+    {"features"},
     {"config", "brain", "baseline", "bands", "bundle"},
     {"exchange", "run_folder"},
     {"experiment", "inference", "onnx", "hub"},

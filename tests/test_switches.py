@@ -63,6 +63,8 @@ VALUES = {
     "wav2vec2_folder": ("/x/cache", "/x/cache"),
     "from_bundle": ("{bundle}", "{bundle}"),
     "freeze_wav2vec2": ("True", True),
+    "cache_features": ("True", True, "--freeze_wav2vec2", "True"),
+    "features_folder": ("/x/features", "/x/features"),
     "freeze_feature_extractor": ("False", False),
     "freeze_layers": ("2", 2),
     "freeze_encoder_steps": ("10", 10),

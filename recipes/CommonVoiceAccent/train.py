@@ -125,8 +125,9 @@ def train(settings, prepared, outsiders, command, fold):
         history_file=Path(hparams["save_folder"]) / "history.json",
     )
     experiment.initialise(brain, hparams)
-    experiment.fit_whitening(brain, loaders["train"], hparams["whitening_passes"], hparams["whitening_shrinkage"])
-    brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
+    training = experiment.keep_features(brain, loaders, hparams) if hparams["cache_features"] else loaders
+    experiment.fit_whitening(brain, training["train"], hparams["whitening_passes"], hparams["whitening_shrinkage"])
+    brain.fit(hparams["epoch_counter"], training["train"], training["valid"])
     calibrated = experiment.calibrate(brain, loaders, hparams["loading"], hparams["evaluation"]["test_speeds"])
     predictions, metrics = experiment.write_report(
         brain, loaders, prepared, hparams, command, calibrated["temperature"], fold, outsiders
