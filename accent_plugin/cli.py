@@ -211,10 +211,10 @@ def _classifier(arguments, model, **options):
     if not _is_hugging_face(model):
         return AccentClassifier.from_bundle(model, arguments.device, precision=arguments.precision, **options)
 
-    from accent_plugin import exchange, inference
+    from accent_plugin import devices, exchange
 
     if arguments.device:
-        inference.require_device(arguments.device)
+        devices.require_device(arguments.device)
     loaded = exchange.from_hugging_face(model, _names_of_classes(arguments))
     run_opts = {"device": arguments.device} if arguments.device else None
     return AccentClassifier(loaded.modules, loaded.hparams, run_opts=run_opts, precision=arguments.precision, **options)

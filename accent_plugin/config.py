@@ -15,7 +15,7 @@ import yaml
 from hyperpyyaml import resolve_references
 from speechbrain.utils.run_opts import RunOptions
 
-from accent_plugin import manifests
+from accent_plugin import manifests, processes
 from accent_plugin.errors import AccentPluginError, ConfigError
 from accent_plugin.pooling import POOLINGS
 
@@ -508,6 +508,7 @@ def _wrong_values(values):
 
 def _contradictions(values, run_opts):
     """Pairs of values that are each right and do not go together, and folders that are not there."""
+    from accent_plugin.devices import require_device
     from accent_plugin.encoder import find_source, find_start
 
     problems = []
@@ -559,6 +560,12 @@ def _contradictions(values, run_opts):
         problems.append("whitening_passes needs features that do not move: projector_size must be null")
     if run_opts.ckpt_interval_steps and values["ckpt_interval_minutes"]:
         problems.append("ckpt_interval_steps and ckpt_interval_minutes were both given: leave one out")
+    # Of several processes each will have a GPU of its own.
+    if run_opts.device is not None and not processes.launched():
+        try:
+            require_device(run_opts.device)
+        except ConfigError as error:
+            problems.append(str(error))
     on_cpu = run_opts.device == "cpu"
     if on_cpu and "fp16" in (values["precision"], values["eval_precision"]):
         problems.append("fp16 does not work on a CPU; choose bf16 or fp32")

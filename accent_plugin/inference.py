@@ -9,8 +9,8 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from torch import nn
 
 from accent_plugin import audio, bundle
+from accent_plugin.devices import bf16_is_faster, require_device
 from accent_plugin.errors import AudioError, ConfigError
-from accent_plugin.precision import bf16_is_faster
 from accent_plugin.predictions import Failure, Prediction, Window
 from accent_plugin.recordings import Options, RecordingClassifier
 
@@ -114,20 +114,6 @@ def _cast_weights(encoder):
     for module in encoder.modules():
         if isinstance(module, nn.Linear) and not nn.utils.parametrize.is_parametrized(module):
             module.to(torch.bfloat16)
-
-
-def require_device(device):
-    """Refuse a device that torch cannot use here, before anything is loaded.
-
-    Raises
-    ------
-    ConfigError
-    """
-    try:
-        torch.empty(0, device=str(device))
-    except (RuntimeError, AssertionError) as error:
-        problem = str(error).splitlines()[0]
-        raise ConfigError(f"device {str(device)!r} cannot be used here: {problem}; cpu always can") from None
 
 
 def _read_config(hparams):

@@ -46,7 +46,7 @@ def run_ours(options, seed, kept=False):
     from hyperpyyaml import load_hyperpyyaml
     from speechbrain import Stage
 
-    from accent_plugin import experiment, manifests, precision
+    from accent_plugin import devices, experiment, manifests
     from accent_plugin.brain import AccentBrain, read_history
 
     paths = prepare(options.source, options.place / "prepared")
@@ -56,7 +56,7 @@ def run_ours(options, seed, kept=False):
             **{"wav2vec2_hub": str(options.encoder), "output_folder": folder, "seed": seed, "early_stopping": 0},
             **{"number_of_epochs": options.epochs, "batch_seconds": float(CLIPS * seconds), "max_seconds": 30.0},
             **{"lr_encoder": LR_ENCODER, "lr_head": LR_HEAD, "warmup": WARMUP, "dropout": 0.0},
-            "precision": precision.fastest("cuda" if torch.cuda.is_available() else "cpu"),
+            "precision": devices.fastest_precision("cuda" if torch.cuda.is_available() else "cpu"),
         }
         if kept:
             changes |= {"freeze_wav2vec2": True, "cache_features": True, "features_folder": folder, "lr_head": 1e-2}

@@ -19,10 +19,10 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForSequenceClassification, pipeline
 
 from accent_plugin import bundle
+from accent_plugin.devices import bf16_is_faster
 from accent_plugin.encoder import make_encoder
 from accent_plugin.inference import AccentClassifier
 from accent_plugin.model import AccentModel
-from accent_plugin.precision import bf16_is_faster
 
 LABELS = ("us", "england", "australia")
 

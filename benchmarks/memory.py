@@ -18,7 +18,7 @@ import torch
 import transformers
 from hyperpyyaml import load_hyperpyyaml
 
-from accent_plugin import audio, experiment, precision
+from accent_plugin import audio, devices, experiment
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, make_loader
 from accent_plugin.brain import AccentBrain
 from accent_plugin.manifests import Clip
@@ -106,7 +106,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yamls", type=Path, nargs="*")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--precision", default=precision.fastest(DEVICE), help="default: what auto is here")
+    parser.add_argument("--precision", default=devices.fastest_precision(DEVICE), help="default: what auto is here")
     options = parser.parse_args()
     if len(options.yamls) == 1:
         measure(options.yamls[0], options)

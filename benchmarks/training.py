@@ -128,7 +128,7 @@ def run_ours(rows, encoder, options, turns):
     """The recipe's own Brain and YAML; `fit` is SpeechBrain's."""
     from hyperpyyaml import load_hyperpyyaml
 
-    from accent_plugin import experiment, precision
+    from accent_plugin import devices, experiment
     from accent_plugin.brain import AccentBrain
 
     folder, manifest = Path(tempfile.mkdtemp()), options.source / "train.csv"
@@ -140,7 +140,9 @@ def run_ours(rows, encoder, options, turns):
             )
     changes = {"wav2vec2_hub": encoder, "output_folder": str(folder), "number_of_epochs": 1000, "early_stopping": 0}
     # What the YAML's "auto" comes to.
-    changes["precision"] = options.precision or precision.fastest("cuda" if torch.cuda.is_available() else "cpu")
+    changes["precision"] = options.precision or devices.fastest_precision(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
     with open(ROOT / "hparams/wav2vec2_base.yaml", encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, changes)
     loaders = experiment.make_loaders({"train": manifest}, hparams["loading"])

@@ -54,6 +54,10 @@ def test_all_problems_are_named_at_once(read):
     assert "  --balance was given without a value" in lines
 
 
+# A frozen encoder whose features are kept.
+KEPT = ("--cache_features", "True", "--freeze_wav2vec2", "True")
+
+
 @pytest.mark.parametrize(
     "words, problem",
     [
@@ -78,6 +82,11 @@ def test_all_problems_are_named_at_once(read):
         (["--balance", "sampler", "--class_weights", "balanced"], "the same imbalance twice"),
         (["--freeze_wav2vec2", "True", "--freeze_layers", "2"], "freezes the whole encoder"),
         (["--whitening_passes", "2"], "it needs freeze_wav2vec2 True"),
+        (["--cache_features", "True"], "what an encoder makes of a clip: it needs freeze_wav2vec2 True"),
+        ([*KEPT, "--pooling", "statistics"], "means over a clip: pooling must be mean"),
+        ([*KEPT, "--projector_size", "8", "--projector_activation", "True"], "projector_activation False"),
+        ([*KEPT, "--augment", "True"], "whole clips as they are: augment must be False"),
+        ([*KEPT, "--crop_seconds", "3"], "crop_seconds null"),
         (["--lora_rank", "0"], "lora_rank is 0; it should be a whole number, at least 1, or null"),
         (["--lora_rank", "4", "--lora_alpha", "0"], "lora_alpha is 0; it should be a number above 0"),
         (["--lora_rank", "4", "--lora_dropout", "1"], "lora_dropout is 1; it should be a number at least 0"),
@@ -95,6 +104,7 @@ def test_all_problems_are_named_at_once(read):
         (["--out_of_set_folder", "x"], "out_of_set does not say which accents"),
         (["--out_of_set", "[us, scotland]"], "us cannot be in accents and in out_of_set"),
         (["--num_layers", "2", "--freeze_layers", "3"], "freeze_layers 3 is more than num_layers 2"),
+        (["--device", "tpu:7"], "device 'tpu:7' cannot be used here"),
         (["--precision", "fp16", "--device", "cpu"], "fp16 does not work on a CPU"),
         (["--skip_prep", "True"], "skip_prep is True, but prepared_folder does not say"),
         (["--overwrite", "True", "--test_only"], "overwrite deletes the run that test_only would evaluate"),

@@ -14,7 +14,7 @@ PACKAGE = Path(accent_plugin.__file__).parent
 STOREYS = [
     {"errors", "interruption"},
     {"labels", "audio", "disk", "pooling", "whitening", "convolutions", "adapters", "predictions", "gate"}
-    | {"processes", "precision", "dropout"},
+    | {"processes", "devices", "dropout"},
     {"bundle_config", "checkpoints", "position"},
     {"splits", "metrics", "augment", "encoder", "tiny", "nuisance"},
     {"sources", "selection", "synthetic", "shards", "readahead"},

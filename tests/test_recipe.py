@@ -433,10 +433,10 @@ def test_where_every_checkpoint_is_damaged_nothing_is_evaluated(train, words, tm
 
 
 def test_a_run_goes_on_in_the_precision_that_it_found_fastest_when_it_began(train, words, tmp_path, monkeypatch):
-    from accent_plugin import precision
+    from accent_plugin import devices
 
     def trained_in(found, *more):
-        monkeypatch.setattr(precision, "fastest", lambda device: found)
+        monkeypatch.setattr(devices, "fastest_precision", lambda device: found)
         assert train(*words, "--number_of_epochs", "1", "--precision", "auto", *more).code == 0
         return json.loads((tmp_path / "out/run.json").read_text(encoding="utf-8"))["values"]["precision"]
 
@@ -445,3 +445,35 @@ def test_a_run_goes_on_in_the_precision_that_it_found_fastest_when_it_began(trai
     # On a machine that is busy, the measurement may fall out differently.
     assert trained_in("fp32") == "bf16"
     assert trained_in("fp32", "--overwrite", "True") == "fp32"
+
+
+def test_a_head_on_kept_features_is_the_head_on_the_encoder(train, words, tmp_path, monkeypatch):
+    from accent_plugin import features
+
+    def history(folder, *more):
+        frozen = ("--freeze_wav2vec2", "True", "--weighted_layers", "all", "--standardise_layers", "True")
+        given = ("--output_folder", tmp_path / folder, "--features_folder", tmp_path / "features")
+        assert train(*words, *frozen, "--whitening_passes", "1", *given, *more).code == 0
+        return json.loads((tmp_path / folder / "save/history.json").read_text(encoding="utf-8"))
+
+    encoded, original = [], features.encode
+    monkeypatch.setattr(features, "encode", lambda *how, **more: encoded.append(1) or original(*how, **more))
+    for plain, kept in zip(history("plain"), history("kept", "--cache_features", "True"), strict=True):
+        assert kept["train_loss"] == pytest.approx(plain["train_loss"], abs=1e-4)
+        assert kept["valid_loss"] == pytest.approx(plain["valid_loss"], abs=1e-4)
+    assert len(encoded) == 2  # training and validation
+    history("again", "--cache_features", "True", "--seed", "3")
+    assert len(encoded) == 2
+    with_features, without = (metrics_of(tmp_path / name)["clip"] for name in ("kept", "plain"))
+    assert with_features == without
+
+
+def test_the_baseline_keeps_features_too(train, words, tmp_path, monkeypatch):
+    from accent_plugin import features
+
+    baseline = ("--method", "logistic_regression", "--features_folder", tmp_path / "features")
+    assert train(*words, *baseline, "--output_folder", tmp_path / "plain").code == 0
+    for name in ("kept", "again"):
+        assert train(*words, *baseline, "--output_folder", tmp_path / name, "--cache_features", "True").code == 0
+        assert metrics_of(tmp_path / name)["clip"] == metrics_of(tmp_path / "plain")["clip"]
+        monkeypatch.setattr(features, "encode", None)

@@ -23,7 +23,7 @@ from common_voice_accent_prepare import prepare_common_voice_accent
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import infer_device
 
-from accent_plugin import config, experiment, interruption, precision, processes, run_folder
+from accent_plugin import config, devices, experiment, interruption, processes, run_folder
 from accent_plugin.brain import AccentBrain
 from accent_plugin.errors import AccentPluginError, ConfigError, DataError
 
@@ -75,7 +75,7 @@ def find_precision(settings, restarted):
     if values["precision"] != "auto":
         return values["precision"]
     begun = None if values["overwrite"] and not restarted else run_folder.begun(values["output_folder"])
-    return (begun or {}).get("precision") or precision.fastest(settings.run_opts.device or infer_device())
+    return (begun or {}).get("precision") or devices.fastest_precision(settings.run_opts.device or infer_device())
 
 
 def take_folder(settings, identity, owned, restarted):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from accent_plugin import precision
+from accent_plugin import devices
 
 
 @pytest.mark.parametrize(
@@ -17,17 +17,17 @@ from accent_plugin import precision
     ],
 )
 def test_the_fastest_precision_that_a_device_has(device, bf16, chosen, monkeypatch):
-    monkeypatch.setattr(precision, "bf16_is_faster", lambda kind: bf16)
-    assert precision.fastest(device) == chosen
+    monkeypatch.setattr(devices, "bf16_is_faster", lambda kind: bf16)
+    assert devices.fastest_precision(device) == chosen
 
 
 def test_the_probe_answers_and_draws_no_random_numbers():
     state = torch.get_rng_state()
-    precision.bf16_is_faster.cache_clear()
-    assert precision.bf16_is_faster("cpu") in (True, False)
+    devices.bf16_is_faster.cache_clear()
+    assert devices.bf16_is_faster("cpu") in (True, False)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("kind", ["mps", "xpu", "meta"])
 def test_of_other_devices_nothing_is_assumed(kind):
-    assert precision.bf16_is_faster(kind) is False
+    assert devices.bf16_is_faster(kind) is False

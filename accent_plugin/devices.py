@@ -1,12 +1,14 @@
-"""Which precision a device computes fastest in."""
+"""Which devices can be used here, and which precision each computes fastest in."""
 
 import functools
 import time
 
 import torch
 
+from accent_plugin.errors import ConfigError
 
-def fastest(device):
+
+def fastest_precision(device):
     """Choose a precision for training.
 
     Arguments
@@ -52,3 +54,17 @@ def bf16_is_faster(device_type):
             best[enabled] = min([took(*weights[torch.bfloat16 if enabled else torch.float32]) for _ in range(6)][1:])
     # Where it is about the same, exactness is worth more.
     return best[True] < 0.8 * best[False]
+
+
+def require_device(device):
+    """Refuse a device that torch cannot use here, before anything is loaded.
+
+    Raises
+    ------
+    ConfigError
+    """
+    try:
+        torch.empty(0, device=str(device))
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).splitlines()[0]
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {problem}; cpu always can") from None
