@@ -84,7 +84,7 @@ class MaskedGroupNorm(nn.GroupNorm):
     def forward(self, inputs):
         """Normalise (batch, channels, frames); what stands in padded frames afterwards is finite and meaningless."""
         with torch.autocast(inputs.device.type, enabled=False):
-            if inputs.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            if inputs.device.type == "cpu" and not torch.compiler.is_compiling():
                 return self._clip_by_clip(inputs)
             inputs = inputs.float()
             if self.valid is None:
@@ -104,14 +104,17 @@ class MaskedGroupNorm(nn.GroupNorm):
 
         It adds up in float32 whatever the inputs are, and gives back their type.
         """
+        own = (self.num_groups, self.weight, self.bias, self.eps)
         if self.valid is None:
-            return nn.functional.group_norm(inputs, self.num_groups, self.weight, self.bias, self.eps)
+            return nn.functional.group_norm(inputs, *own)
+        counts = self.valid.sum(dim=-1).tolist()
+        if torch.is_grad_enabled() and (inputs.requires_grad or self.weight.requires_grad):
+            # A tensor that is filled bit by bit would be copied for each clip in the backward pass.
+            clips = [nn.functional.group_norm(clip[None, :, :n], *own) for clip, n in zip(inputs, counts, strict=True)]
+            return torch.cat([nn.functional.pad(clip, (0, inputs.shape[-1] - clip.shape[-1])) for clip in clips])
         output = torch.zeros_like(inputs)
-        for row, count in enumerate(self.valid.sum(dim=-1).tolist()):
-            clip = inputs[row : row + 1, :, :count]
-            output[row, :, :count] = nn.functional.group_norm(clip, self.num_groups, self.weight, self.bias, self.eps)[
-                0
-            ]
+        for clip, row, count in zip(inputs, output, counts, strict=True):
+            row[:, :count] = nn.functional.group_norm(clip[None, :, :count], *own)[0]
         return output
 
     @classmethod
