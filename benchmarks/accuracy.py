@@ -183,7 +183,7 @@ def compare(options):
                 words = [sys.executable, __file__, str(options.source), str(options.encoder), "--peers", name]
                 words += ["--worker", place, "--seeds", str(seed), "--epochs", str(options.epochs)]
                 done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-                curves[name].append([json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")])
+                curves[name].append([json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')])
     say(curves, options)
 
 

@@ -310,8 +310,9 @@ def compare(options):
                 if turn:  # the first one warms up
                     took[name].append(done)
         for worker in workers.values():
-            worker.stdin.close()
-            worker.terminate()
+            # Not terminated: this package's training would finish its step and save, and wait for its turn.
+            worker.kill()
+            worker.wait()
     say(took, options)
 
 

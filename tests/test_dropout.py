@@ -191,6 +191,27 @@ def test_no_noise_of_a_training_step_is_drawn_number_by_number(family, precision
     assert not calls.names & {"bernoulli_", "bernoulli", "native_dropout", "_safe_softmax"}
 
 
+@pytest.mark.parametrize(
+    "family", ["wav2vec2-group", "wav2vec2-layer", "hubert-group", "data2vec-audio", "moonshine", "whisper"]
+)
+@pytest.mark.parametrize(("kind", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_a_clip_in_training_is_the_same_alone_and_in_a_batch(family, kind, near, tiny_encoder, monkeypatch):
+    monkeypatch.setattr(room, "_noise", lambda like, threshold: torch.ones_like(like))
+    # With a dropout of attention alone, whose noise is one: the way of training without its chance.
+    others = ("hidden_dropout", "activation_dropout", "feat_proj_dropout", "dropout", "layerdrop")
+    known = make_encoder(str(tiny_encoder(family))).config.to_dict()
+    overrides = {key: 0.0 for key in others if key in known} | {"attention_dropout": 0.1}
+    encoder = make_encoder(str(tiny_encoder(family)), config_overrides=overrides).train()
+    torch.manual_seed(0)
+    clips = [torch.randn(count) for count in (8000, 5000, 6500)]
+    batch = nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind is torch.bfloat16):
+        together, valid = encoder(batch, torch.tensor([1.0, 5000 / 8000, 6500 / 8000]))
+        for clip, frames, mask in zip(clips, together, valid, strict=True):
+            alone = encoder(clip[None])[0][0].float()
+            assert torch.allclose(frames[mask].float(), alone, atol=near * float(alone.abs().max()))
+
+
 def test_only_plain_dropout_is_exchanged(tiny_encoder):
     class Other(nn.Dropout):
         pass
