@@ -270,7 +270,7 @@ def fit_whitening(brain, loader, passes, shrinkage):
     logger.info("whitening fitted on %d crops", sum(map(len, labels)))
 
 
-def keep_features(brain, loaders, hparams):
+def keep_features(brain, loaders, hparams, folder):
     """Let a frozen encoder run once over the training and validation clips, and go on with what is kept of them.
 
     Arguments
@@ -279,6 +279,8 @@ def keep_features(brain, loaders, hparams):
     loaders : dict
         As `make_loaders` gives it.
     hparams : dict
+    folder : str or Path
+        Where they are kept.
 
     Returns
     -------
@@ -288,13 +290,13 @@ def keep_features(brain, loaders, hparams):
     kept = dict(loaders)
     for split, precision in (("train", brain.precision), ("valid", brain.eval_precision)):
         loader = loaders[split]
-        store, lost = _stored(hparams, loader.dataset, brain.device, precision)
+        store, lost = _stored(hparams, folder, loader.dataset, brain.device, precision)
         dataset = features.MeansDataset(loader.dataset, store, lost)
         kept[split] = make_loader(dataset, loader.batch_sampler, collate_fn=features.collate)
     return kept
 
 
-def _stored(hparams, dataset, device, precision="fp32", every_state=False):
+def _stored(hparams, folder, dataset, device, precision="fp32", every_state=False):
     """A `features.Store` that has the clips of a `ClipDataset`, and which of them cannot be read."""
     encoder, loading = hparams["wav2vec2"], hparams["loading"]
 
@@ -305,12 +307,12 @@ def _stored(hparams, dataset, device, precision="fp32", every_state=False):
         return _loader(missing, sampler, loading)
 
     def fill():
-        store = features.Store(hparams["features_folder"], identity)
+        store = features.Store(folder, identity)
         return features.fill(store, encoder, dataset.clips, load, device)
 
     identity = features.identify(encoder, precision, every_state)
     lost = processes.from_main(fill)
-    return features.Store(hparams["features_folder"], identity), lost
+    return features.Store(folder, identity), lost
 
 
 def as_predictions(clips, log_probabilities, accents):
@@ -578,7 +580,7 @@ def _layer_means(dataset, hparams, device):
 
     if not hparams["cache_features"]:
         return baseline.layer_means(hparams["wav2vec2"], whole_clips(dataset.clips, hparams["loading"]), device)
-    store, lost = _stored(hparams, dataset, device, every_state=True)
+    store, lost = _stored(hparams, hparams["features_folder"], dataset, device, every_state=True)
     baseline.require_all(lost)
     return np.stack([store[store.row(features.key(clip))] for clip in dataset.clips])
 

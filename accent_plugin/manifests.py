@@ -375,7 +375,7 @@ def read(csv_path, data_root=None):
     path = Path(csv_path).absolute()
     if data_root is None:
         data_root = path.parent.parent if (path.parent.parent / PREPARE_JSON).exists() else path.parent
-    data_root, ids = Path(data_root).absolute(), set()
+    data_root, ids = Path(data_root).absolute().as_posix(), set()
 
     def clips(table):
         for row in table:
@@ -708,7 +708,7 @@ def _clip(row, data_root):
     return Clip(
         id=row["ID"],
         duration=float(row["duration"]),
-        wav=os.path.join(data_root, wav[len(DATA_ROOT) + 1 :]),
+        wav=f"{data_root}/{wav[len(DATA_ROOT) + 1 :]}",
         accent=_unescape(row["accent"]),
         client_id=_unescape(row["client_id"]),
         gender=_unescape(row["gender"]),

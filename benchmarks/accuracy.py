@@ -81,7 +81,7 @@ def run_ours(options, seed, kept=False):
         )
         started = time.perf_counter()
         if kept:
-            loaders = experiment.keep_features(brain, loaders, hparams)
+            loaders = experiment.keep_features(brain, loaders, hparams, folder)
         brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
 
 

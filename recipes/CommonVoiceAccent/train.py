@@ -125,7 +125,9 @@ def train(settings, prepared, outsiders, command, fold):
         history_file=Path(hparams["save_folder"]) / "history.json",
     )
     experiment.initialise(brain, hparams)
-    training = experiment.keep_features(brain, loaders, hparams) if hparams["cache_features"] else loaders
+    training = loaders
+    if hparams["cache_features"]:
+        training = experiment.keep_features(brain, loaders, hparams, hparams["features_folder"])
     experiment.fit_whitening(brain, training["train"], hparams["whitening_passes"], hparams["whitening_shrinkage"])
     brain.fit(hparams["epoch_counter"], training["train"], training["valid"])
     calibrated = experiment.calibrate(brain, loaders, hparams["loading"], hparams["evaluation"]["test_speeds"])
