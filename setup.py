@@ -48,6 +48,8 @@ setup(
         "synthetic": ["espeakng-loader>=0.2.4"],
         # To export to ONNX. What runs the export needs onnxruntime alone.
         "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+        # The page and the HTTP API. Gradio brings FastAPI and uvicorn.
+        "serve": ["gradio>=6,<7", "fastapi", "uvicorn", "python-multipart"],
         "tensorboard": ["tensorboard"],
         # Transformers 5 refuses older ones.
         "lora": ["peft>=0.20"],
@@ -64,6 +66,16 @@ setup(
             "onnxruntime>=1.22",
             "onnxscript>=0.5",
             "peft>=0.20",
+            "gradio>=6,<7",
+            "fastapi",
+            "uvicorn",
+            "python-multipart",
+            "httpx",
+            # Drives the browser that the system has; none is downloaded.
+            "playwright",
+            "nbclient",
+            "nbformat",
+            "ipykernel",
             "build",
             "setuptools>=77",
         ],

@@ -84,6 +84,25 @@ class Converted:
     message: str = ""
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself: hertz, number of channels, and how it holds the samples ("FLAC PCM_16")."""
+
+    sample_rate: int
+    channels: int
+    codec: str
+
+
+def read_header(source):
+    """Read what a file says of itself; `source` and errors as for `decode`."""
+    name = "clip" if isinstance(source, bytes) else str(getattr(source, "name", source))
+    try:
+        with _open(source, name) as sound:
+            return Header(sound.samplerate, sound.channels, _codec(sound))
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
+        raise _refusal(source, name, error) from None
+
+
 def decode(source, max_seconds=None):
     """Decode one clip to mono, at the rate it has.
 
@@ -108,9 +127,7 @@ def decode(source, max_seconds=None):
         with _open(source, name) as sound:
             return _decode(sound, name, max_seconds)
     except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
-        if _nothing_in(source):
-            raise AudioError(EMPTY, f"{name} holds no bytes") from None
-        raise AudioError(UNDECODABLE, f"{name} cannot be decoded: {_why(error)}") from None
+        raise _refusal(source, name, error) from None
 
 
 def resample(samples, sample_rate, target=SAMPLE_RATE):
@@ -198,9 +215,7 @@ def stream(source, block_seconds=60.0):
                 raise AudioError(EMPTY, f"{name} is shorter than one sample at {SAMPLE_RATE} Hz")
             yield np.concatenate(held)
     except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
-        if _nothing_in(source):
-            raise AudioError(EMPTY, f"{name} holds no bytes") from None
-        raise AudioError(UNDECODABLE, f"{name} cannot be decoded: {_why(error)}") from None
+        raise _refusal(source, name, error) from None
 
 
 def from_array(samples, sample_rate):
@@ -455,8 +470,18 @@ def _decode(sound, name, max_seconds):
             raise AudioError(TOO_LONG, f"{name} lasts more than {max_seconds:g} s")
     if not total:
         raise AudioError(EMPTY, f"{name} holds no samples")
-    codec = sound.format if sound.format == "MP3" else f"{sound.format} {sound.subtype}"
-    return Sound(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], rate, codec)
+    return Sound(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], rate, _codec(sound))
+
+
+def _codec(sound):
+    return sound.format if sound.format == "MP3" else f"{sound.format} {sound.subtype}"
+
+
+def _refusal(source, name, error):
+    """The `AudioError` of a file that libsndfile does not open or decode."""
+    if _nothing_in(source):
+        return AudioError(EMPTY, f"{name} holds no bytes")
+    return AudioError(UNDECODABLE, f"{name} cannot be decoded: {_why(error)}")
 
 
 def _pieces(sound, name, seconds):
@@ -489,7 +514,9 @@ def _nothing_in(source):
     if isinstance(source, bytes):
         return not source
     try:
-        return not hasattr(source, "read") and os.path.getsize(source) == 0
+        if hasattr(source, "read"):
+            return source.seekable() and source.seek(0, os.SEEK_END) == 0
+        return os.path.getsize(source) == 0
     except (OSError, TypeError, ValueError):
         return False
 

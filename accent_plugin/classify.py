@@ -98,6 +98,39 @@ def run(classifier, sources, format, output=None, progress=True, **reading):
     return len(sources) - failed, failed
 
 
+def make_record(classifier, source, answer):
+    """An answer as plain values, in the order in which they are written.
+
+    Arguments
+    ---------
+    classifier : accent_plugin.recordings.RecordingClassifier
+    source : str
+    answer : Prediction or Failure
+
+    Returns
+    -------
+    dict
+        With "windows" where there are several.
+    """
+    record: dict = dict.fromkeys((*_FIELDS, "probabilities")) | {"source": source, "model": classifier.identity}
+    record |= _settings(classifier)
+    if isinstance(answer, Failure):
+        return record | {"error": f"{answer.reason}: {answer.message}"}
+    named = ("accent", "decision", "probability", "seconds", "reliable")
+    record |= {name: getattr(answer, name) for name in named}
+    for name in ("probability", "seconds"):
+        record[name] = round(record[name], 6)
+    record["probabilities"] = {label: round(p, 6) for label, p in answer.probabilities.items()}
+    if len(answer.windows) > 1:
+        record["windows"] = [_window(window) for window in answer.windows]
+    return record
+
+
+def _settings(classifier):
+    settings = {name: getattr(classifier, name) for name in _SETTINGS}
+    return {name: None if value is None else float(value) for name, value in settings.items()}
+
+
 def _open(output):
     try:
         # A name that is not UTF-8 is written as the bytes that it has.
@@ -115,8 +148,7 @@ class _Writer:
         if format not in FORMATS:
             raise ConfigError(f"format {format!r} is unknown; choose {', '.join(FORMATS)}")
         self._format, self._labels, self._encoding = format, classifier.labels, encoding
-        settings = {name: getattr(classifier, name) for name in _SETTINGS}
-        self._settings = {name: None if value is None else float(value) for name, value in settings.items()}
+        self._classifier, self._settings = classifier, _settings(classifier)
         self._model = classifier.identity
         self._columns = (*_FIELDS, *(f"p_{label}" for label in self._labels))
 
@@ -124,7 +156,9 @@ class _Writer:
         return self._row(self._columns) if self._format == "csv" else ""
 
     def line(self, source, answer):
-        record = self._record(source, answer)
+        record = make_record(self._classifier, source, answer)
+        if self._format != "jsonl":
+            record.pop("windows", None)
         if self._format == "jsonl":
             return self._json(record)
         if self._format == "csv":
@@ -186,21 +220,6 @@ class _Writer:
                         f"{path} holds answers with {name} {theirs}, not {ours}: give the same options, choose another "
                         "output, or remove it"
                     )
-
-    def _record(self, source, answer):
-        record: dict = dict.fromkeys((*_FIELDS, "probabilities")) | {"source": source, "model": self._model}
-        record |= self._settings
-        if isinstance(answer, Failure):
-            return record | {"error": f"{answer.reason}: {answer.message}"}
-        named = ("accent", "decision", "probability", "seconds", "reliable")
-        record |= {name: getattr(answer, name) for name in named}
-        record["probabilities"] = dict(answer.probabilities)
-        for name in ("probability", "seconds"):
-            record[name] = round(record[name], 6)
-        record["probabilities"] = {label: round(p, 6) for label, p in record["probabilities"].items()}
-        if len(answer.windows) > 1 and self._format == "jsonl":
-            record["windows"] = [_window(window) for window in answer.windows]
-        return record
 
     def _json(self, record):
         text = json.dumps(record, ensure_ascii=False)

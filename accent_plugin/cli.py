@@ -78,6 +78,18 @@ def _classify(arguments):
     return 1 if failed else 0
 
 
+def _serve(arguments):
+    from accent_plugin import page, serve, service
+
+    _require_use_of_labels(arguments, [arguments.model])
+    named = vars(arguments)
+    limits = service.Limits(**{name: named[name] for name in vars(service.Limits()) if named[name] is not None})
+    serving = {"host": arguments.host, "port": arguments.port, "page": not arguments.no_page}
+    token = os.environ.get(serve.TOKEN_VARIABLE) if arguments.token is None else arguments.token
+    classifier = _classifier(arguments, arguments.model, batch_seconds=arguments.batch_seconds, **_cutting(arguments))
+    serve.run(classifier, page.read_card(arguments.model), limits, token=token, open=arguments.open, **serving)
+
+
 def _cutting(arguments):
     """Of `accent_plugin.recordings.Options`, what is given; with a window alone, its half is the hop."""
     window, hop = arguments.window_seconds, arguments.hop_seconds
@@ -336,14 +348,32 @@ def _parser():
     _add_labels(verb)
     verb.add_argument("--format", choices=("table", "jsonl", "csv"), help="(default: by the output's ending, or table)")
     verb.add_argument("--output", metavar="FILE", help="append answers here; a second run goes on (default: stdout)")
-    verb.add_argument("--window_seconds", type=float, help="cut longer recordings into such windows (default: 10)")
-    verb.add_argument("--hop_seconds", type=float, help="from one window to the next (default: half a window)")
-    verb.add_argument("--batch_seconds", type=float, help="audio in one call of the network")
-    verb.add_argument("--min_probability", type=float, help="abstain below it")
-    verb.add_argument("--max_risk", type=float, help="abstain so that at most this share was wrong on validation")
-    verb.add_argument("--min_coverage", type=float, help="abstain, but decide this share of clips like validation's")
-    _add_running(verb, "threads that decode (default: one per core)")
+    _add_deciding(verb)
+    _add_running(verb)
+    _add_workers(verb)
     verb.set_defaults(do=_classify)
+
+    verb = verbs.add_parser(
+        "serve",
+        help="a page to speak to, and an HTTP API, for somebody's model",
+        epilog="A signal (Ctrl-C, SIGTERM) ends it, after what is being answered.",
+    )
+    verb.add_argument("--model", required=True, metavar="BUNDLE_OR_HF", help=_MODEL)
+    _add_labels(verb)
+    verb.add_argument("--host", default="127.0.0.1", help="address to bind to (default: 127.0.0.1, this machine alone)")
+    verb.add_argument("--port", type=int, default=7860, help="0 for any that is free (default: 7860)")
+    verb.add_argument("--token", help="secret that everybody has to give (default: of ACCENT_PLUGIN_TOKEN, or none)")
+    verb.add_argument("--no_page", action="store_true", help="the API alone; Gradio is not needed")
+    verb.add_argument("--open", action="store_true", help="show the page in a browser")
+    verb.add_argument("--max_bytes", type=int, help="of one request (default: 50000000)")
+    verb.add_argument("--max_seconds", type=float, help="of audio in one file (default: 600)")
+    verb.add_argument("--max_files", type=int, help="in one request (default: 16)")
+    verb.add_argument("--max_requests", type=int, help="answered at the same time (default: 16)")
+    verb.add_argument("--max_queue", type=int, help="requests that wait; more are refused (default: 64)")
+    verb.add_argument("--timeout", type=float, help="seconds for one request (default: 120)")
+    _add_deciding(verb)
+    _add_running(verb)
+    verb.set_defaults(do=_serve)
 
     verb = verbs.add_parser("evaluate", help="the full report of a bundle on labelled speech; of two, the difference")
     verb.add_argument(
@@ -355,7 +385,8 @@ def _parser():
     verb.add_argument("--mapping", metavar="YAML", help="more spellings: 'Geordie: england' in each line")
     _add_columns(verb, ("audio", "accent", "client", "gender", "age"))
     verb.add_argument("--out", default="evaluation", help="folder of the report (default: evaluation)")
-    _add_running(verb, "threads that decode (default: one per core)")
+    _add_running(verb)
+    _add_workers(verb)
     verb.set_defaults(do=_evaluate)
 
     verb = verbs.add_parser("export", help="write a trained model anew as a bundle, or for Hugging Face's transformers")
@@ -481,11 +512,23 @@ def _add_labels(verb):
     )
 
 
-def _add_running(verb, workers):
+def _add_deciding(verb):
+    verb.add_argument("--window_seconds", type=float, help="cut longer recordings into such windows (default: 10)")
+    verb.add_argument("--hop_seconds", type=float, help="from one window to the next (default: half a window)")
+    verb.add_argument("--batch_seconds", type=float, help="audio in one call of the network")
+    verb.add_argument("--min_probability", type=float, help="abstain below it")
+    verb.add_argument("--max_risk", type=float, help="abstain so that at most this share was wrong on validation")
+    verb.add_argument("--min_coverage", type=float, help="abstain, but decide this share of clips like validation's")
+
+
+def _add_running(verb):
     verb.add_argument("--backend", choices=("torch", "onnx"), help="(default: what the model's folder is made for)")
     verb.add_argument("--device", help="such as cpu or cuda:0 (default: the best there is)")
     verb.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "auto"), help="(default: fp32)")
-    verb.add_argument("--workers", type=int, help=workers)
+
+
+def _add_workers(verb):
+    verb.add_argument("--workers", type=int, help="threads that decode (default: one per core)")
 
 
 def _add_reading(verb):

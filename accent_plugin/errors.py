@@ -41,6 +41,22 @@ class AudioError(AccentPluginError):
         return type(self), (self.reason, str(self))
 
 
+class LimitError(AccentPluginError):
+    """A request beyond what a server was told to take.
+
+    Arguments
+    ---------
+    reason : str
+        "bytes", "files", "seconds", "busy" or "time".
+    message : str
+        Sentence for a person.
+    """
+
+    def __init__(self, reason, message):
+        super().__init__(message)
+        self.reason = reason
+
+
 class EncoderError(AccentPluginError):
     """An encoder that is missing, cannot be reached, or is of a family that is not supported."""
 

@@ -22,6 +22,7 @@ from accent_plugin.errors import AudioError, ConfigError
 from accent_plugin.gate import Recording
 from accent_plugin.predictions import RELIABLE_SECONDS, Failure, Prediction, Window
 from accent_plugin.readahead import BLOCK_SECONDS, ReadAhead, Sound, name_of, one_ahead, plain
+from accent_plugin.together import Together
 
 # Batches whose clips are chosen by length from what has been read ahead.
 _BATCHES_AHEAD = 8
@@ -81,6 +82,8 @@ class Options:
 class RecordingClassifier:
     """From recordings of any kind to answers, whatever the network runs on: that is in `_log_probabilities`."""
 
+    _together = None
+
     def _set_up(self, config, options, device_type="cpu"):
         """Keep a bundle's configuration and the `Options`, which have no problems."""
         self.config, self.labels, self.calibration = config, tuple(config["labels"]), config.get("calibration")
@@ -97,6 +100,22 @@ class RecordingClassifier:
     def identity(self):
         """Twelve digits that stand for the weights."""
         return self.config["weights"]["sha256"][:12]
+
+    def share(self):
+        """From now on, take what several threads ask for through the network in common batches.
+
+        An answer does not depend on what else is in its batch.
+
+        Returns
+        -------
+        accent_plugin.together.Together
+            To count batches, or to give up in time.
+        """
+        if self._together is None:
+            self._together = Together(
+                self._score_batch, lambda lengths: _buckets(lengths, self.batch_seconds * SAMPLE_RATE)
+            )
+        return self._together
 
     def predict_file(self, source):
         """Classify one file.
@@ -117,7 +136,7 @@ class RecordingClassifier:
             When there is nothing to classify: undecodable, empty, non-finite or silent; "too long" where the encoder
             cannot take a window of this length, "non-finite" also where the network's scores are no numbers.
         """
-        return self._predict_stream(audio.stream(plain(source), BLOCK_SECONDS), name_of(source))
+        return self.predict_blocks(audio.stream(plain(source), BLOCK_SECONDS), name_of(source))
 
     def predict(self, wave, sample_rate):
         """Classify one recording.
@@ -211,7 +230,7 @@ class RecordingClassifier:
                         yield _or_failure(item.source, self._answer, next(heard), item.source)
                     else:
                         blocks = itertools.chain(item.blocks, item.rest)
-                        yield _or_failure(item.source, self._predict_stream, blocks, item.source, batch_seconds)
+                        yield _or_failure(item.source, self.predict_blocks, blocks, item.source, batch_seconds)
         finally:
             ahead.close()
 
@@ -228,8 +247,27 @@ class RecordingClassifier:
         self._score(jobs, batch_seconds)
         return recordings
 
-    def _predict_stream(self, blocks, source, batch_seconds=None):
-        """Classify one recording from blocks of (samples,) at 16 kHz; they are decoded while the network works."""
+    def predict_blocks(self, blocks, source=None, batch_seconds=None):
+        """Classify one recording in blocks, the next of which is made while the network works.
+
+        Arguments
+        ---------
+        blocks : iterable of (samples,) np.ndarray
+            At 16 kHz, as `accent_plugin.audio.stream` yields them.
+        source : str, or None
+            Its name.
+        batch_seconds : float
+            As in `predict_files`.
+
+        Returns
+        -------
+        Prediction
+
+        Raises
+        ------
+        AudioError
+            As in `predict_file`, and what the blocks raise.
+        """
         recording, jobs = self._recording(), []
         enough = (self.batch_seconds if batch_seconds is None else batch_seconds) * SAMPLE_RATE
         with contextlib.closing(one_ahead(blocks)) as blocks:
@@ -247,6 +285,9 @@ class RecordingClassifier:
 
     def _score(self, jobs, batch_seconds=None):
         """Give each job's recording the log-probabilities of its window."""
+        if self._together is not None:
+            self._together.score(jobs)
+            return
         most = (self.batch_seconds if batch_seconds is None else batch_seconds) * SAMPLE_RATE
         for batch in _buckets([len(job.samples) for job in jobs], most):
             self._score_batch([jobs[index] for index in batch])

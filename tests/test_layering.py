@@ -14,9 +14,9 @@ PACKAGE = Path(accent_plugin.__file__).parent
 STOREYS = [
     {"errors", "interruption"},
     {"labels", "audio", "disk", "pooling", "whitening", "convolutions", "adapters", "predictions", "gate"}
-    | {"processes", "devices", "dropout"},
+    | {"processes", "devices", "dropout", "together"},
     {"bundle_config", "checkpoints", "position"},
-    {"splits", "metrics", "augment", "encoder", "tiny", "nuisance"},
+    {"splits", "metrics", "augment", "encoder", "tiny", "nuisance", "hearing"},
     {"sources", "selection", "synthetic", "shards", "readahead"},
     {
         "manifests",
@@ -38,7 +38,9 @@ STOREYS = [
     {"exchange", "run_folder"},
     {"experiment", "inference", "onnx", "hub"},
     {"classify", "evaluation"},
-    {"onnx_export"},
+    {"onnx_export", "service"},
+    {"web", "page"},
+    {"serve"},
     {"cli"},
 ]
 BESIDE = {

@@ -1,0 +1,152 @@
+"""The server of the page and the API: one process, one model, told to end by a signal."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+import webbrowser
+from urllib.parse import quote
+
+from accent_plugin.errors import ConfigError
+from accent_plugin.service import Limits, Service
+
+HOST, PORT = "127.0.0.1", 7860
+LOCAL = ("127.0.0.1", "::1", "localhost")
+TOKEN_VARIABLE = "ACCENT_PLUGIN_TOKEN"
+
+
+def run(classifier, card, limits=None, host=HOST, port=PORT, token=None, page=True, open=False):
+    """Serve until a signal; then answer what is being answered, and return.
+
+    Arguments
+    ---------
+    classifier : accent_plugin.recordings.RecordingClassifier
+    card : str
+        Markdown: what the model says of itself.
+    limits : accent_plugin.service.Limits
+    host : str
+        Address to bind to; anything but loopback serves others too.
+    port : int
+        0 takes a free one.
+    token : str, or None
+        Asked of everybody.
+    page : bool
+        Whether to serve the page beside the API.
+    open : bool
+        Whether to show it in a browser.
+
+    Raises
+    ------
+    ConfigError
+        Limits that make no sense, an address that cannot be bound to, packages that are missing.
+    """
+    limits = limits or Limits()
+    problems = list(limits.problems())
+    if token is not None and not token.strip():
+        problems.append("the token is empty")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="accent_plugin_"))
+        listening = stack.enter_context(_bind(host, port))
+        server, guard, service = _make(classifier, card, limits, token, page, host in LOCAL, folder)
+        stack.callback(service.close)
+        address = _address(listening)
+        hint = f"?token={quote(token, safe='')}" if token else ""
+        print(f"{address}/{hint}" if page else f"{address}/api/openapi.json", flush=True)
+        if host not in LOCAL and token is None:
+            print("everybody who reaches this address is served: --token asks for a secret", file=sys.stderr)
+        if open and page:
+            listening.listen()
+            webbrowser.open(f"{address}/{hint}")
+        asyncio.run(_serve(server, guard, listening, service))
+
+
+def _make(classifier, card, limits, token, page, local, folder):
+    """The server, its guard and its service."""
+    # Gradio reads these when it is imported.
+    os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "false"}
+    try:
+        import uvicorn
+
+        from accent_plugin import web
+
+        if page:
+            import gradio  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is not installed: pip install 'accent_plugin[serve]'") from None
+
+    service = Service(classifier, limits)
+    app, is_served = web.make_app(service), None
+    if page:
+        from accent_plugin import page as pages
+
+        app = pages.mount(app, pages.make_page(service, card, folder), limits)
+
+        def is_served(method, path):
+            return path.startswith(f"{web.API}/") or pages.is_served(method, path, folder)
+
+    guard = web.Guard(app, limits, token, is_served, local)
+
+    class Server(uvicorn.Server):
+        ending: _Flag
+
+        def handle_exit(self, sig, frame):
+            super().handle_exit(sig, frame)
+            self.ending.set()
+
+    config = uvicorn.Config(
+        guard, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=5, ws="none",
+        timeout_graceful_shutdown=round(limits.timeout) + 5,
+    )  # fmt: skip
+    server = Server(config)
+    return server, guard, service
+
+
+async def _serve(server, guard, listening, service):
+    server.ending = _Flag(asyncio.get_running_loop())
+    waiting = asyncio.create_task(_let_go(server.ending, guard, service))
+    await server.serve(sockets=[listening])
+    waiting.cancel()
+
+
+class _Flag:
+    """An event that a signal handler may set."""
+
+    def __init__(self, loop):
+        self._loop, self._event = loop, asyncio.Event()
+
+    def set(self):
+        self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self):
+        await self._event.wait()
+
+
+async def _let_go(ending, guard, service):
+    """Once told to end, and once nothing is being answered, close the streams of pages that are open."""
+    await ending.wait()
+    while service.busy:
+        await asyncio.sleep(0.05)
+    guard.stop()
+
+
+def _bind(host, port):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise ConfigError(
+            f"cannot serve at {host}:{port}: {error}; choose another --port (0 for any that is free) or --host"
+        ) from None
+    return listening
+
+
+def _address(listening):
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
