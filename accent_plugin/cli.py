@@ -79,7 +79,7 @@ def _classify(arguments):
 
 
 def _serve(arguments):
-    from accent_plugin import page, serve, service
+    from accent_plugin import serve, service
 
     _require_use_of_labels(arguments, [arguments.model])
     named = vars(arguments)
@@ -87,7 +87,15 @@ def _serve(arguments):
     serving = {"host": arguments.host, "port": arguments.port, "page": not arguments.no_page}
     token = os.environ.get(serve.TOKEN_VARIABLE) if arguments.token is None else arguments.token
     classifier = _classifier(arguments, arguments.model, batch_seconds=arguments.batch_seconds, **_cutting(arguments))
-    serve.run(classifier, page.read_card(arguments.model), limits, token=token, open=arguments.open, **serving)
+    card = "" if arguments.no_page else _card(arguments.model)
+    serve.run(classifier, card, limits, token=token, open=arguments.open, **serving)
+
+
+def _card(model):
+    # Of all that is served, the page alone needs Matplotlib, for its colours.
+    from accent_plugin import page
+
+    return page.read_card(model)
 
 
 def _cutting(arguments):

@@ -5,6 +5,7 @@ from padded waveforms and their lengths to log-probabilities, with everything in
 depend on what a clip is padded with.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,8 @@ class OnnxAccentClassifier(RecordingClassifier):
 
 
 def _session(graph, threads, providers):
+    # It would tell its maker what it runs on; whoever wants that says so.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError:

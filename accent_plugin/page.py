@@ -29,6 +29,7 @@ CSS = """
 .answer h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
 .answer p { margin: .25rem 0; }
 .answer table { width: 100%; border-collapse: collapse; border: 0; margin: .25rem 0; }
+.answer table tr { border: 0; }
 .answer table th, .answer table td { border: 0; padding: .2rem .5rem .2rem 0; text-align: left; }
 .answer .bars th { font-weight: 600; width: 1%; overflow-wrap: anywhere; min-width: 5rem; }
 .answer .bars td.number { text-align: right; width: 1%; white-space: nowrap; font-variant-numeric: tabular-nums; }
@@ -150,14 +151,14 @@ def _timeline(answer, labels):
         x, width = window.start * scale, (window.end - window.start) * scale
         y = _WAVE + 4 + row * _ROW
         fill, ink = _colour(labels.index(accent)), _ink(labels.index(accent))
-        text = f"{accent} {p:.0%}"
+        text = f"{accent}, {_percent(p)}"
         text = text if len(text) * _LETTERS < width else ""
         shapes.append(
-            f'<g><title>{span}: {_e(accent)} {p:.0%}</title><rect x="{x:.1f}" y="{y}" width="{max(width - 2, 1):.1f}" '
-            f'height="{_ROW - 4}" rx="3" fill="{fill}"/>'
+            f'<g><title>{span}: {_e(accent)}, {_percent(p)}</title><rect x="{x:.1f}" y="{y}" '
+            f'width="{max(width - 2, 1):.1f}" height="{_ROW - 4}" rx="3" fill="{fill}"/>'
             f'<text x="{x + 5:.1f}" y="{y + 16}" font-size="15" fill="{ink}">{_e(text)}</text></g>'
         )
-        lines.append(f"<tr><td>{span}</td><td>{_e(accent)}</td><td>{p:.0%}</td></tr>")
+        lines.append(f"<tr><td>{span}</td><td>{_e(accent)}</td><td>{100 * p:.1f} %</td></tr>")
     height = _WAVE + 4 + (max(rows) + 1) * _ROW
     keys = "".join(
         f'<span class="key"><i style="background:{_colour(number)}" aria-hidden="true"></i>{_e(label)}</span>'

@@ -15,6 +15,9 @@ from accent_plugin.service import Limits, Service
 HOST, PORT = "127.0.0.1", 7860
 LOCAL = ("127.0.0.1", "::1", "localhost")
 TOKEN_VARIABLE = "ACCENT_PLUGIN_TOKEN"
+_BACKLOG = 2048
+# What only this needs.
+_EXTRA = ("gradio", "fastapi", "uvicorn", "starlette", "pydantic", "multipart", "python_multipart")
 
 
 def run(classifier, card, limits=None, host=HOST, port=PORT, token=None, page=True, open=False):
@@ -44,8 +47,8 @@ def run(classifier, card, limits=None, host=HOST, port=PORT, token=None, page=Tr
     """
     limits = limits or Limits()
     problems = list(limits.problems())
-    if token is not None and not token.strip():
-        problems.append("the token is empty")
+    if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
+        problems.append("the token has to be printable ASCII without spaces around it, as it goes into a header")
     if problems:
         raise ConfigError("\n".join(problems))
     with contextlib.ExitStack() as stack:
@@ -55,11 +58,12 @@ def run(classifier, card, limits=None, host=HOST, port=PORT, token=None, page=Tr
         stack.callback(service.close)
         address = _address(listening)
         hint = f"?token={quote(token, safe='')}" if token else ""
-        print(f"{address}/{hint}" if page else f"{address}/api/openapi.json", flush=True)
+        # Not into a log: it is a secret.
+        shown = hint if sys.stdout.isatty() else ""
+        print(f"{address}/{shown}" if page else f"{address}/api/openapi.json", flush=True)
         if host not in LOCAL and token is None:
             print("everybody who reaches this address is served: --token asks for a secret", file=sys.stderr)
         if open and page:
-            listening.listen()
             webbrowser.open(f"{address}/{hint}")
         asyncio.run(_serve(server, guard, listening, service))
 
@@ -75,7 +79,9 @@ def _make(classifier, card, limits, token, page, local, folder):
 
         if page:
             import gradio  # noqa: F401
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
         raise ConfigError(f"{error.name} is not installed: pip install 'accent_plugin[serve]'") from None
 
     service = Service(classifier, limits)
@@ -94,7 +100,10 @@ def _make(classifier, card, limits, token, page, local, folder):
         ending: _Flag
 
         def handle_exit(self, sig, frame):
-            super().handle_exit(sig, frame)
+            # uvicorn's would raise the signal once more at the end, before the uploads are removed. A second one
+            # does not wait.
+            self.force_exit = self.should_exit
+            self.should_exit = True
             self.ending.set()
 
     config = uvicorn.Config(
@@ -139,6 +148,8 @@ def _bind(host, port):
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        # Whoever reads the address that is printed may ask at once, and waits until the server is up.
+        listening.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
         listening.close()
         raise ConfigError(

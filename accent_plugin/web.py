@@ -217,8 +217,7 @@ class Guard:
         self.app, self.limits, self.local = app, limits, local
         self.token = None if token is None else _digest(token)
         self.is_served = is_served or (lambda method, path: path.startswith(f"{API}/"))
-        self.stopping = False
-        self.streams = set()
+        self._stopping = asyncio.Event()
 
     async def __call__(self, scope, receive, send):
         """Serve one connection."""
@@ -226,16 +225,12 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
-        body = _Body(receive, self.limits.max_bytes + _FORM_BYTES)
+        body = _Body(receive, self.limits.max_bytes + _FORM_BYTES, self._stopping)
         answer = _Lingering(send, body)
         refused = self._refusal(Request(scope))
         if refused is not None:
             await refused(scope, body.receive, answer.send)
             return
-        # A browser's page keeps a stream open for as long as it is shown; at the end nobody is to wait for that.
-        task = asyncio.current_task()
-        if scope["method"] == "GET":
-            self.streams.add(task)
         try:
             await self.app(scope, body.receive, answer.send)
         except LimitError as error:
@@ -243,19 +238,12 @@ class Guard:
                 await _refusal(STATUS[error.reason], f"{error.reason}: {error}")(scope, body.receive, answer.send)
         except ClientDisconnect:
             pass
-        except asyncio.CancelledError:
-            if not self.stopping:
-                raise
-            if answer.started:
-                await answer.send({"type": "http.response.body", "body": b""})
-        finally:
-            self.streams.discard(task)
+        if self._stopping.is_set() and answer.started and not answer.ended:
+            await answer.send({"type": "http.response.body", "body": b""})
 
     def stop(self):
-        """Let go of streams that would never end by themselves; what is being answered goes on."""
-        self.stopping = True
-        for task in self.streams:
-            task.cancel()
+        """Let go of streams that never end by themselves, such as a browser's page keeps open while it is shown."""
+        self._stopping.set()
 
     def _refusal(self, request):
         """The response to a request that does not come in, or None."""
@@ -299,10 +287,11 @@ class Guard:
 
 
 class _Body:
-    """A request's body, counted."""
+    """A request's body, counted; once the server ends, and the body was read, its client seems to have left."""
 
-    def __init__(self, receive, most):
-        self._receive, self._most, self._read, self.ended = receive, most, 0, False
+    def __init__(self, receive, most, stopping):
+        self._receive, self._most, self._stopping = receive, most, stopping
+        self._read, self.ended = 0, False
 
     async def receive(self):
         """As ASGI's.
@@ -312,7 +301,7 @@ class _Body:
         LimitError
             "bytes" when there are more than were allowed.
         """
-        message = await self._receive()
+        message = await (self._receive_or_stop() if self.ended else self._receive())
         if message["type"] != "http.request":
             self.ended = True
             return message
@@ -321,6 +310,15 @@ class _Body:
         if self._read > self._most:
             raise LimitError("bytes", f"the request has more than {self._most - _FORM_BYTES} bytes")
         return message
+
+    async def _receive_or_stop(self):
+        tasks = [asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._stopping.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return tasks[0].result() if tasks[0].done() and not tasks[0].cancelled() else {"type": "http.disconnect"}
 
     async def drain(self):
         """Read and forget the rest, for a while."""
@@ -336,7 +334,8 @@ class _Lingering:
     """A response whose end waits until the request's body was read; its bytes are sent before."""
 
     def __init__(self, send, body):
-        self._send, self._body, self.started = send, body, False
+        self._send, self._body = send, body
+        self.started = self.ended = False
 
     async def send(self, message):
         """As ASGI's."""
@@ -349,6 +348,7 @@ class _Lingering:
             await self._send(message | {"more_body": True})
             await self._body.drain()
             message = {"type": "http.response.body", "body": b""}
+        self.ended = message["type"] == "http.response.body" and not message.get("more_body")
         await self._send(message)
 
 

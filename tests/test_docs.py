@@ -29,7 +29,7 @@ def torchruns_options():
 def test_options_exist(page):
     # The options of pip, Slurm and torchrun are their own affair.
     text = re.sub(
-        r"^ *(pip |#SBATCH |srun ).*$|`--(signal|requeue)\S*`", "", page.read_text(encoding="utf-8"), flags=re.M
+        r"^ *(pip |docker |#SBATCH |srun ).*$|`--(signal|requeue)\S*`", "", page.read_text(encoding="utf-8"), flags=re.M
     )
     text = re.sub("|".join(sorted(torchruns_options(), key=len, reverse=True)), "", text)
     known = {*config.KEYS, *config._OPTION_NAMES, *options_of_the_command()}
