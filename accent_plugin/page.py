@@ -273,7 +273,7 @@ def _is_inside(path, folder):
         return False
 
 
-def make_page(service, card, folder):
+def make_page(service, card, folder, keep_seconds=600):
     """Make the Gradio app.
 
     Arguments
@@ -283,6 +283,8 @@ def make_page(service, card, folder):
         Markdown: what the model says of itself.
     folder : str or Path
         Private, for uploads; Gradio's own setting, GRADIO_TEMP_DIR, names it too.
+    keep_seconds : int
+        How long an upload is kept, so that it can be played.
 
     Returns
     -------
@@ -304,12 +306,14 @@ def make_page(service, card, folder):
         return render(answer, service.classifier)
 
     labels, limits = service.classifier.labels, service.limits
-    with gradio.Blocks(title="Which accent?", analytics_enabled=False, delete_cache=(60, 600)) as page:
+    # How often it is looked for what is old, and what is.
+    cache = (max(1, keep_seconds // 10), keep_seconds)
+    with gradio.Blocks(title="Which accent?", analytics_enabled=False, delete_cache=cache) as page:
         gradio.Markdown("# Which accent of English?")
         gradio.Markdown(
             f"Record yourself or choose a file: up to {limits.max_seconds:g} seconds, {limits.max_bytes / 1e6:g} MB. "
             "Five seconds or more of speech are best. The recording stays on the machine that serves this page and is "
-            "deleted after ten minutes at most."
+            f"deleted after some {keep_seconds / 60:.0f} minutes."
         )
         with gradio.Tabs():
             sounds = [

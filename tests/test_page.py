@@ -1,8 +1,10 @@
 """What the page shows, as HTML; which of Gradio's doors are open; and the whole way of a file through Gradio."""
 
+import contextlib
 import html.parser
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -218,21 +220,26 @@ def test_only_uploads_are_given_back(tmp_path):
     assert served == ["uploads/clip.wav"]
 
 
-@pytest.fixture(scope="module")
-def client(tiny_bundle, tmp_path_factory):
-    """A client of the page and the API, with a private folder of uploads."""
+@contextlib.contextmanager
+def visiting(bundle, folder, **options):
+    """A client of the page, whose uploads lie in a folder."""
     pytest.importorskip("gradio")
-    folder = tmp_path_factory.mktemp("uploads")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
-        service = Service(AccentClassifier.from_bundle(tiny_bundle, "cpu"), Limits(max_bytes=200_000))
-        made = page.make_page(service, page.read_card(tiny_bundle), folder)
+        service = Service(AccentClassifier.from_bundle(bundle, "cpu"), Limits(max_bytes=200_000))
+        made = page.make_page(service, page.read_card(bundle), folder, **options)
         app = page.mount(web.make_app(service), made, service.limits)
         guard = web.Guard(app, service.limits, None, lambda method, path: page.is_served(method, path, folder))
         with TestClient(guard, base_url="http://127.0.0.1") as client:
             client.folder = folder
             yield client
     service.close()
+
+
+@pytest.fixture(scope="module")
+def client(tiny_bundle, tmp_path_factory):
+    with visiting(tiny_bundle, tmp_path_factory.mktemp("uploads")) as client:
+        yield client
 
 
 def upload(client, name, content):
@@ -259,6 +266,16 @@ def test_a_file_on_its_whole_way(client):
     shown = text(message["output"]["data"][0])
     assert "Probability by accent" in shown and "2.0 s, 2.0 s of them speech" in shown
     assert client.get(f"/gradio_api/file={path}").status_code == 200
+
+
+def test_uploads_are_deleted_after_a_while(tiny_bundle, tmp_path):
+    with visiting(tiny_bundle, tmp_path, keep_seconds=1) as client:
+        path = Path(upload(client, "clip.flac", encode(noise(2.0))))
+        assert path.is_file()
+        until = time.monotonic() + 60
+        while path.exists():
+            assert time.monotonic() < until, "it is still there"
+            time.sleep(0.1)
 
 
 def test_a_bad_file_on_its_whole_way(client):
