@@ -16,7 +16,7 @@ STOREYS = [
     {"labels", "audio", "disk", "pooling", "whitening", "convolutions", "adapters", "predictions", "gate"}
     | {"processes", "devices", "dropout", "together"},
     {"bundle_config", "checkpoints", "position"},
-    {"splits", "metrics", "augment", "encoder", "tiny", "nuisance", "hearing"},
+    {"splits", "metrics", "augment", "encoder", "tiny", "nuisance", "hearing", "probing"},
     {"sources", "selection", "synthetic", "shards", "readahead"},
     {
         "manifests",
