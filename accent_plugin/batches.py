@@ -7,11 +7,13 @@ Of N processes each takes every N-th batch of the same plan. A clip that cannot 
 carries the reason; a batch may so come to be empty.
 """
 
+import atexit
 import contextlib
 import logging
 import multiprocessing.connection
 import signal
 import threading
+import weakref
 import zlib
 from dataclasses import dataclass, replace
 
@@ -295,7 +297,21 @@ class ClipLoader(DataLoader):
 
     def _begin(self):
         with _without_alarm() if self.num_workers else contextlib.nullcontext():
-            return super().__iter__()
+            batches = super().__iter__()
+        _workers.update(getattr(batches, "_workers", ()))
+        return batches
+
+
+# Processes that read audio, while they are known.
+_workers: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers():
+    """End them before Python does, which would wait for ever: they leave its SIGTERM to others."""
+    for worker in list(_workers):
+        if worker.is_alive():
+            worker.kill()
 
 
 def _lost_a_worker(batches, error):

@@ -273,6 +273,12 @@ def _is_inside(path, folder):
         return False
 
 
+def has_room(folder, limits):
+    """Whether the uploads that are kept leave room for another, when as many may be there as may ask and wait."""
+    held = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    return held < limits.max_bytes * (limits.max_requests + limits.max_queue)
+
+
 def make_page(service, card, folder, keep_seconds=600):
     """Make the Gradio app.
 

@@ -85,7 +85,7 @@ def _make(classifier, card, limits, token, page, local, folder):
         raise ConfigError(f"{error.name} is not installed: pip install 'accent_plugin[serve]'") from None
 
     service = Service(classifier, limits)
-    app, is_served = web.make_app(service), None
+    app, doors = web.make_app(service), {}
     if page:
         from accent_plugin import page as pages
 
@@ -94,7 +94,9 @@ def _make(classifier, card, limits, token, page, local, folder):
         def is_served(method, path):
             return path.startswith(f"{web.API}/") or pages.is_served(method, path, folder)
 
-    guard = web.Guard(app, limits, token, is_served, local)
+        doors = {"is_served": is_served, "has_room": lambda: pages.has_room(folder, limits)}
+
+    guard = web.Guard(app, service, token, local=local, **doors)
 
     class Server(uvicorn.Server):
         ending: _Flag

@@ -203,7 +203,8 @@ class Guard:
     Arguments
     ---------
     app : ASGI application
-    limits : accent_plugin.service.Limits
+    service : accent_plugin.service.Service
+        Whose limits hold.
     token : str, or None
         Asked of everybody, as a bearer token, or as `?token=` once, which becomes a cookie.
     is_served : function
@@ -211,10 +212,13 @@ class Guard:
     local : bool
         Whether only this machine is served: then the Host header must name it, or a page of somebody else's, whose
         name was made to mean this machine, could ask in a browser's name.
+    has_room : function
+        Whether there is room on the disk for one more upload of the page's.
     """
 
-    def __init__(self, app, limits, token=None, is_served=None, local=True):
-        self.app, self.limits, self.local = app, limits, local
+    def __init__(self, app, service, token=None, is_served=None, local=True, has_room=lambda: True):
+        self.app, self.service, self.limits, self.local = app, service, service.limits, local
+        self.has_room = has_room
         self.token = None if token is None else _digest(token)
         self.is_served = is_served or (lambda method, path: path.startswith(f"{API}/"))
         self._stopping = asyncio.Event()
@@ -232,7 +236,10 @@ class Guard:
             await refused(scope, body.receive, answer.send)
             return
         try:
-            await self.app(scope, body.receive, answer.send)
+            # The API takes its place itself, after its route was found.
+            uploads = scope["method"] == "POST" and not scope["path"].startswith(f"{API}/")
+            async with self.service.place() if uploads else contextlib.nullcontext():
+                await self.app(scope, body.receive, answer.send)
         except LimitError as error:
             if not answer.started:
                 await _refusal(STATUS[error.reason], f"{error.reason}: {error}")(scope, body.receive, answer.send)
@@ -277,6 +284,8 @@ class Guard:
         most = self.limits.max_bytes
         if not length.isascii() or not length.isdigit() or int(length) > most + _FORM_BYTES:
             return _refusal(413, f"bytes: the request has {length} bytes, the most is {most}")
+        if not path.startswith(f"{API}/") and not self.has_room():
+            return _refusal(STATUS["busy"], "busy: there is no room for more uploads: try again in some minutes")
         return None
 
     def _knows(self, request):

@@ -9,6 +9,8 @@ import pickle
 import pickletools
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -538,3 +540,29 @@ def test_a_clip_is_augmented_the_same_for_the_same_generator():
 def test_probability_zero_changes_nothing():
     clean = tone(440)
     assert np.array_equal(Augmentation(RATE, 0.0, (0.9, 1.1), (5, 20))(clean, np.random.default_rng(0)), clean)
+
+
+KEEPS_ITS_LOADER = """
+import sys
+from accent_plugin import batches
+
+class Dataset:
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return index
+
+loader = batches.ClipLoader(
+    Dataset(), batch_sampler=batches.BucketBatchSampler([1.0] * 4, 1.0), num_workers=1, persistent_workers=True
+)
+# As a traceback does that somebody holds.
+sys.kept = iter(loader)
+next(sys.kept)
+print("the end", flush=True)
+"""
+
+
+def test_a_process_ends_though_somebody_holds_its_loader():
+    """Its workers outlive a SIGTERM, which is all that Python sends them before it waits for them."""
+    done = subprocess.run([sys.executable, "-c", KEEPS_ITS_LOADER], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr

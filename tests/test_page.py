@@ -229,9 +229,10 @@ def visiting(bundle, folder, **options):
         service = Service(AccentClassifier.from_bundle(bundle, "cpu"), Limits(max_bytes=200_000))
         made = page.make_page(service, page.read_card(bundle), folder, **options)
         app = page.mount(web.make_app(service), made, service.limits)
-        guard = web.Guard(app, service.limits, None, lambda method, path: page.is_served(method, path, folder))
+        doors = {"is_served": lambda method, path: page.is_served(method, path, folder)}
+        guard = web.Guard(app, service, **doors, has_room=lambda: page.has_room(folder, service.limits))
         with TestClient(guard, base_url="http://127.0.0.1") as client:
-            client.folder = folder
+            client.folder, client.service = folder, service
             yield client
     service.close()
 
@@ -316,6 +317,27 @@ def test_a_large_upload_is_refused(client):
 def test_an_upload_without_an_end_is_refused(client):
     response = client.post("/gradio_api/upload", content=iter([b"x"]))
     assert (response.status_code, response.json()["error"]) == (411, "Content-Length is needed")
+
+
+def test_uploads_without_room_are_refused(client, monkeypatch):
+    monkeypatch.setattr(page, "has_room", lambda folder, limits: False)
+    response = client.post("/gradio_api/upload", files=[("files", ("clip.wav", b"x"))])
+    assert (response.status_code, response.json()["error"][:22]) == (429, "busy: there is no room")
+
+
+def test_room_is_for_as_many_as_may_ask(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "clip.wav").write_bytes(b"x" * 29)
+    limits = Limits(max_bytes=10, max_requests=2, max_queue=1)
+    assert page.has_room(tmp_path, limits)
+    (tmp_path / "other.wav").write_bytes(b"x")
+    assert not page.has_room(tmp_path, limits)
+
+
+def test_uploads_wait_for_a_place_like_everybody(client, monkeypatch):
+    monkeypatch.setattr(client.service, "_inside", 80)
+    response = client.post("/gradio_api/upload", files=[("files", ("clip.wav", b"x"))])
+    assert (response.status_code, response.json()["error"][:16]) == (429, "busy: 80 request")
 
 
 def test_the_page_loads_nothing_from_elsewhere(client):

@@ -26,7 +26,7 @@ def serve(classifier):
 
     def serve(token=None, local=True, base_url="http://127.0.0.1", **limits):
         service = Service(classifier, Limits(**limits))
-        guard = web.Guard(web.make_app(service), service.limits, token, local=local)
+        guard = web.Guard(web.make_app(service), service, token, local=local)
         client = TestClient(guard, base_url=base_url, follow_redirects=False)
         client.service, client.guard = service, guard
         return client
@@ -286,7 +286,7 @@ def test_a_client_that_leaves_is_no_error(serve):
     assert client.service.busy == 0
 
 
-def test_streams_end_when_the_server_does():
+def test_streams_end_when_the_server_does(classifier):
     began = asyncio.Event()
 
     async def stream(scope, receive, send):
@@ -295,7 +295,7 @@ def test_streams_end_when_the_server_does():
         began.set()
         assert await receive() == {"type": "http.disconnect"}
 
-    guard = web.Guard(stream, Limits(), is_served=lambda method, path: True)
+    guard = web.Guard(stream, Service(classifier), is_served=lambda method, path: True)
     scope, _, send, events = connection([], "/gradio_api/heartbeat/x")
     messages = [{"type": "http.request", "body": b""}]
 
