@@ -49,7 +49,7 @@ setup(
         # To export to ONNX. What runs the export needs onnxruntime alone.
         "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         # The page and the HTTP API. Gradio brings FastAPI and uvicorn.
-        "serve": ["gradio>=6,<7", "fastapi", "uvicorn", "python-multipart"],
+        "serve": ["gradio>=6,<7", "fastapi", "starlette", "pydantic", "uvicorn", "python-multipart"],
         "tensorboard": ["tensorboard"],
         # Transformers 5 refuses older ones.
         "lora": ["peft>=0.20"],
