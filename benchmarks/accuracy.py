@@ -56,7 +56,7 @@ def run_ours(options, seed, kept=False):
             **{"wav2vec2_hub": str(options.encoder), "output_folder": folder, "seed": seed, "early_stopping": 0},
             **{"number_of_epochs": options.epochs, "batch_seconds": float(CLIPS * seconds), "max_seconds": 30.0},
             **{"lr_encoder": LR_ENCODER, "lr_head": LR_HEAD, "warmup": WARMUP, "dropout": 0.0},
-            "precision": devices.fastest_precision("cuda" if torch.cuda.is_available() else "cpu"),
+            "precision": options.precision or devices.fastest_precision("cuda" if torch.cuda.is_available() else "cpu"),
         }
         if kept:
             changes |= {"freeze_wav2vec2": True, "cache_features": True, "features_folder": folder, "lr_head": 1e-2}
@@ -182,6 +182,7 @@ def compare(options):
             for name in options.peers:
                 words = [sys.executable, __file__, str(options.source), str(options.encoder), "--peers", name]
                 words += ["--worker", place, "--seeds", str(seed), "--epochs", str(options.epochs)]
+                words += ["--precision", options.precision] if options.precision else []
                 done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
                 curves[name].append([json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')])
     say(curves, options)
@@ -209,6 +210,7 @@ def main():
     parser.add_argument("--score", type=float, default=0.75, help="unweighted average recall on validation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--precision", help="of ours (default: the fastest here; the peer is in fp32)")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
