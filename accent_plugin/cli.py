@@ -86,6 +86,7 @@ def _serve(arguments):
     limits = service.Limits(**{name: named[name] for name in vars(service.Limits()) if named[name] is not None})
     serving = {"host": arguments.host, "port": arguments.port, "page": not arguments.no_page}
     token = os.environ.get(serve.TOKEN_VARIABLE) if arguments.token is None else arguments.token
+    serve.require(limits, token)
     classifier = _classifier(arguments, arguments.model, batch_seconds=arguments.batch_seconds, **_cutting(arguments))
     card = "" if arguments.no_page else _card(arguments.model)
     serve.run(classifier, card, limits, token=token, open=arguments.open, **serving)

@@ -20,6 +20,15 @@ _BACKLOG = 2048
 _EXTRA = ("gradio", "fastapi", "uvicorn", "starlette", "pydantic", "multipart", "python_multipart")
 
 
+def require(limits, token=None):
+    """Raise a `ConfigError` with all that is wrong with what `run` takes, before a model is loaded for it."""
+    problems = list(limits.problems())
+    if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
+        problems.append("the token has to be printable ASCII without spaces around it, as it goes into a header")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def run(classifier, card, limits=None, host=HOST, port=PORT, token=None, page=True, open=False):
     """Serve until a signal; then answer what is being answered, and return.
 
@@ -46,11 +55,7 @@ def run(classifier, card, limits=None, host=HOST, port=PORT, token=None, page=Tr
         Limits that make no sense, an address that cannot be bound to, packages that are missing.
     """
     limits = limits or Limits()
-    problems = list(limits.problems())
-    if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
-        problems.append("the token has to be printable ASCII without spaces around it, as it goes into a header")
-    if problems:
-        raise ConfigError("\n".join(problems))
+    require(limits, token)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="accent_plugin_"))
         listening = stack.enter_context(_bind(host, port))

@@ -631,6 +631,7 @@ def map_of_tones(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_anybodys_model_is_scored(by_trainer, labelled, map_of_tones, tmp_path):
     import csv
     import io

@@ -150,11 +150,13 @@ def alone(tmp_path_factory):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", sorted({*ROOMS} - WITH_AN_EXTRA))
 def test_a_room_is_imported_without_extras(alone, room):
     assert alone[room] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_what_needs_an_extra_says_which(alone, call):
     start, _, end = CALLS[call].partition(".*")

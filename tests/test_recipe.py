@@ -150,6 +150,7 @@ def test_adapters_are_trained_resumed_and_exported_as_plain_weights(train, words
     assert all(np.array_equal(value, states[1][key]) for key, value in states[0].items())
 
 
+@pytest.mark.slow
 def test_training_from_a_bundle_begins_with_its_scores(train, words, tmp_path):
     from accent_plugin import bundle_config
 
