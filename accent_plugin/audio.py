@@ -86,11 +86,15 @@ class Converted:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: hertz, number of channels, and how it holds the samples ("FLAC PCM_16")."""
+    """What a file says of itself: hertz, channels, how it holds the samples ("FLAC PCM_16"), and how long it is.
+
+    An MP3 does not know how long it is: then `seconds` is None.
+    """
 
     sample_rate: int
     channels: int
     codec: str
+    seconds: float | None = None
 
 
 def read_header(source):
@@ -98,7 +102,8 @@ def read_header(source):
     name = "clip" if isinstance(source, bytes) else str(getattr(source, "name", source))
     try:
         with _open(source, name) as sound:
-            return Header(sound.samplerate, sound.channels, _codec(sound))
+            seconds = None if sound.format == "MP3" else sound.frames / sound.samplerate
+            return Header(sound.samplerate, sound.channels, _codec(sound), seconds)
     except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
         raise _refusal(source, name, error) from None
 

@@ -4,8 +4,10 @@ The page is one column: record or choose a file, then the answer, then what the 
 tables first; colours repeat what is said in words. Nothing is loaded from elsewhere.
 """
 
+import contextlib
 import html
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,12 @@ from accent_plugin.errors import AudioError, LimitError
 from accent_plugin.pictures import COLOURS
 from accent_plugin.predictions import Failure
 from accent_plugin.report import many
+from accent_plugin.service import UPLOAD
 
 # Without a threshold of its own, a classifier is unsure where it is more likely wrong than right.
 UNSURE = 0.5
+# How long an upload is kept, so that it can be played.
+KEEP_SECONDS = 600
 
 _WIDTH, _WAVE, _ROW = 1000, 120, 26
 _COLUMNS = 500
@@ -252,17 +257,18 @@ def is_served(method, path, folder):
         return False
     if path.startswith(_FILE):
         return _is_inside(path.removeprefix(_FILE), folder)
-    return path in _GETS or path.startswith(_BELOW)
+    return path in _GETS or (path.startswith(_BELOW) and len(path) < _LONGEST_PATH)
 
 
 _FILE = "/gradio_api/file="
-_POSTS = {"/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset"}
+_POSTS = {UPLOAD, "/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset"}
 _GETS = {"/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/gradio_api/theme.css", "/gradio_api/info"} | {
     "/gradio_api/queue/data",
     "/gradio_api/upload_progress",
     "/gradio_api/startup-events",
     "/gradio_api/app_id",
 }
+_LONGEST_PATH = 500
 _BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
 
 
@@ -274,12 +280,44 @@ def _is_inside(path, folder):
 
 
 def has_room(folder, limits):
-    """Whether the uploads that are kept leave room for another, when as many may be there as may ask and wait."""
-    held = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    return held < limits.max_bytes * (limits.max_requests + limits.max_queue)
+    """Whether there is room for another upload: for as many as may ask and wait, and in number for ten times those."""
+    places = limits.max_requests + limits.max_queue
+    held = 0
+    for number, path in enumerate(_files(folder), 1):
+        held += _size(path)
+        # Not counted to the end, which might take long.
+        if held >= places * limits.max_bytes or number >= 10 * places:
+            return False
+    return True
 
 
-def make_page(service, card, folder, keep_seconds=600):
+def sweep(folder, keep_seconds):
+    """Delete every file that has not been written to for so long, and folders that have become empty.
+
+    Gradio's own would forget what came in a form of another kind, or was broken off.
+    """
+    before = time.time() - keep_seconds
+    for path in _files(folder):
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_mtime < before:
+                os.unlink(path)
+    for path, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            if path != str(folder) and os.stat(path).st_mtime < before:
+                os.rmdir(path)
+
+
+def _files(folder):
+    return (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
+
+
+def _size(path):
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_size
+    return 0
+
+
+def make_page(service, card, folder):
     """Make the Gradio app.
 
     Arguments
@@ -289,8 +327,6 @@ def make_page(service, card, folder, keep_seconds=600):
         Markdown: what the model says of itself.
     folder : str or Path
         Private, for uploads; Gradio's own setting, GRADIO_TEMP_DIR, names it too.
-    keep_seconds : int
-        How long an upload is kept, so that it can be played.
 
     Returns
     -------
@@ -312,14 +348,12 @@ def make_page(service, card, folder, keep_seconds=600):
         return render(answer, service.classifier)
 
     labels, limits = service.classifier.labels, service.limits
-    # How often it is looked for what is old, and what is.
-    cache = (max(1, keep_seconds // 10), keep_seconds)
-    with gradio.Blocks(title="Which accent?", analytics_enabled=False, delete_cache=cache) as page:
+    with gradio.Blocks(title="Which accent?", analytics_enabled=False) as page:
         gradio.Markdown("# Which accent of English?")
         gradio.Markdown(
             f"Record yourself or choose a file: up to {limits.max_seconds:g} seconds, {limits.max_bytes / 1e6:g} MB. "
             "Five seconds or more of speech are best. The recording stays on the machine that serves this page and is "
-            f"deleted after some {keep_seconds / 60:.0f} minutes."
+            f"deleted after some {KEEP_SECONDS / 60:.0f} minutes."
         )
         with gradio.Tabs():
             sounds = [

@@ -70,7 +70,7 @@ def run(classifier, card, limits=None, host=HOST, port=PORT, token=None, page=Tr
             print("everybody who reaches this address is served: --token asks for a secret", file=sys.stderr)
         if open and page:
             webbrowser.open(f"{address}/{hint}")
-        asyncio.run(_serve(server, guard, listening, service))
+        asyncio.run(_serve(server, guard, listening, service, folder, page))
 
 
 def _make(classifier, card, limits, token, page, local, folder):
@@ -121,11 +121,24 @@ def _make(classifier, card, limits, token, page, local, folder):
     return server, guard, service
 
 
-async def _serve(server, guard, listening, service):
+async def _serve(server, guard, listening, service, folder, page):
     server.ending = _Flag(asyncio.get_running_loop())
-    waiting = asyncio.create_task(_let_go(server.ending, guard, service))
+    tasks = [asyncio.create_task(_let_go(server.ending, guard, service))]
+    if page:
+        tasks.append(asyncio.create_task(_sweep(folder)))
     await server.serve(sockets=[listening])
-    waiting.cancel()
+    for task in tasks:
+        task.cancel()
+
+
+async def _sweep(folder, keep_seconds=None):
+    """Delete uploads once they are old, for as long as it runs."""
+    from accent_plugin import page as pages
+
+    keep_seconds = pages.KEEP_SECONDS if keep_seconds is None else keep_seconds
+    while True:
+        await asyncio.sleep(keep_seconds / 10)
+        await asyncio.to_thread(pages.sweep, folder, keep_seconds)
 
 
 class _Flag:
@@ -167,4 +180,6 @@ def _bind(host, port):
 
 def _address(listening):
     host, port = listening.getsockname()[:2]
+    # A browser cannot open the address that stands for all.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

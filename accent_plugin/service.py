@@ -22,6 +22,8 @@ from accent_plugin.predictions import RELIABLE_SECONDS, Failure, Prediction
 # Decoded at a time, of each request; between two blocks a request can be given up.
 _BLOCK_SECONDS = 30.0
 _LONGEST_NAME = 200
+# Where the page sends recordings; Gradio's.
+UPLOAD = "/gradio_api/upload"
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,8 @@ class Service:
         source, listener = _Named(content, name), Listener()
         try:
             header = audio.read_header(_Named(content, name))
+            if header.seconds is not None and header.seconds > self.limits.max_seconds:
+                raise self._too_long(source.name)
             blocks = listener.listen(self._within_limits(audio.stream(source, _BLOCK_SECONDS), source.name, deadline))
             with self.together.until(deadline):
                 prediction = self.classifier.predict_blocks(blocks, source.name)
@@ -183,12 +187,15 @@ class Service:
             return Answer(Failure(source.name, error.reason, str(error)))
         return Answer(prediction, listener.heard(), header)
 
+    def _too_long(self, name):
+        return AudioError(audio.TOO_LONG, f"{name} lasts more than {self.limits.max_seconds:g} s")
+
     def _within_limits(self, blocks, name, deadline):
         seconds = 0.0
         for block in blocks:
             seconds += len(block) / audio.SAMPLE_RATE
             if seconds > self.limits.max_seconds:
-                raise AudioError(audio.TOO_LONG, f"{name} lasts more than {self.limits.max_seconds:g} s")
+                raise self._too_long(name)
             if time.monotonic() > deadline:
                 raise LimitError("time", f"{name} could not be decoded in time")
             yield block

@@ -7,6 +7,7 @@ seconds, or the client, still sending, would never see the answer.
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import hmac
 import ipaddress
@@ -22,7 +23,7 @@ import accent_plugin
 from accent_plugin import audio
 from accent_plugin.errors import LimitError
 from accent_plugin.predictions import Failure
-from accent_plugin.service import dumps
+from accent_plugin.service import UPLOAD, dumps
 
 API = "/api"
 COOKIE = "accent_plugin_token"
@@ -33,6 +34,10 @@ _LINGER_SECONDS = 5.0
 _LINGER_BYTES = 256_000_000
 # Boundaries and headers of a form.
 _FORM_BYTES = 65_536
+# What else the page posts: a few names.
+_EVENT_BYTES = 65_536
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+_NO_ROOM = "busy: there is no room for more uploads: try again in some minutes"
 _RETRY_SECONDS = "1"
 # Scripts, styles, fonts and connections of this server alone: the page works without a network, and tells nobody.
 _POLICY = (
@@ -169,6 +174,18 @@ def make_app(service):
         status = STATUS["seconds"] if too_long else UNUSABLE
         return _respond(status, {"answers": records, "error": str(failures[0])})
 
+    # Or else whatever is mounted beside it would answer for it, in its own words.
+    @app.api_route(API + "/{rest:path}", methods=_METHODS, include_in_schema=False)
+    async def nothing(rest: str):
+        known = f"{API}/{rest}" in app.openapi()["paths"]
+        return _refusal(405, "Method Not Allowed") if known else _refusal(404, f"there is nothing at {API}/{rest}")
+
+    @app.exception_handler(OSError)
+    async def full(request, error):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise error
+        return _refusal(STATUS["busy"], _NO_ROOM)
+
     @app.exception_handler(LimitError)
     async def limited(request, error):
         return _refusal(STATUS[error.reason], f"{error.reason}: {error}")
@@ -237,7 +254,7 @@ class Guard:
             return
         try:
             # The API takes its place itself, after its route was found.
-            uploads = scope["method"] == "POST" and not scope["path"].startswith(f"{API}/")
+            uploads = scope["path"] == UPLOAD
             async with self.service.place() if uploads else contextlib.nullcontext():
                 await self.app(scope, body.receive, answer.send)
         except LimitError as error:
@@ -254,7 +271,8 @@ class Guard:
 
     def _refusal(self, request):
         """The response to a request that does not come in, or None."""
-        method, path = request.method, request.url.path
+        # As the application sees it: `request.url` leaves characters out.
+        method, path = request.method, request.scope["path"]
         if self.local and not _is_local(request.headers.get("host", "")):
             return _refusal(421, "this server answers to localhost; start it with --host to be reached by other names")
         if not self.is_served(method, path):
@@ -265,7 +283,8 @@ class Guard:
             given = request.query_params.get("token")
             if method == "GET" and given and hmac.compare_digest(_digest(given), self.token):
                 query = urllib.parse.urlencode([kv for kv in request.query_params.multi_items() if kv[0] != "token"])
-                response = Response(status_code=303, headers={"location": path + ("?" + query if query else "")})
+                place = urllib.parse.quote(path) + ("?" + query if query else "")
+                response = Response(status_code=303, headers={"location": place})
                 response.set_cookie(COOKIE, given, httponly=True, samesite="strict", path="/")
                 return response
             return _refusal(
@@ -281,11 +300,11 @@ class Guard:
         if length is None:
             # The API counts while it reads; the page's own library would write to disk what comes without end.
             return None if path.startswith(f"{API}/") else _refusal(411, "Content-Length is needed")
-        most = self.limits.max_bytes
+        most = self.limits.max_bytes if path.startswith(f"{API}/") or path == UPLOAD else _EVENT_BYTES
         if not length.isascii() or not length.isdigit() or int(length) > most + _FORM_BYTES:
             return _refusal(413, f"bytes: the request has {length} bytes, the most is {most}")
-        if not path.startswith(f"{API}/") and not self.has_room():
-            return _refusal(STATUS["busy"], "busy: there is no room for more uploads: try again in some minutes")
+        if path == UPLOAD and not self.has_room():
+            return _refusal(STATUS["busy"], _NO_ROOM)
         return None
 
     def _knows(self, request):
@@ -350,9 +369,11 @@ class _Lingering:
         """As ASGI's."""
         if message["type"] == "http.response.start":
             self.started = True
-            names = {name for name, _ in message["headers"]}
+            # Gradio would let pages of other servers on this machine read.
+            given = [(name, value) for name, value in message["headers"] if not name.startswith(b"access-control-")]
+            names = {name for name, _ in given}
             more = ((name.encode(), value.encode()) for name, value in _HEADERS.items() if name.encode() not in names)
-            message = message | {"headers": [*message["headers"], *more]}
+            message = message | {"headers": [*given, *more]}
         elif message["type"] == "http.response.body" and not message.get("more_body") and not self._body.ended:
             await self._send(message | {"more_body": True})
             await self._body.drain()
@@ -363,10 +384,10 @@ class _Lingering:
 
 def _is_local(host):
     """Whether a Host header names this machine."""
-    name = urllib.parse.urlsplit(f"//{host}").hostname or ""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
     try:
+        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        if name == "localhost" or name.endswith(".localhost"):
+            return True
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False

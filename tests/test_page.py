@@ -1,8 +1,10 @@
 """What the page shows, as HTML; which of Gradio's doors are open; and the whole way of a file through Gradio."""
 
+import asyncio
 import contextlib
 import html.parser
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from datasets_for_tests import encode, noise
 from starlette.testclient import TestClient
 
-from accent_plugin import page, web
+from accent_plugin import page, serve, web
 from accent_plugin.audio import Header
 from accent_plugin.hearing import Heard
 from accent_plugin.inference import AccentClassifier
@@ -221,13 +223,13 @@ def test_only_uploads_are_given_back(tmp_path):
 
 
 @contextlib.contextmanager
-def visiting(bundle, folder, **options):
+def visiting(bundle, folder):
     """A client of the page, whose uploads lie in a folder."""
     pytest.importorskip("gradio")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
         service = Service(AccentClassifier.from_bundle(bundle, "cpu"), Limits(max_bytes=200_000))
-        made = page.make_page(service, page.read_card(bundle), folder, **options)
+        made = page.make_page(service, page.read_card(bundle), folder)
         app = page.mount(web.make_app(service), made, service.limits)
         doors = {"is_served": lambda method, path: page.is_served(method, path, folder)}
         guard = web.Guard(app, service, **doors, has_room=lambda: page.has_room(folder, service.limits))
@@ -269,14 +271,33 @@ def test_a_file_on_its_whole_way(client):
     assert client.get(f"/gradio_api/file={path}").status_code == 200
 
 
-def test_uploads_are_deleted_after_a_while(tiny_bundle, tmp_path):
-    with visiting(tiny_bundle, tmp_path, keep_seconds=1) as client:
-        path = Path(upload(client, "clip.flac", encode(noise(2.0))))
-        assert path.is_file()
-        until = time.monotonic() + 60
-        while path.exists():
-            assert time.monotonic() < until, "it is still there"
-            time.sleep(0.1)
+def test_old_files_are_deleted_whatever_they_are(tmp_path):
+    for name in ("a/old.wav", "tmpx", "b/new.wav", "c/d/old.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "new").mkdir()
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        if not path.name.startswith("new"):
+            os.utime(path, (time.time() - 700,) * 2)
+    page.sweep(tmp_path, 600)
+    assert {path.name for path in tmp_path.rglob("*")} >= {"b", "new.wav", "new"}
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("old.wav", "tmpx")]
+    page.sweep(tmp_path, -1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_server_deletes_what_is_old(tmp_path):
+    """Also what Gradio itself forgets: a form of another kind, an upload that broke off."""
+    (tmp_path / "tmpx").write_bytes(b"x")
+
+    async def until_empty():
+        sweeping = asyncio.create_task(serve._sweep(tmp_path, 0.1))
+        async with asyncio.timeout(60):
+            while (tmp_path / "tmpx").exists():
+                await asyncio.sleep(0.01)
+        sweeping.cancel()
+
+    asyncio.run(until_empty())
 
 
 def test_a_bad_file_on_its_whole_way(client):
@@ -332,6 +353,13 @@ def test_room_is_for_as_many_as_may_ask(tmp_path):
     assert page.has_room(tmp_path, limits)
     (tmp_path / "other.wav").write_bytes(b"x")
     assert not page.has_room(tmp_path, limits)
+
+
+def test_there_is_no_room_for_any_number_of_files(tmp_path):
+    for number in range(10):
+        assert page.has_room(tmp_path, Limits(max_requests=1, max_queue=0))
+        (tmp_path / f"{number}.wav").write_bytes(b"")
+    assert not page.has_room(tmp_path, Limits(max_requests=1, max_queue=0))
 
 
 def test_uploads_wait_for_a_place_like_everybody(client, monkeypatch):

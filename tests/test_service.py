@@ -4,11 +4,11 @@ import asyncio
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import soundfile
 from datasets_for_tests import encode, noise
 
+from accent_plugin import audio
 from accent_plugin.classify import run
 from accent_plugin.errors import LimitError
 from accent_plugin.inference import AccentClassifier
@@ -136,9 +136,16 @@ def test_an_answer_that_comes_too_late_is_given_up(make):
         asyncio.run(service.classify([("clip.flac", encode(noise()))]))
 
 
-def test_a_long_file_is_refused_without_decoding_it_all(make, monkeypatch):
+def test_a_file_that_says_that_it_is_long_is_refused_unheard(make, monkeypatch):
+    service = make(max_seconds=2.0)
+    monkeypatch.setattr(service.classifier, "predict_blocks", lambda *_: pytest.fail("it was heard"))
+    (answer,) = asyncio.run(service.classify([("long.flac", encode(noise(3.0)))]))
+    assert str(answer.outcome) == "too long: long.flac lasts more than 2 s"
+
+
+def test_a_long_file_that_says_nothing_is_refused_without_decoding_it_all(make, monkeypatch):
     service, decoded = make(max_seconds=40.0), []
-    content = encode(np.zeros(16_000 * 300, np.float32) + noise(300.0, seed=1))
+    content = audio.encode_mp3(noise(300.0, seed=1), 16_000)
     read = soundfile.SoundFile.read
 
     def counted(self, *arguments, **keywords):
@@ -147,8 +154,8 @@ def test_a_long_file_is_refused_without_decoding_it_all(make, monkeypatch):
         return block
 
     monkeypatch.setattr(soundfile.SoundFile, "read", counted)
-    (answer,) = asyncio.run(service.classify([("long.flac", content)]))
-    assert str(answer.outcome) == "too long: long.flac lasts more than 40 s"
+    (answer,) = asyncio.run(service.classify([("long.mp3", content)]))
+    assert str(answer.outcome) == "too long: long.mp3 lasts more than 40 s"
     assert sum(decoded) < 16_000 * 200
 
 
@@ -193,7 +200,7 @@ def test_a_failure_is_the_command_lines(make, classifier, tmp_path, capsys):
 def test_what_was_heard_is_said(make):
     stereo = encode(noise(2.0, channels=2, rate=44_100), rate=44_100, format="WAV")
     (answer,) = asyncio.run(make().classify([("clip.wav", stereo)]))
-    assert dataclasses.astuple(answer.header) == (44_100, 2, "WAV PCM_16")
+    assert dataclasses.astuple(answer.header) == (44_100, 2, "WAV PCM_16", 2.0)
     assert answer.heard.seconds == answer.outcome.seconds == 2.0
     assert len(answer.heard.peaks) == 200
 

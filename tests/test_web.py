@@ -1,6 +1,7 @@
 """The API and its guard, over HTTP: one answer for each file, a clear 4xx for everything else, and nothing more."""
 
 import asyncio
+import errno
 import json
 
 import numpy as np
@@ -164,9 +165,33 @@ def test_a_damaged_form(serve, content, kind, error):
     assert error is None or response.json()["error"] == error
 
 
-def test_the_wrong_method(serve):
-    response = serve().get("/api/classify")
-    assert response.status_code == 405 and response.json()["error"] == "Method Not Allowed"
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS"])
+def test_the_wrong_method(serve, method):
+    response = serve().request(method, "/api/classify")
+    assert (response.status_code, response.json()) == (405, {"error": "Method Not Allowed"})
+
+
+def test_no_such_thing_of_the_api(serve):
+    response = serve().get("/api/nope")
+    assert (response.status_code, response.json()) == (404, {"error": "there is nothing at /api/nope"})
+
+
+def test_what_else_is_mounted_does_not_answer_for_the_api(classifier):
+    service = Service(classifier)
+    app = web.make_app(service)
+    app.mount("/", lambda scope, receive, send: pytest.fail(scope["path"]))
+    client = TestClient(web.Guard(app, service), base_url="http://127.0.0.1")
+    assert client.get("/api/classify").status_code == 405
+    assert client.get("/api/nope").status_code == 404
+
+
+def test_a_full_disk_is_no_room(serve, monkeypatch):
+    async def full(request, limits):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(web, "_read_files", full)
+    response = post(serve(), ("clip.flac", CLIP))
+    assert (response.status_code, response.json()["error"][:22]) == (429, "busy: there is no room")
 
 
 @pytest.mark.parametrize("path", ["/", "/api", "/docs", "/redoc", "/openapi.json", "/apix", "/gradio_api/upload"])
@@ -215,6 +240,16 @@ def test_with_the_token_as_a_header(serve):
     assert post(serve(token="x"), ("clip.flac", CLIP), headers={"authorization": "bearer x"}).status_code == 200
 
 
+def test_the_guard_sees_the_path_that_the_application_sees(serve):
+    """Some ways to read an address leave a tab out, and would take this for what needs no token."""
+    assert serve(token="x").get("/api/he%09alth").status_code == 401
+
+
+def test_after_the_token_the_address_may_hold_anything(serve):
+    response = serve(token="x").get("/api/%E2%82%AC?token=x")
+    assert (response.status_code, response.headers["location"]) == (303, "/api/%E2%82%AC")
+
+
 def test_with_the_token_in_the_address_once(serve):
     client = serve(token="open sesame")
     response = client.get("/api/model?token=open%20sesame&a=b")
@@ -233,7 +268,9 @@ def test_names_of_this_machine(serve, host):
     assert serve().get("/api/health", headers={"host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.1", "", "localhost.evil.example"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.1", "", "localhost.evil.example", "[", "]", "[x]"]
+)
 def test_another_name_for_this_machine_is_refused(serve, host):
     """A page of somebody else's, whose name was made to mean this machine, asks in a browser's name."""
     assert serve().get("/api/health", headers={"host": host}).status_code == 421
@@ -312,6 +349,28 @@ def test_streams_end_when_the_server_does(classifier):
 
     asyncio.run(visit())
     assert events[-1] == {"type": "http.response.body", "body": b""}
+
+
+@pytest.mark.parametrize(("path", "status"), [("/gradio_api/queue/join", 413), (web.UPLOAD, 200)])
+def test_only_uploads_may_be_large(classifier, path, status):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    guard = web.Guard(app, Service(classifier), is_served=lambda method, path: True)
+    response = TestClient(guard, base_url="http://127.0.0.1").post(path, content=b"x" * 300_000)
+    assert response.status_code == status
+
+
+def test_no_other_server_is_let_read(classifier):
+    async def app(scope, receive, send):
+        allowed = [(b"access-control-allow-origin", b"http://localhost:1"), (b"x-other", b"1")]
+        await send({"type": "http.response.start", "status": 200, "headers": allowed})
+        await send({"type": "http.response.body", "body": b""})
+
+    guard = web.Guard(app, Service(classifier), is_served=lambda method, path: True)
+    headers = TestClient(guard, base_url="http://127.0.0.1").get("/").headers
+    assert "access-control-allow-origin" not in headers and headers["x-other"] == "1"
 
 
 def test_sockets_are_not_served(serve):
