@@ -7,7 +7,7 @@ FROM python:3.12-slim-trixie AS base
 FROM base AS build
 RUN pip install --no-cache-dir uv==0.13.9
 # No bytecode could be written later. Files are copied: the cache is mounted, and a link to it would lead nowhere.
-ENV VIRTUAL_ENV=/opt/venv UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never
+ENV VIRTUAL_ENV=/opt/venv UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never UV_CACHE_DIR=/cache
 RUN uv venv --python /usr/local/bin/python3 /opt/venv
 WORKDIR /src
 COPY constraints.txt ./
@@ -15,7 +15,7 @@ COPY constraints.txt ./
 FROM build AS package
 COPY LICENSE README.md pyproject.toml setup.py ./
 COPY accent_plugin accent_plugin
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/cache \
     uv build --wheel --build-constraints constraints.txt --out-dir /dist && uv pip install --no-deps /dist/*.whl
 
 # Apart from the package, so that a change of it leaves the layer of gigabytes as it is. setup.py reads README.md, whose
@@ -28,18 +28,18 @@ RUN touch README.md
 # PyTorch's builds for processors: the ordinary ones bring CUDA.
 FROM requirements AS build-cpu
 ENV UV_TORCH_BACKEND=cpu
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/cache \
     uv pip install --constraints constraints.txt --requirements setup.py --extra serve
 
 # For a driver that is too old for this CUDA: --build-arg UV_TORCH_BACKEND=cu126
 FROM requirements AS build-gpu
 ARG UV_TORCH_BACKEND
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/cache \
     uv pip install --constraints constraints.txt --requirements setup.py --extra serve
 
 # What an exported model needs, the server's packages as the wheel names them, and Matplotlib, whose colours the page has.
 FROM package AS build-onnx
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/cache \
     /opt/venv/bin/python -c "from importlib.metadata import requires; \
 print(*(line.split(';')[0] for line in requires('accent_plugin') if line.endswith('extra == \"serve\"')), sep='\n')" \
     > serve.txt \
@@ -70,7 +70,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     ORT_DISABLE_TELEMETRY=1 \
     OMP_WAIT_POLICY=PASSIVE
 USER 10001:10001
-WORKDIR /work
+WORKDIR /workspace
 EXPOSE 7860
 # Not through a proxy that HTTP_PROXY may name.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
