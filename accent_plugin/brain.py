@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, registe
 from speechbrain.utils.distributed import MainProcessContext
 from speechbrain.utils.epoch_loop import EpochCounter, EpochCounterWithStopper
 
-from accent_plugin import disk, interruption, processes
+from accent_plugin import devices, disk, interruption, processes
 from accent_plugin.audio import SAMPLE_RATE
 from accent_plugin.checkpoints import NEWEST
 from accent_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -472,7 +471,7 @@ class AccentBrain(sb.Brain):
                 "start again in another output_folder with smaller lr_encoder and lr_head, or in fp32"
             )
         rates = {group["peak"]: group["lr"] for group in self.optimizer.param_groups}
-        memory = peak_memory(self.device)
+        memory = devices.peak_memory(self.device)
         stats = {"epoch": epoch, **{f"lr {peak:g}": rate for peak, rate in rates.items()}}
         stats["peak memory"] = "not known" if memory is None else f"{memory / 2**20:.0f} MiB"
         unread = len(self.unread[sb.Stage.TRAIN]) + len(self.unread[sb.Stage.VALID])
@@ -554,31 +553,6 @@ def read_history(path):
         why = error
     logger.warning("%s is damaged (%s): the curves of earlier epochs are lost", path, why)
     return []
-
-
-def peak_memory(device):
-    """Most memory that was in use at once.
-
-    Arguments
-    ---------
-    device : torch.device or str
-        On a GPU its tensors count, since training began; otherwise all memory of this process (and not of those that
-        read audio for it), since it was started.
-
-    Returns
-    -------
-    int
-        Bytes; None on Windows, which does not say.
-    """
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Bytes on macOS, kilobytes on Linux.
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def make_epoch_counter(number_of_epochs, patience):

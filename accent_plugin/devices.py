@@ -1,11 +1,16 @@
-"""Which devices can be used here, and which precision each computes fastest in."""
+"""Which devices can be used here, which precision each computes fastest in, and how much memory was needed there."""
 
 import functools
+import sys
 import time
+from pathlib import Path
 
 import torch
 
 from accent_plugin.errors import ConfigError
+
+# What Linux tells of a process, its most memory among it.
+_STATUS = Path("/proc/self/status")
 
 
 def fastest_precision(device):
@@ -68,3 +73,36 @@ def require_device(device):
     except (RuntimeError, AssertionError) as error:
         problem = str(error).splitlines()[0]
         raise ConfigError(f"device {str(device)!r} cannot be used here: {problem}; cpu always can") from None
+
+
+def peak_memory(device):
+    """Most memory that was in use at once.
+
+    Arguments
+    ---------
+    device : torch.device or str
+        On a GPU its tensors count, since training began; otherwise all memory of this process (and not of those that
+        read audio for it), since it was started.
+
+    Returns
+    -------
+    int
+        Bytes; None on Windows, which does not say.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+
+        lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    except ImportError:
+        return None
+    except OSError:
+        lines = []
+    for line in lines:
+        # Linux's getrusage is no less than what the process that started this one ever had (getrusage(2), "execve").
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Bytes on macOS, kilobytes elsewhere.
+    return peak if sys.platform == "darwin" else peak * 1024

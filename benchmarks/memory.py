@@ -7,7 +7,6 @@ Without a YAML: all of hparams/, each in a process of its own. The clips are noi
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -89,13 +88,10 @@ def measure(path, options):
         brain.fit(hparams["epoch_counter"], loader)
     parameters = list(hparams["model"].parameters())
     whole, trained = (sum(one.numel() for one in some) / 1e6 for some in (parameters, _trained(parameters)))
-    if DEVICE == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = devices.peak_memory(DEVICE) / 1e9
     batch = f"{hparams['batch_seconds']:g} s, {hparams['grad_accumulation_factor']} a step"
     counts = f"{whole:.1f} | {trained:.1f}"
-    print(f"| {path.name} | {counts} | {batch} | {run['precision']} | {peak / 1e9:.2f} |", flush=True)
+    print(f"| {path.name} | {counts} | {batch} | {run['precision']} | {peak:.2f} |", flush=True)
 
 
 def _trained(parameters):

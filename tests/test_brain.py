@@ -1,6 +1,5 @@
 """AccentBrain: the step it takes, the rates it sets, what it saves and how it ends."""
 
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +13,6 @@ from accent_plugin.brain import (
     TrainingOptions,
     learning_rate_factor,
     make_epoch_counter,
-    peak_memory,
     read_history,
 )
 from accent_plugin.checkpoints import AtomicCheckpointer
@@ -306,18 +304,6 @@ def test_the_log_and_the_history_tell_how_much_memory_was_used(make_brain, loade
     # Python with torch takes some 300 MB.
     assert 1e8 < row["peak_memory_bytes"] < 1e11
     assert brain.options.train_logger.rows[0]["peak memory"] == f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"
-
-
-def test_peak_memory_by_system(monkeypatch):
-    resource = pytest.importorskip("resource", reason="Windows does not have it")
-    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5000))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert (peak_memory("cpu"), peak_memory("cuda:0")) == (5_120_000, 7)
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert peak_memory(torch.device("cpu")) == 5000
-    monkeypatch.setitem(sys.modules, "resource", None)
-    assert peak_memory("cpu") is None
 
 
 def test_the_weights_for_classes_follow_their_counts():

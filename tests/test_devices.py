@@ -1,4 +1,8 @@
-"""Which precision a device computes fastest in."""
+"""Which precision a device computes fastest in, and the memory that it needed."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,3 +35,32 @@ def test_the_probe_answers_and_draws_no_random_numbers():
 @pytest.mark.parametrize("kind", ["mps", "xpu", "meta"])
 def test_of_other_devices_nothing_is_assumed(kind):
     assert devices.bf16_is_faster(kind) is False
+
+
+def test_peak_memory_by_system(monkeypatch, tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows does not have it")
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmPeak:\t 9000 kB\nVmHWM:\t    3000 kB\n")
+    monkeypatch.setattr(devices, "_STATUS", status)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5000))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert (devices.peak_memory("cpu"), devices.peak_memory("cuda:0")) == (3_072_000, 7)
+    # A sandbox whose kernel does not tell, and one that has no such file.
+    status.write_text("Name:\tpython\n")
+    assert devices.peak_memory("cpu") == 5_120_000
+    status.unlink()
+    assert devices.peak_memory("cpu") == 5_120_000
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert devices.peak_memory(torch.device("cpu")) == 5000
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert devices.peak_memory("cpu") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's figure is the process's own")
+def test_the_memory_of_the_process_that_started_this_one_does_not_count():
+    child = "from accent_plugin.devices import peak_memory; print(peak_memory('cpu'))"
+    parent = f"import subprocess, sys; held = b'1' * 2_000_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
+    run = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    # Python with torch takes some 300 MB.
+    assert 1e8 < int(run.stdout) < 1e9
