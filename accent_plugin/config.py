@@ -148,6 +148,7 @@ KEYS = {
     "weighted_layers": _or_nothing(_layers),
     "standardise_layers": _switch,
     "attn_implementation": _or_nothing(_one_of("sdpa", "eager", "flash_attention_2")),
+    "gradient_checkpointing": _switch,
     "config_overrides": _mapping,
     "lora_rank": _or_nothing(_whole(1)),
     "lora_alpha": _or_nothing(_number(0, above=True)),
@@ -545,6 +546,8 @@ def _contradictions(values, run_opts):
         problems.append("valid_fraction and test_fraction leave nothing to train on")
     if values["freeze_wav2vec2"] and (values["freeze_layers"] or values["freeze_encoder_steps"]):
         problems.append("freeze_wav2vec2 freezes the whole encoder: freeze_layers and freeze_encoder_steps must be 0")
+    if values["freeze_wav2vec2"] and values["gradient_checkpointing"]:
+        problems.append("gradient_checkpointing is for the encoder's backward pass, and freeze_wav2vec2 leaves it none")
     if values["num_layers"] is not None and values["freeze_layers"] > values["num_layers"]:
         problems.append(f"freeze_layers {values['freeze_layers']} is more than num_layers {values['num_layers']}")
     dropped = [key for key in ("layerdrop", "encoder_layerdrop") if values["config_overrides"].get(key)]

@@ -9,6 +9,7 @@ pads every clip). A family enters `FAMILIES` only with a test of that.
 
 import contextlib
 import difflib
+import functools
 import json
 import logging
 import re
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from speechbrain.integrations.huggingface.huggingface import HFTransformersInterface
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, WhisperFeatureExtractor
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
@@ -154,6 +156,7 @@ class InvariantEncoder:
         lora_rank=None,
         lora_alpha=None,
         lora_dropout=0.0,
+        gradient_checkpointing=False,
         **kwargs,
     ):
         if freeze and lora_rank is not None:
@@ -161,6 +164,7 @@ class InvariantEncoder:
         # The parent calls override_config while it is being built, so these come before it.
         self._num_layers, self._config_overrides = num_layers, config_overrides or {}
         self._weights = weights
+        self.gradient_checkpointing = gradient_checkpointing
         with quiet():
             super().__init__(source, save_path, **kwargs)
         quicken(self.model, attention=kwargs.get("attn_implementation") is None)
@@ -299,10 +303,28 @@ class InvariantEncoder:
         counts = counts.clamp(min=self.minimum_samples)
         # Where nothing is padded the model runs unmasked, so that the result is Hugging Face's to the last bit.
         padded = wav_lens is not None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.freeze or self.held)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.freeze or self.held)), self._checkpointed():
             output = self._encode(wavs, counts, padded, all_states)
         valid = _valid(self.frame_counts(counts), output.last_hidden_state.shape[1])
         return output.hidden_states if all_states else output.last_hidden_state, valid
+
+    @contextlib.contextmanager
+    def _checkpointed(self):
+        """Blocks keep what enters them alone, where that is asked for; the backward pass computes the rest again.
+
+        Not Hugging Face's switch: it leaves out layers in evaluation mode, as those around adapters are, and takes in
+        the convolutions, whose masks are gone by the time of the backward pass.
+        """
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            yield
+            return
+        for block in self.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
 
     def _own_scale(self, wavs, counts):
         """Clear the padding and, where the encoder was trained so, bring each clip to zero mean and unit variance."""
@@ -656,6 +678,7 @@ def make_encoder(
     lora_rank=None,
     lora_alpha=None,
     lora_dropout=0.0,
+    gradient_checkpointing=False,
     from_bundle=None,
 ):
     """Load a pretrained encoder, from the Hub or a local folder, as the class of its family.
@@ -690,6 +713,9 @@ def make_encoder(
         The adapters are scaled by lora_alpha / lora_rank; None for twice the rank.
     lora_dropout : float
         Share of the adapters' input that is dropped in training.
+    gradient_checkpointing : bool
+        Keep only what enters each transformer block, and compute the rest again in the backward pass (Chen et al.
+        2016): less memory, the same gradients, a slower step.
     from_bundle : str
         Folder of a bundle, or of a Hugging Face classifier, whose encoder is taken instead of `source`.
 
@@ -718,6 +744,7 @@ def make_encoder(
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
+        "gradient_checkpointing": gradient_checkpointing,
     }
     if from_bundle is not None:
         find_start(from_bundle)

@@ -299,8 +299,8 @@ def sweep(folder, keep_seconds):
     before = time.time() - keep_seconds
     for path in _files(folder):
         with contextlib.suppress(OSError):
-            if os.stat(path).st_mtime < before:
-                os.unlink(path)
+            if path.stat().st_mtime < before:
+                path.unlink()
     for path, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):
             if path != str(folder) and os.stat(path).st_mtime < before:
@@ -308,12 +308,12 @@ def sweep(folder, keep_seconds):
 
 
 def _files(folder):
-    return (os.path.join(path, name) for path, _, names in os.walk(folder) for name in names)
+    return (Path(path, name) for path, _, names in os.walk(folder) for name in names)
 
 
 def _size(path):
     with contextlib.suppress(OSError):
-        return os.stat(path).st_size
+        return path.stat().st_size
     return 0
 
 

@@ -34,7 +34,7 @@ NOT_COUNTED = {
     "which runs one command makes; each is known by its own seed and fold": ("seeds", "fold"),
     "how a machine does it": (
         *("prepare_workers", "num_workers", "attn_implementation", "tensorboard", "skip_prep", "overwrite"),
-        *("ckpt_interval_minutes", "cache_features"),
+        *("ckpt_interval_minutes", "cache_features", "gradient_checkpointing"),
     ),
     "how the data are found; what was found is in their fingerprint": (
         *("accent_column", "client_column", "sentence_column", "audio_column", "max_unreadable_share"),

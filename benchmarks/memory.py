@@ -1,6 +1,6 @@
 """Parameters, and peak memory of training steps, of the recipe's YAMLs as they are; encoders with random weights.
 
-    python benchmarks/memory.py [hparams/wav2vec2_base.yaml ...] [--steps 3] [--precision bf16]
+    python benchmarks/memory.py [hparams/wav2vec2_base.yaml ...] [--steps 3] [--precision bf16] [--checkpointing]
 
 Without a YAML: all of hparams/, each in a process of its own. The clips are noise with lengths like Common Voice's
 (log-normal, mean 5.3 s, cut at max_seconds). On a GPU what PyTorch allocated there, otherwise the whole process.
@@ -76,6 +76,7 @@ def measure(path, options):
         folder = Path(folder)
         make_encoder(path.stem, folder / "encoder")
         changes = {"wav2vec2_hub": str(folder / "encoder"), "output_folder": str(folder / "out")}
+        changes["gradient_checkpointing"] = options.checkpointing
         with open(path, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, changes)
         steps = options.steps * hparams["grad_accumulation_factor"]
@@ -103,6 +104,7 @@ def main():
     parser.add_argument("yamls", type=Path, nargs="*")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--precision", default=devices.fastest_precision(DEVICE), help="default: what auto is here")
+    parser.add_argument("--checkpointing", action="store_true", help="with gradient_checkpointing: True")
     options = parser.parse_args()
     if len(options.yamls) == 1:
         measure(options.yamls[0], options)
@@ -112,7 +114,7 @@ def main():
     sys.stdout.flush()
     for path in options.yamls or sorted((ROOT / "hparams").glob("*.yaml")):
         words = [sys.executable, __file__, str(path), "--steps", str(options.steps)]
-        words += ["--precision", options.precision]
+        words += ["--precision", options.precision, *(["--checkpointing"] if options.checkpointing else [])]
         subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
     print(", ".join(f"{name} {version}" for name, version in experiment.versions().items()))
 

@@ -7,12 +7,14 @@ whose speed drifts slows all of them, and each ratio is of one turn.
     python benchmarks/training.py FOLDER_OF_CLIPS                      # (a) each at its defaults
     python benchmarks/training.py FOLDER_OF_CLIPS --precision bf16     # (b) one precision, each batching as it does
     python benchmarks/training.py FOLDER_OF_CLIPS --precision bf16 --same_batches   # (c) and the same batches for all
+    python benchmarks/training.py FOLDER_OF_CLIPS --peers accent_plugin checkpointing eight_layers   # our own levers
 
 transformers: `Wav2Vec2ForSequenceClassification` as its audio-classification example sets it up, batches of 8.
 SpeechBrain: `Wav2Vec2(output_norm=True, freeze_feature_extractor=True)`, StatisticsPooling, two Adams, batches of 4.
 """
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -30,6 +32,8 @@ import torch
 from accent_plugin import audio
 
 PEERS = ("accent_plugin", "transformers", "speechbrain")
+# This package once more -> what is changed of its YAML.
+LEVERS = {"checkpointing": {"gradient_checkpointing": True}, "eight_layers": {"num_layers": 8}}
 ACCENTS = ("us", "england", "australia")
 RATE = 16_000
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +128,7 @@ def plan(rows, batch_seconds):
     return [[int(index) for index in batch] for batch in sampler.plan()]
 
 
-def run_ours(rows, encoder, options, turns):
+def run_ours(rows, encoder, options, turns, **lever):
     """The recipe's own Brain and YAML; `fit` is SpeechBrain's."""
     from hyperpyyaml import load_hyperpyyaml
 
@@ -139,6 +143,7 @@ def run_ours(rows, encoder, options, turns):
                 f"{row['ID']},{row['duration']},$data_root/clips/{row['ID']}.flac,{row['accent']},{row['ID']},,\n"
             )
     changes = {"wav2vec2_hub": encoder, "output_folder": str(folder), "number_of_epochs": 1000, "early_stopping": 0}
+    changes |= lever
     # What the YAML's "auto" comes to.
     changes["precision"] = options.precision or devices.fastest_precision(
         "cuda" if torch.cuda.is_available() else "cpu"
@@ -289,6 +294,7 @@ def run_speechbrain(rows, encoder, options, turns):
 
 
 RUN = {"accent_plugin": run_ours, "transformers": run_transformers, "speechbrain": run_speechbrain}
+RUN |= {name: functools.partial(run_ours, **lever) for name, lever in LEVERS.items()}
 
 
 # --------------------------------------------------------------------------------------------------- all, by turns
@@ -365,9 +371,9 @@ def main():
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--turn", type=float, default=60.0, help="seconds of audio in a turn")
     parser.add_argument("--clips", type=int, default=240)
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=RUN, default=list(PEERS))
     parser.add_argument("--log", default=os.devnull, help="file for what the peers print")
-    parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=RUN, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is None:
         compare(options)

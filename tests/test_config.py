@@ -81,6 +81,7 @@ KEPT = ("--cache_features", "True", "--freeze_wav2vec2", "True")
         (["--class_weights", "[1, 2]"], "class_weights has 2 values for 3 accents"),
         (["--balance", "sampler", "--class_weights", "balanced"], "the same imbalance twice"),
         (["--freeze_wav2vec2", "True", "--freeze_layers", "2"], "freezes the whole encoder"),
+        (["--freeze_wav2vec2", "True", "--gradient_checkpointing", "True"], "freeze_wav2vec2 leaves it none"),
         (["--whitening_passes", "2"], "it needs freeze_wav2vec2 True"),
         (["--cache_features", "True"], "what an encoder makes of a clip: it needs freeze_wav2vec2 True"),
         ([*KEPT, "--pooling", "statistics"], "means over a clip: pooling must be mean"),

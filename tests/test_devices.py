@@ -32,6 +32,31 @@ def test_the_probe_answers_and_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="its clock of a thread is too coarse")
+@pytest.mark.parametrize(("seconds", "faster"), [(0.5, True), (0.79, True), (0.81, False), (2.0, False)])
+def test_other_processes_do_not_decide_about_precision(seconds, faster, monkeypatch):
+    """On a busy machine the wall clock goes on while a process waits; what it computed is what counts."""
+    now = {"thread": 0.0, "wall": 0.0}
+
+    def work(*_, **__):
+        assert torch.get_num_threads() == 1
+        bf16 = torch.is_autocast_enabled("cpu")
+        now["thread"] += seconds if bf16 else 1.0
+        now["wall"] += 1.0 if bf16 == faster else 0.01
+
+    monkeypatch.setattr(devices.time, "thread_time", lambda: now["thread"])
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: now["wall"])
+    monkeypatch.setattr(torch.nn.functional, "linear", work)
+    monkeypatch.setattr(torch.nn.functional, "conv1d", work)
+    threads = torch.get_num_threads()
+    devices.bf16_is_faster.cache_clear()
+    try:
+        assert devices.bf16_is_faster("cpu") is faster
+    finally:
+        devices.bf16_is_faster.cache_clear()
+    assert torch.get_num_threads() == threads
+
+
 @pytest.mark.parametrize("kind", ["mps", "xpu", "meta"])
 def test_of_other_devices_nothing_is_assumed(kind):
     assert devices.bf16_is_faster(kind) is False

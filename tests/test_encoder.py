@@ -179,6 +179,48 @@ def test_a_frozen_cnn_does_no_backward_work(tiny_encoder, name):
     assert convolutions[1] - convolutions[0] == stem
 
 
+def learn(encoder, seed=5):
+    """Gradients of a pass with whatever dropout there is, and how many numbers stood in memory for them meanwhile."""
+    kept = []
+    torch.manual_seed(seed)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda it: it):
+        frames, _ = encoder(*padded(waves([16000, 9000])))
+    frames.square().sum().backward()
+    return {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}, sum(kept)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"freeze_feature_extractor": False}, {"lora_rank": 2, "lora_dropout": 0.1}])
+@pytest.mark.parametrize("name", TINY)
+def test_checkpointing_gives_the_same_gradients_from_less(tiny_encoder, name, arguments):
+    if "lora_rank" in arguments:
+        pytest.importorskip("peft", reason="adapters need it")
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(4)
+        options = {**arguments, "gradient_checkpointing": checkpointing}
+        encoder = make_encoder(str(tiny_encoder(name)), weighted_layers=[1, 3], **options).train()
+        found.append(learn(encoder))
+        assert not any("forward" in vars(block) for block in encoder.blocks)
+    (expected, whole), (gradients, less) = found
+    assert gradients.keys() == expected.keys() and any("layers" in name for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+    # The convolutions, where they are trained, keep all of theirs.
+    assert less < (0.9 if arguments.get("freeze_feature_extractor") is False else 0.5) * whole
+
+
+def test_a_pass_that_fails_leaves_no_checkpointing_behind(tiny_encoder):
+    encoder = make_encoder(str(tiny_encoder("wav2vec2-group")), gradient_checkpointing=True).train()
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    encoder.blocks[1].register_forward_pre_hook(out_of_memory)
+    with pytest.raises(MemoryError):
+        encoder(*padded(waves([4000, 3000])))
+    assert not any("forward" in vars(block) for block in encoder.blocks)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_frozen_encoder_is_deterministic_while_training(tiny_encoder, name):
     encoder = make_encoder(str(tiny_encoder(name)), freeze=True).train()

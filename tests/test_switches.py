@@ -72,6 +72,7 @@ VALUES = {
     "weighted_layers": ("all", "all"),
     "standardise_layers": ("True", True),
     "attn_implementation": ("eager", "eager"),
+    "gradient_checkpointing": ("True", True),
     "config_overrides": ("{hidden_dropout: 0.0}", {"hidden_dropout": 0.0}),
     "lora_rank": ("2", 2),
     "lora_alpha": ("8", 8, *LORA),
