@@ -7,6 +7,7 @@ tables first; colours repeat what is said in words. Nothing is loaded from elsew
 import contextlib
 import html
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -280,7 +281,12 @@ def _is_inside(path, folder):
 
 
 def has_room(folder, limits):
-    """Whether there is room for another upload: for as many as may ask and wait, and in number for ten times those."""
+    """Whether there is room for another upload.
+
+    On the disk, for as many bytes as may ask and wait, and in number for ten times those.
+    """
+    if shutil.disk_usage(folder).free < limits.max_bytes:
+        return False
     places = limits.max_requests + limits.max_queue
     held = 0
     for number, path in enumerate(_files(folder), 1):

@@ -114,8 +114,8 @@ def _make(classifier, card, limits, token, page, local, folder):
             self.ending.set()
 
     config = uvicorn.Config(
-        guard, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=5, ws="none",
-        timeout_graceful_shutdown=round(limits.timeout) + 5,
+        guard, http=web.Connection, ws="none", log_level="warning", access_log=False, server_header=False,
+        timeout_keep_alive=5, timeout_graceful_shutdown=round(limits.timeout) + 5,
     )  # fmt: skip
     server = Server(config)
     return server, guard, service

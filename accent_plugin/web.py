@@ -18,6 +18,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import accent_plugin
 from accent_plugin import audio
@@ -30,6 +31,7 @@ COOKIE = "accent_plugin_token"
 STATUS = {"bytes": 413, "files": 413, "seconds": 413, "busy": 429, "time": 408}
 UNUSABLE = 422
 
+_HEADER_SECONDS = 15.0
 _LINGER_SECONDS = 5.0
 _LINGER_BYTES = 256_000_000
 # Boundaries and headers of a form.
@@ -312,6 +314,47 @@ class Guard:
         if kind.lower() != "bearer":
             given = request.cookies.get(COOKIE, "")
         return hmac.compare_digest(_digest(given.strip()), self.token)
+
+
+class Connection(H11Protocol):
+    """uvicorn's, closed where a request's headers do not come: it would wait for them for ever."""
+
+    _too_late = None
+
+    def connection_made(self, transport):
+        """As asyncio's."""
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def data_received(self, data):
+        """As asyncio's."""
+        super().data_received(data)
+        self._wait_for_headers()
+
+    def connection_lost(self, exc):
+        """As asyncio's."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait_for_headers(self):
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif self._too_late is None:
+            self._too_late = self.loop.call_later(_HEADER_SECONDS, self._give_up)
+
+    def _stop_waiting(self):
+        if self._too_late is not None:
+            self._too_late.cancel()
+            self._too_late = None
+
+    def _give_up(self):
+        # A browser also opens connections before it knows what to ask; those are closed without a word.
+        begun, _ = self.conn.trailing_data
+        if begun and not self.transport.is_closing():
+            text = dumps({"error": f"time: the headers took longer than {_HEADER_SECONDS:g} seconds"})
+            head = "HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-type: application/json\r\n"
+            self.transport.write(f"{head}content-length: {len(text)}\r\n\r\n".encode() + text)
+        self.transport.close()
 
 
 class _Body:

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -360,6 +361,12 @@ def test_there_is_no_room_for_any_number_of_files(tmp_path):
         assert page.has_room(tmp_path, Limits(max_requests=1, max_queue=0))
         (tmp_path / f"{number}.wav").write_bytes(b"")
     assert not page.has_room(tmp_path, Limits(max_requests=1, max_queue=0))
+
+
+def test_there_is_no_room_on_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(page.shutil, "disk_usage", lambda folder: SimpleNamespace(free=9))
+    assert page.has_room(tmp_path, Limits(max_bytes=9))
+    assert not page.has_room(tmp_path, Limits(max_bytes=10))
 
 
 def test_uploads_wait_for_a_place_like_everybody(client, monkeypatch):

@@ -1,11 +1,14 @@
 """The API and its guard, over HTTP: one answer for each file, a clear 4xx for everything else, and nothing more."""
 
 import asyncio
+import contextlib
 import errno
 import json
+import socket
 
 import numpy as np
 import pytest
+import uvicorn
 from datasets_for_tests import encode, noise
 from starlette.testclient import TestClient
 
@@ -381,3 +384,70 @@ def test_sockets_are_not_served(serve):
 
     asyncio.run(serve().guard({"type": "websocket", "path": "/"}, None, send))
     assert events == []
+
+
+@contextlib.asynccontextmanager
+async def listening(app):
+    """Serve an application as `accent-plugin serve` does its own; yield what opens a connection."""
+    server = uvicorn.Server(uvicorn.Config(app, http=web.Connection, ws="none", lifespan="off", log_level="warning"))
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        serving = asyncio.create_task(server.serve(sockets=[bound]))
+        try:
+            async with asyncio.timeout(60):
+                yield lambda: asyncio.open_connection(*bound.getsockname())
+        finally:
+            server.should_exit = True
+            await serving
+
+
+def sent(*pieces, pause=0.0):
+    """What a server that waits a twentieth of a second for headers answers to pieces of bytes, until it hangs up."""
+
+    async def slow(scope, receive, send):
+        await asyncio.sleep(0.2)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    async def talk():
+        async with listening(slow) as connect:
+            reader, writer = await connect()
+            answer = asyncio.create_task(reader.read())
+            for piece in pieces:
+                if not answer.done():
+                    writer.write(piece)
+                    await asyncio.sleep(pause)
+            return await answer
+
+    return asyncio.run(talk())
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(web, "_HEADER_SECONDS", 0.05)
+
+
+def test_headers_that_do_not_come_are_not_waited_for(impatient):
+    answer = sent(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(body) == {"error": "time: the headers took longer than 0.05 seconds"}
+
+
+def test_headers_that_drip_are_not_waited_for(impatient):
+    drips = [bytes([letter]) for letter in b"GET / HTTP/1.1\r\n"]
+    assert sent(*drips, pause=0.02).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_connection_without_a_word_is_closed_without_a_word(impatient):
+    assert sent() == b""
+
+
+def test_an_answer_may_take_longer_than_headers(impatient):
+    answer = sent(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"done")
+
+
+def test_headers_of_a_second_request_are_not_waited_for_either(impatient):
+    whole = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    answer = sent(whole, b"GET / HTTP/1.1\r\n", pause=0.4)
+    assert answer.startswith(b"HTTP/1.1 200 ") and b"doneHTTP/1.1 408 " in answer
