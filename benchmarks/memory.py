@@ -76,7 +76,7 @@ def measure(path, options):
         folder = Path(folder)
         make_encoder(path.stem, folder / "encoder")
         changes = {"wav2vec2_hub": str(folder / "encoder"), "output_folder": str(folder / "out")}
-        changes["gradient_checkpointing"] = options.checkpointing
+        changes["gradient_checkpointing"] = options.gradient_checkpointing
         with open(path, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, changes)
         steps = options.steps * hparams["grad_accumulation_factor"]
@@ -104,7 +104,7 @@ def main():
     parser.add_argument("yamls", type=Path, nargs="*")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--precision", default=devices.fastest_precision(DEVICE), help="default: what auto is here")
-    parser.add_argument("--checkpointing", action="store_true", help="with gradient_checkpointing: True")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="with gradient_checkpointing: True")
     options = parser.parse_args()
     if len(options.yamls) == 1:
         measure(options.yamls[0], options)
@@ -114,7 +114,7 @@ def main():
     sys.stdout.flush()
     for path in options.yamls or sorted((ROOT / "hparams").glob("*.yaml")):
         words = [sys.executable, __file__, str(path), "--steps", str(options.steps)]
-        words += ["--precision", options.precision, *(["--checkpointing"] if options.checkpointing else [])]
+        words += ["--precision", options.precision] + ["--gradient_checkpointing"] * options.gradient_checkpointing
         subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
     print(", ".join(f"{name} {version}" for name, version in experiment.versions().items()))
 
