@@ -17,7 +17,6 @@ import argparse
 import functools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,11 +28,15 @@ import numpy as np
 import soundfile
 import torch
 
-from accent_plugin import audio
+from accent_plugin import audio, devices
 
 PEERS = ("accent_plugin", "transformers", "speechbrain")
-# This package once more -> what is changed of its YAML.
-LEVERS = {"checkpointing": {"gradient_checkpointing": True}, "eight_layers": {"num_layers": 8}}
+# This package once more -> what is changed of its YAML, or `--compile` for any length of a batch.
+LEVERS = {
+    "checkpointing": {"gradient_checkpointing": True},
+    "eight_layers": {"num_layers": 8},
+    "compiled": {"compiled": True},
+}
 ACCENTS = ("us", "england", "australia")
 RATE = 16_000
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,9 +101,7 @@ class Turns:
         if self.audio >= self.wanted:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-                memory = torch.cuda.max_memory_allocated()
-            else:
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            memory = devices.peak_memory("cuda" if torch.cuda.is_available() else "cpu")
             took = time.perf_counter() - self.start
             done = {"audio": self.audio, "seconds": took, "loading": self.loading, "memory": memory}
             print(json.dumps(done), flush=True)
@@ -128,11 +129,11 @@ def plan(rows, batch_seconds):
     return [[int(index) for index in batch] for batch in sampler.plan()]
 
 
-def run_ours(rows, encoder, options, turns, **lever):
+def run_ours(rows, encoder, options, turns, compiled=False, **lever):
     """The recipe's own Brain and YAML; `fit` is SpeechBrain's."""
     from hyperpyyaml import load_hyperpyyaml
 
-    from accent_plugin import devices, experiment
+    from accent_plugin import experiment
     from accent_plugin.brain import AccentBrain
 
     folder, manifest = Path(tempfile.mkdtemp()), options.source / "train.csv"
@@ -176,6 +177,7 @@ def run_ours(rows, encoder, options, turns, **lever):
             return len(loaders["train"])
 
     options_of_run = {"noprogressbar": True} | ({} if torch.cuda.is_available() else {"device": "cpu"})
+    options_of_run |= {"compile": True, "compile_using_dynamic_shape_tracing": True} if compiled else {}
     brain = Brain(modules=hparams["modules"], options=hparams["training"], hparams=hparams, run_opts=options_of_run)
     brain.fit(hparams["epoch_counter"], Timed())
 
