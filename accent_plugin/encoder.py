@@ -164,7 +164,6 @@ class InvariantEncoder:
         # The parent calls override_config while it is being built, so these come before it.
         self._num_layers, self._config_overrides = num_layers, config_overrides or {}
         self._weights = weights
-        self.gradient_checkpointing = gradient_checkpointing
         with quiet():
             super().__init__(source, save_path, **kwargs)
         quicken(self.model, attention=kwargs.get("attn_implementation") is None)
@@ -176,6 +175,9 @@ class InvariantEncoder:
         if lora_rank is not None:
             blocks = self.blocks[freeze_layers:]
             self._adapted = adapters.inject(blocks, self.config.model_type, lora_rank, lora_alpha, lora_dropout)
+        if gradient_checkpointing:
+            for block in self.blocks:
+                block.forward = functools.partial(self._checkpointed, block.forward)
         self._prepare_sum(weighted_layers, standardise_layers)
         self.train(self.training)
 
@@ -303,28 +305,20 @@ class InvariantEncoder:
         counts = counts.clamp(min=self.minimum_samples)
         # Where nothing is padded the model runs unmasked, so that the result is Hugging Face's to the last bit.
         padded = wav_lens is not None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.freeze or self.held)), self._checkpointed():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.freeze or self.held)):
             output = self._encode(wavs, counts, padded, all_states)
         valid = _valid(self.frame_counts(counts), output.last_hidden_state.shape[1])
         return output.hidden_states if all_states else output.last_hidden_state, valid
 
-    @contextlib.contextmanager
-    def _checkpointed(self):
-        """Blocks keep what enters them alone, where that is asked for; the backward pass computes the rest again.
+    def _checkpointed(self, forward, *arguments, **keywords):
+        """A block, which in training keeps only what enters it; the backward pass computes the rest again.
 
         Not Hugging Face's switch: it leaves out layers in evaluation mode, as those around adapters are, and takes in
         the convolutions, whose masks are gone by the time of the backward pass.
         """
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            yield
-            return
-        for block in self.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                del block.forward
+        if self.training and torch.is_grad_enabled():
+            return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+        return forward(*arguments, **keywords)
 
     def _own_scale(self, wavs, counts):
         """Clear the padding and, where the encoder was trained so, bring each clip to zero mean and unit variance."""

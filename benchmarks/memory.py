@@ -1,6 +1,6 @@
 """Parameters, and peak memory of training steps, of the recipe's YAMLs as they are; encoders with random weights.
 
-    python benchmarks/memory.py [hparams/wav2vec2_base.yaml ...] [--steps 3] [--precision bf16] [--gradient_checkpointing]
+    python benchmarks/memory.py [hparams/wav2vec2_base.yaml ...] [--precision bf16] [--gradient_checkpointing]
 
 Without a YAML: all of hparams/, each in a process of its own. The clips are noise with lengths like Common Voice's
 (log-normal, mean 5.3 s, cut at max_seconds). On a GPU what PyTorch allocated there, otherwise the whole process.

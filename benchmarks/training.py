@@ -45,14 +45,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # ---------------------------------------------------------------------------------------------------------- the clips
 
 
-def make_clips(source, folder, count, seed=0):
-    """Cut real speech into clips of Common Voice's lengths (lognormal, mean 5.3 s); return rows of a manifest."""
+def make_clips(source, folder, count, length=None, seed=0):
+    """Cut real speech into clips of Common Voice's lengths (lognormal, mean 5.3 s) or one; return a manifest's rows."""
     rng = np.random.default_rng(seed)
     paths = sorted(path for path in source.rglob("*") if path.suffix in (".mp3", ".flac", ".wav"))
     if not paths:
         sys.exit(f"no audio under {source}")
     stream, rows, used = np.zeros(0, dtype=np.float32), [], 0
-    lengths = np.clip(rng.lognormal(1.61, 0.35, count), 1.5, 12.0)
+    lengths = np.clip(rng.lognormal(1.61, 0.35, count), 1.5, 12.0) if length is None else [length] * count
     for number, seconds in enumerate(lengths):
         wanted = int(seconds * RATE)
         while len(stream) < wanted:
@@ -307,7 +307,7 @@ def compare(options):
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         (place / "clips").mkdir()
-        rows = make_clips(options.source, place / "clips", options.clips)
+        rows = make_clips(options.source, place / "clips", options.clips, options.length)
         (place / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
         make_encoder(place / "encoder")
         workers = {name: start(name, place, options) for name in options.peers}
@@ -373,6 +373,7 @@ def main():
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--turn", type=float, default=60.0, help="seconds of audio in a turn")
     parser.add_argument("--clips", type=int, default=240)
+    parser.add_argument("--length", type=float, help="seconds of each clip, in place of Common Voice's lengths")
     parser.add_argument("--peers", nargs="+", choices=RUN, default=list(PEERS))
     parser.add_argument("--log", default=os.devnull, help="file for what the peers print")
     parser.add_argument("--worker", choices=RUN, help=argparse.SUPPRESS)
