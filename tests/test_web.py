@@ -1,7 +1,6 @@
 """The API and its guard, over HTTP: one answer for each file, a clear 4xx for everything else, and nothing more."""
 
 import asyncio
-import contextlib
 import errno
 import json
 import socket
@@ -386,68 +385,101 @@ def test_sockets_are_not_served(serve):
     assert events == []
 
 
-@contextlib.asynccontextmanager
-async def listening(app):
-    """Serve an application as `accent-plugin serve` does its own; yield what opens a connection."""
-    server = uvicorn.Server(uvicorn.Config(app, http=web.Connection, ws="none", lifespan="off", log_level="warning"))
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        serving = asyncio.create_task(server.serve(sockets=[bound]))
-        try:
-            async with asyncio.timeout(60):
-                yield lambda: asyncio.open_connection(*bound.getsockname())
-        finally:
-            server.should_exit = True
-            await serving
+REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 
 
-def sent(*pieces, pause=0.0):
-    """What a server that waits a twentieth of a second for headers answers to pieces of bytes, until it hangs up."""
+def talk(say, app=None):
+    """Serve an application as `accent-plugin serve` does its own; what `say`, given a connection, returns."""
 
-    async def slow(scope, receive, send):
-        await asyncio.sleep(0.2)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
-        await send({"type": "http.response.body", "body": b"done"})
+    async def both():
+        server = uvicorn.Server(uvicorn.Config(app, http=web.Connection, ws="none", lifespan="off"))
+        with socket.create_server(("127.0.0.1", 0)) as bound:
+            serving = asyncio.create_task(server.serve(sockets=[bound]))
+            try:
+                async with asyncio.timeout(60):
+                    return await say(*await asyncio.open_connection(*bound.getsockname()))
+            finally:
+                server.should_exit = True
+                await serving
 
-    async def talk():
-        async with listening(slow) as connect:
-            reader, writer = await connect()
-            answer = asyncio.create_task(reader.read())
-            for piece in pieces:
-                if not answer.done():
-                    writer.write(piece)
-                    await asyncio.sleep(pause)
-            return await answer
-
-    return asyncio.run(talk())
+    return asyncio.run(both())
 
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(web, "_HEADER_SECONDS", 0.05)
+    """Function: from now on hardly any time is left for headers."""
+
+    def impatient():
+        monkeypatch.setattr(web, "_HEADER_SECONDS", 0.05)
+
+    return impatient
 
 
 def test_headers_that_do_not_come_are_not_waited_for(impatient):
-    answer = sent(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
-    head, _, body = answer.partition(b"\r\n\r\n")
+    async def say(reader, writer):
+        writer.write(REQUEST)
+        return await reader.read()
+
+    impatient()
+    head, _, body = talk(say).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 ")
     assert json.loads(body) == {"error": "time: the headers took longer than 0.05 seconds"}
 
 
 def test_headers_that_drip_are_not_waited_for(impatient):
-    drips = [bytes([letter]) for letter in b"GET / HTTP/1.1\r\n"]
-    assert sent(*drips, pause=0.02).startswith(b"HTTP/1.1 408 ")
+    async def say(reader, writer):
+        answer = asyncio.create_task(reader.read())
+        writer.write(REQUEST)
+        while not answer.done():
+            writer.write(b"x")
+            await asyncio.sleep(0.01)
+        return await answer
+
+    impatient()
+    assert talk(say).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_connection_without_a_word_is_closed_without_a_word(impatient):
-    assert sent() == b""
+    async def say(reader, writer):
+        return await reader.read()
+
+    impatient()
+    assert talk(say) == b""
 
 
-def test_an_answer_may_take_longer_than_headers(impatient):
-    answer = sent(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"done")
+async def answer(send, text):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(text))]})
+    await send({"type": "http.response.body", "body": text})
+
+
+def test_an_answer_may_take_longer_than_headers(monkeypatch):
+    wait, timers = web.Connection._wait_for_headers, []
+
+    def watched(connection):
+        wait(connection)
+        timers.append(connection._too_late)
+
+    async def app(scope, receive, send):
+        await answer(send, b"done")
+
+    async def say(reader, writer):
+        writer.write(REQUEST + b"Connection: close\r\n\r\n")
+        return await reader.read()
+
+    monkeypatch.setattr(web.Connection, "_wait_for_headers", watched)
+    assert talk(say, app).endswith(b"done")
+    assert timers[0].cancelled() and timers[1:] == [None]
 
 
 def test_headers_of_a_second_request_are_not_waited_for_either(impatient):
-    whole = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    answer = sent(whole, b"GET / HTTP/1.1\r\n", pause=0.4)
-    assert answer.startswith(b"HTTP/1.1 200 ") and b"doneHTTP/1.1 408 " in answer
+    async def app(scope, receive, send):
+        impatient()
+        await answer(send, b"done")
+
+    async def say(reader, writer):
+        writer.write(REQUEST + b"\r\n")
+        await reader.readuntil(b"done")
+        writer.write(REQUEST)
+        return await reader.read()
+
+    assert talk(say, app).startswith(b"HTTP/1.1 408 ")
