@@ -1,6 +1,7 @@
 """Seconds of training to a validation score, on real speech: this recipe, and a plain loop of transformers.Trainer.
 
     python benchmarks/accuracy.py DATASETDICT ENCODER [--score 0.75] [--seeds 1 2 3]
+    python benchmarks/accuracy.py DATASETDICT ENCODER --peers accent_plugin "four layers"   # the first four alone
 
 A Moonshine encoder is fine-tuned by both with the same clips, rates, clips per step on average and number of epochs.
 Validation is a third of the speakers of the splits train and validation; the test split is not touched. The third peer
@@ -41,7 +42,7 @@ def report(started, epoch, score):
     print(json.dumps({"seconds": time.perf_counter() - started, "epoch": epoch, "score": score}), flush=True)
 
 
-def run_ours(options, seed, kept=False):
+def run_ours(options, seed, kept=False, num_layers=None):
     """The recipe's Brain and YAML."""
     from hyperpyyaml import load_hyperpyyaml
     from speechbrain import Stage
@@ -56,6 +57,7 @@ def run_ours(options, seed, kept=False):
             **{"wav2vec2_hub": str(options.encoder), "output_folder": folder, "seed": seed, "early_stopping": 0},
             **{"number_of_epochs": options.epochs, "batch_seconds": float(CLIPS * seconds), "max_seconds": 30.0},
             **{"lr_encoder": LR_ENCODER, "lr_head": LR_HEAD, "warmup": WARMUP, "dropout": 0.0},
+            "num_layers": num_layers,
             "precision": options.precision or devices.fastest_precision("cuda" if torch.cuda.is_available() else "cpu"),
         }
         if kept:
@@ -169,6 +171,7 @@ RUN = {
     "accent_plugin": run_ours,
     "transformers": run_transformers,
     "kept features": functools.partial(run_ours, kept=True),
+    "four layers": functools.partial(run_ours, num_layers=4),
 }
 
 
@@ -211,7 +214,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--precision", help="of ours (default: the fastest here; the peer is in fp32)")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=RUN, default=list(PEERS))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is None:
