@@ -331,19 +331,12 @@ class Connection(H11Protocol):
         super().data_received(data)
         self._wait_for_headers()
 
-    def connection_lost(self, exc):
-        """As asyncio's."""
-        self._stop_waiting()
-        super().connection_lost(exc)
-
     def _wait_for_headers(self):
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_waiting()
-        elif self._too_late is None:
-            self._too_late = self.loop.call_later(_HEADER_SECONDS, self._give_up)
-
-    def _stop_waiting(self):
-        if self._too_late is not None:
+        if self.cycle is None or self.cycle.response_complete:
+            # Once for all that comes of them, or a client that drips would never be late.
+            if self._too_late is None:
+                self._too_late = self.loop.call_later(_HEADER_SECONDS, self._give_up)
+        elif self._too_late is not None:
             self._too_late.cancel()
             self._too_late = None
 
