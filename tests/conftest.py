@@ -1,5 +1,6 @@
 """Shared pieces: tiny encoders of every family with random weights, and where real data lie, if they do."""
 
+import importlib.util
 import os
 import sys
 
@@ -10,11 +11,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import encoders_for_tests
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes/CommonVoiceAccent"
 
 
 def shared(*parts):
@@ -92,3 +95,21 @@ def tiny_bundle(tmp_path_factory, tiny_encoder):
     }
     folder = tmp_path_factory.mktemp("bundle") / "bundle"
     return bundle.write(folder, model, labels, encoder_name="tiny", pooling="mean", calibration=calibrated)
+
+
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """Run the recipe's main in this process, from its own folder, as `python train.py ...` would."""
+    monkeypatch.chdir(RECIPE)
+    monkeypatch.syspath_prepend(str(RECIPE))
+    spec = importlib.util.spec_from_file_location("accent_recipe", RECIPE / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    hook = sys.excepthook
+
+    def run(*arguments):
+        code = module.main([str(argument) for argument in arguments])
+        return SimpleNamespace(code=code, err=capsys.readouterr().err, module=module)
+
+    yield run
+    sys.excepthook = hook  # SpeechBrain replaces it

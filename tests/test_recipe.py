@@ -1,7 +1,6 @@
 """The recipe as a user runs it: prepare, train, evaluate, again, and what it refuses."""
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-RECIPE = ROOT / "recipes/CommonVoiceAccent"
 ACCENTS = ("us", "england", "scotland")
 
 
@@ -34,24 +32,6 @@ def words(corpus, tiny_encoder, tmp_path):
         *("--precision", "fp32"),
         *("--device", "cpu", "--noprogressbar", "--lr_head", "0.01"),
     ]
-
-
-@pytest.fixture
-def train(monkeypatch, capsys):
-    """Run the recipe's main in this process, from its own folder, as `python train.py ...` would."""
-    monkeypatch.chdir(RECIPE)
-    monkeypatch.syspath_prepend(str(RECIPE))
-    spec = importlib.util.spec_from_file_location("accent_recipe", RECIPE / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    hook = sys.excepthook
-
-    def run(*arguments):
-        code = module.main([str(argument) for argument in arguments])
-        return SimpleNamespace(code=code, err=capsys.readouterr().err, module=module)
-
-    yield run
-    sys.excepthook = hook  # SpeechBrain replaces it
 
 
 def metrics_of(folder):
