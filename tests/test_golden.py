@@ -26,6 +26,8 @@ CLIPS = sorted((GOLDEN / "clips").iterdir())
 ONNX = "bundles/onnx"
 # Which torch loads.
 BUNDLES = sorted(EXPECTED["probabilities"].keys() - {ONNX})
+# ONNX cannot express Whisper's spectrogram.
+FOR_ONNX = [name for name in BUNDLES if name != "bundles/whisper"]
 # Those that a classifier of transformers can express.
 FOR_TRANSFORMERS = ["bundles/adapters", "bundles/layers", "bundles/whitening", "finished/bundle"]
 # Other CPUs round differently.
@@ -139,7 +141,7 @@ def export(name, form, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize("name", FOR_ONNX)
 def test_a_bundle_is_exported_to_onnx(name, tmp_path, capsys):
     export(name, "onnx", tmp_path / "onnx")
     require_expected(name, classified(capsys, "--model", tmp_path / "onnx"), 1e-4)
