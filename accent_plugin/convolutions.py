@@ -12,6 +12,8 @@ mean and the covariance of the ten samples under the kernel, so the normalisatio
 import torch
 from torch import nn
 
+from accent_plugin import devices
+
 # Frames of output computed at a time, 2 s: larger blocks leave the cache, smaller ones make poor matrices.
 _BLOCK_FRAMES = 100
 
@@ -52,7 +54,7 @@ class WaveformConvolutions(nn.Module):
             What stands in padded frames is finite and meaningless.
         """
         learning = torch.is_grad_enabled() and (wavs.requires_grad or any(p.requires_grad for p in self.parameters()))
-        if learning or wavs.device.type != "cpu" or torch.compiler.is_compiling() or not self._has_products:
+        if learning or not devices.takes_cpu_path(wavs) or not self._has_products:
             hidden = wavs[:, None]
             for layer in self.conv_layers:
                 hidden = layer(hidden)

@@ -11,6 +11,13 @@ from accent_plugin.errors import ConfigError
 
 # What Linux tells of a process, its most memory among it.
 _STATUS = Path("/proc/self/status")
+# Tests set it to False, so that a CPU computes what an accelerator would.
+cpu_paths = True
+
+
+def takes_cpu_path(tensor):
+    """Whether code written for CPUs applies: the tensor is on one, and nothing is being compiled or traced."""
+    return cpu_paths and tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def fastest_precision(device):

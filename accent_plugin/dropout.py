@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from accent_plugin import devices
+
 # What an encoder's configuration calls the attention below.
 ATTENTION = "accent_plugin"
 _LEVELS = 2**16
@@ -38,13 +40,9 @@ def dropout(inputs, p=0.5, training=True):
     """
     threshold = round(p * _LEVELS)
     # At the ends, and nearer to them than the noise is fine, there is nothing to gain.
-    if not (training and inputs.device.type == "cpu" and 0 < threshold < _LEVELS) or _is_recorded():
+    if not (training and devices.takes_cpu_path(inputs) and 0 < threshold < _LEVELS):
         return nn.functional.dropout(inputs, p, training)
     return inputs * _noise(inputs, threshold)
-
-
-def _is_recorded():
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _noise(like, threshold):
@@ -94,7 +92,7 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     # PyTorch's backward pass in bf16 is slow until the products become too large for the cache.
     learning = torch.is_grad_enabled() and query.requires_grad
     short = learning and query.dtype == torch.bfloat16 and query.shape[2] <= _SHORT
-    if query.device.type != "cpu" or not (dropout or short) or _is_recorded():
+    if not (devices.takes_cpu_path(query) and (dropout or short)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
         )

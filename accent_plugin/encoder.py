@@ -31,7 +31,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
-from accent_plugin import adapters, bundle_config
+from accent_plugin import adapters, bundle_config, devices
 from accent_plugin.audio import SAMPLE_RATE, TOO_LONG
 from accent_plugin.convolutions import WaveformConvolutions
 from accent_plugin.dropout import quicken
@@ -75,8 +75,40 @@ def _valid(counts, length):
     return torch.arange(length, device=counts.device) < counts.unsqueeze(1)
 
 
+def masked_group_norm(inputs, valid, groups, weight, bias, eps):
+    """Group normalisation over the valid frames only, without looking at a value.
+
+    Sums are taken in float32 whatever the inputs are. Besides the output, one tensor of the size of the inputs is kept
+    for the backward pass, and one more lives for a moment.
+
+    Arguments
+    ---------
+    inputs : (batch, channels, frames) torch.Tensor
+    valid : (batch, frames) torch.Tensor of bool
+    groups : int
+    weight, bias : (channels,) torch.Tensor
+    eps : float
+
+    Returns
+    -------
+    (batch, channels, frames) torch.Tensor
+        In the inputs' type; a padded frame has the bias.
+    """
+    batch, channels, frames = inputs.shape
+    grouped = inputs.view(batch, groups, channels // groups, frames)
+    padding = ~valid[:, None, None, :]
+    count = valid.sum(dim=-1).view(batch, 1, 1, 1) * grouped.shape[2]
+    mean = grouped.masked_fill(padding, 0.0).sum(dim=(2, 3), keepdim=True, dtype=torch.float32) / count
+    # The sum of squares of what is centred: that of squares alone would lose all digits where the mean is large.
+    centred = (grouped - mean.to(grouped.dtype)).masked_fill_(padding, 0.0)
+    norm = torch.linalg.vector_norm(centred, dim=(2, 3), keepdim=True, dtype=torch.float32)
+    scale = weight.view(1, groups, -1, 1) * torch.rsqrt(norm.square() / count + eps)
+    shift = bias.view(1, groups, -1, 1).to(grouped.dtype)
+    return torch.addcmul(shift, centred, scale.to(grouped.dtype)).view(batch, channels, frames)
+
+
 class MaskedGroupNorm(nn.GroupNorm):
-    """Group normalisation over the valid frames only, in float32; same parameters and keys as torch's.
+    """Group normalisation over the valid frames only, with sums in float32; same parameters and keys as torch's.
 
     `valid` is set by the encoder around each forward pass; None means that every frame counts.
     """
@@ -85,28 +117,20 @@ class MaskedGroupNorm(nn.GroupNorm):
 
     def forward(self, inputs):
         """Normalise (batch, channels, frames); what stands in padded frames afterwards is finite and meaningless."""
+        own = (self.num_groups, self.weight, self.bias, self.eps)
         with torch.autocast(inputs.device.type, enabled=False):
-            if inputs.device.type == "cpu" and not torch.compiler.is_compiling():
-                return self._clip_by_clip(inputs)
-            inputs = inputs.float()
+            if devices.takes_cpu_path(inputs):
+                return self._clip_by_clip(inputs, own)
             if self.valid is None:
-                return super().forward(inputs)
-            batch, channels, frames = inputs.shape
-            grouped = inputs.view(batch, self.num_groups, channels // self.num_groups, frames)
-            mask = self.valid[:, None, None, :].to(inputs.dtype)
-            count = mask.sum(dim=-1, keepdim=True) * grouped.shape[2]
-            mean = (grouped * mask).sum(dim=(2, 3), keepdim=True) / count
-            variance = ((grouped - mean) * mask).square().sum(dim=(2, 3), keepdim=True) / count
-            scale = self.weight.view(1, self.num_groups, -1, 1) * torch.rsqrt(variance + self.eps)
-            shift = self.bias.view(1, self.num_groups, -1, 1) - mean * scale
-            return torch.addcmul(shift, grouped, scale).view(batch, channels, frames)
+                # On a GPU torch's own wants one type.
+                return nn.functional.group_norm(inputs.float(), *own).to(inputs.dtype)
+            return masked_group_norm(inputs, self.valid, *own)
 
-    def _clip_by_clip(self, inputs):
+    def _clip_by_clip(self, inputs, own):
         """The same with torch's own kernel, which goes over memory twice where the formula above does six times.
 
         It adds up in float32 whatever the inputs are, and gives back their type.
         """
-        own = (self.num_groups, self.weight, self.bias, self.eps)
         if self.valid is None:
             return nn.functional.group_norm(inputs, *own)
         counts = self.valid.sum(dim=-1).tolist()

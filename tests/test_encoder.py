@@ -9,10 +9,12 @@ import pytest
 import safetensors.torch
 import torch
 from encoders_for_tests import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoFeatureExtractor, AutoModel
 
+from accent_plugin import devices
 from accent_plugin.audio import TOO_LONG
-from accent_plugin.encoder import FAMILIES, MaskedGroupNorm, make_encoder
+from accent_plugin.encoder import FAMILIES, MaskedGroupNorm, make_encoder, masked_group_norm
 from accent_plugin.errors import AudioError, EncoderError
 from accent_plugin.model import AccentModel
 
@@ -48,12 +50,18 @@ def model(tiny_encoder):
     return make
 
 
+@pytest.fixture(params=["cpu", "accelerator"])
+def path(request, monkeypatch):
+    """The code for CPUs, and the code for all other devices, here on a CPU too."""
+    monkeypatch.setattr(devices, "cpu_paths", request.param == "cpu")
+
+
 def test_every_family_is_tested_here():
     assert {name.removesuffix("-group").removesuffix("-layer") for name in TINY} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_scores_do_not_depend_on_the_batch(model, name):
+def test_scores_do_not_depend_on_the_batch(model, name, path):
     model, clips = model(name), waves([16000, 9001, 4800, 12345, 3000])
     batch = log_probabilities(model, clips)
     for row, clip in enumerate(clips):
@@ -63,13 +71,13 @@ def test_scores_do_not_depend_on_the_batch(model, name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_what_stands_in_the_padding_has_no_influence(model, name):
+def test_what_stands_in_the_padding_has_no_influence(model, name, path):
     model, clips = model(name), waves([9000, 4000])
     assert torch.equal(log_probabilities(model, clips), log_probabilities(model, clips, filler=9.9))
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_scores_do_not_depend_on_the_batch_in_bfloat16(model, name):
+def test_scores_do_not_depend_on_the_batch_in_bfloat16(model, name, path):
     model, clips = model(name), waves([16000, 9001, 4800])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         batch = log_probabilities(model, clips).exp()
@@ -78,7 +86,7 @@ def test_scores_do_not_depend_on_the_batch_in_bfloat16(model, name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_one_clip_gives_hugging_faces_frames(tiny_encoder, name):
+def test_one_clip_gives_hugging_faces_frames(tiny_encoder, name, path):
     # Hugging Face pads for Whisper to 30 s and attends to all of it: there nothing else is one clip unpadded.
     folder, (clip,) = tiny_encoder(name), waves([480000 if name == "whisper" else 8000])
     reference = AutoModel.from_pretrained(folder).eval()
@@ -119,7 +127,7 @@ def learning(model, clips):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_scores_do_not_depend_on_the_batch_while_the_cnn_learns(model, name):
+def test_scores_do_not_depend_on_the_batch_while_the_cnn_learns(model, name, path):
     model, clips = model(name, freeze_feature_extractor=False), waves([16000, 9001, 3000])
     batch = learning(model, clips)
     assert torch.allclose(torch.cat([learning(model, [clip]) for clip in clips]), batch, atol=1e-5)
@@ -128,7 +136,7 @@ def test_scores_do_not_depend_on_the_batch_while_the_cnn_learns(model, name):
 
 
 @pytest.mark.parametrize("name", GROUP_NORM)
-def test_without_the_masked_norm_scores_would_depend_on_the_batch(model, name):
+def test_without_the_masked_norm_scores_would_depend_on_the_batch(model, name, path):
     # Guards the test above: it must be able to fail.
     model, clips = model(name, freeze_feature_extractor=False), waves([16000, 3000])
     norm = next(m for m in model.modules() if isinstance(m, MaskedGroupNorm))
@@ -143,10 +151,95 @@ def test_the_state_has_hugging_faces_keys_once(tiny_encoder, name):
     assert set(make_encoder(str(tiny_encoder(name))).state_dict()) == {f"model.{key}" for key in reference.state_dict()}
 
 
-def test_masked_group_norm_by_hand():
+def test_masked_group_norm_by_hand(path):
     norm = MaskedGroupNorm(1, 1, eps=0.0)
     norm.valid = torch.tensor([[True, True, False]])
     assert torch.allclose(norm(torch.tensor([[[1.0, 3.0, 1000.0]]]))[..., :2], torch.tensor([[[-1.0, 1.0]]]))
+
+
+COUNTS = torch.tensor([40, 13, 2])
+
+
+def normalise(inputs, norm):
+    """A MaskedGroupNorm of a batch whose padding is garbage: the valid frames, clip by clip."""
+    norm.valid = torch.arange(inputs.shape[-1]) < COUNTS.unsqueeze(1)
+    batch = norm(inputs.masked_fill(~norm.valid.unsqueeze(1), 1000.0))
+    assert batch.isfinite().all()
+    return [clip[:, :count] for clip, count in zip(batch, COUNTS, strict=True)]
+
+
+def exactly(inputs, norm):
+    """torch's own group normalisation of each clip alone, in float64."""
+    own = (norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps)
+    clips = [clip[None, :, :count].double() for clip, count in zip(inputs, COUNTS, strict=True)]
+    return [torch.nn.functional.group_norm(clip, *own)[0] for clip in clips]
+
+
+def random_norm(groups):
+    norm = MaskedGroupNorm(groups, 8)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    return norm
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+@pytest.mark.parametrize("learning", [True, False])
+def test_the_group_norm_of_a_batch_is_torchs_of_each_clip(groups, mean, learning, path):
+    torch.manual_seed(0)
+    norm, inputs = random_norm(groups), torch.randn(3, 8, 40) + mean
+    near = 1e-5 if mean == 0 else 5e-3
+    with torch.set_grad_enabled(learning):
+        found = normalise(inputs, norm)
+    for clip, expected in zip(found, exactly(inputs, norm), strict=True):
+        torch.testing.assert_close(clip.double(), expected, atol=near, rtol=near)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_the_group_norm_of_a_batch_has_the_gradients_of_torchs(groups, path):
+    torch.manual_seed(0)
+    norm, inputs = random_norm(groups), torch.randn(3, 8, 40, requires_grad=True)
+    found = []
+    for how in (normalise, exactly):
+        loss = sum((clip * torch.linspace(-1, 2, clip.shape[1])).square().sum() for clip in how(inputs, norm))
+        found.append(torch.autograd.grad(loss, (inputs, norm.weight, norm.bias)))
+    for gradient, expected in zip(*found, strict=True):
+        torch.testing.assert_close(gradient, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_the_group_norm_sums_in_float32_and_keeps_the_type(kind, path):
+    torch.manual_seed(0)
+    # The squares of these add up to more than float16 holds.
+    norm, inputs = random_norm(4), (torch.randn(3, 8, 40) * 100).to(kind)
+    for clip, expected in zip(normalise(inputs, norm), exactly(inputs, norm), strict=True):
+        assert clip.dtype == kind
+        torch.testing.assert_close(clip.double(), expected, atol=0.05, rtol=0.02)
+
+
+class Sizes(TorchDispatchMode):
+    """Elements of each tensor that an operator makes, views and what is written in place left out."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.seen, self.large, self.size = {inputs.untyped_storage()._cdata}, [], inputs.numel()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        if isinstance(made, torch.Tensor) and made.numel() >= self.size and made.dtype != torch.bool:
+            storage = made.untyped_storage()
+            if storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.large.append(made)
+        return made
+
+
+def test_the_group_norm_of_a_batch_makes_three_tensors_of_the_inputs_size():
+    norm, inputs = random_norm(8), torch.randn(3, 8, 400)
+    valid = torch.arange(400) < torch.tensor([400, 30, 20]).unsqueeze(1)
+    with torch.no_grad(), Sizes(inputs) as sizes:
+        masked_group_norm(inputs, valid, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    assert len(sizes.large) == 3
 
 
 # Freezing
@@ -475,17 +568,3 @@ def test_thirty_real_clips_alone_and_in_batches_of_eight(real_speech, model, req
         for rows in np.array_split(order, 4):
             batch = log_probabilities(model, [clips[row] for row in rows])
             assert torch.allclose(batch, alone[rows], atol=1e-5)
-
-
-def test_the_fast_group_norm_is_the_formula():
-    """Without gradients torch's own kernel takes each clip by itself; with them the masked formula takes all."""
-    norm = MaskedGroupNorm(4, 8)
-    torch.nn.init.normal_(norm.weight)
-    sound, counts = torch.randn(3, 8, 20), torch.tensor([20, 7, 1])
-    norm.valid = torch.arange(20) < counts.unsqueeze(1)
-    slow = norm(sound).detach()
-    with torch.no_grad():
-        fast = norm(sound)
-    for row, count in enumerate(counts):
-        torch.testing.assert_close(fast[row, :, :count], slow[row, :, :count], atol=1e-5, rtol=1e-5)
-    assert fast.isfinite().all()

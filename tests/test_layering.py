@@ -13,8 +13,9 @@ PACKAGE = Path(accent_plugin.__file__).parent
 # From the ground up; a room may import rooms of lower storeys, and of its own where it is named in BESIDE.
 STOREYS = [
     {"errors", "interruption"},
+    {"devices"},
     {"labels", "audio", "disk", "pooling", "whitening", "convolutions", "adapters", "predictions", "gate"}
-    | {"processes", "devices", "dropout", "together"},
+    | {"processes", "dropout", "together"},
     {"bundle_config", "checkpoints", "position"},
     {"splits", "metrics", "augment", "encoder", "tiny", "nuisance", "hearing", "probing"},
     {"sources", "selection", "synthetic", "shards", "readahead"},
