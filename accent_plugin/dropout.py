@@ -4,12 +4,14 @@ There `torch.nn.functional.dropout` draws one number after the other, in one thr
 back to a path that works in fp32. Here the noise is made of 16 bits for each element, from a generator that is itself
 seeded from PyTorch's: `torch.manual_seed` and checkpoints decide about it as before. The distribution is PyTorch's, but
 that a probability is rounded to a multiple of 2^-16; the numbers drawn are others. On other devices, in evaluation and
-while a model is compiled or traced, PyTorch's own are called.
+while a model is compiled or traced, PyTorch's own are called, on other devices with masks and shapes that its fused
+kernels take.
 """
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -74,7 +76,7 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     module : torch.nn.Module
         The layer that asks.
     query, key, value : (batch, heads, frames, features) torch.Tensor
-    attention_mask : (batch, 1, frames, frames) torch.Tensor
+    attention_mask : (batch, 1, frames or 1, frames) torch.Tensor
         True where a frame is attended to; None for everywhere.
     dropout : float
         Probability; Hugging Face gives 0 in evaluation.
@@ -92,11 +94,28 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     # PyTorch's backward pass in bf16 is slow until the products become too large for the cache.
     learning = torch.is_grad_enabled() and query.requires_grad
     short = learning and query.dtype == torch.bfloat16 and query.shape[2] <= _SHORT
-    if not (devices.takes_cpu_path(query) and (dropout or short)):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
-        )
-    return _attend_by_products(query, key, value, attention_mask, dropout, scaling), None
+    if devices.takes_cpu_path(query) and (dropout or short):
+        return _attend_by_products(query, key, value, attention_mask, dropout, scaling), None
+    arguments = {"attention_mask": attention_mask, "dropout": dropout, "scaling": scaling, **keywords}
+    if query.device.type == "cpu" and devices.cpu_paths:
+        return sdpa_attention_forward(module, query, key, value, **arguments)
+    return _attend_on_accelerator(module, query, key, value, **arguments)
+
+
+# But for cuDNN's, which PyTorch prefers on an H100: it is prepared anew, for some 30 ms, for each shape of a batch.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Features that a fused kernel wants a multiple of. Moonshine tiny has 36.
+_FEATURES = 8
+
+
+def _attend_on_accelerator(module, query, key, value, scaling=None, **arguments):
+    features = query.shape[-1]
+    if missing := -features % _FEATURES:
+        query, key, value = (nn.functional.pad(part, (0, missing)) for part in (query, key, value))
+    scaling = features**-0.5 if scaling is None else scaling
+    with sdpa_kernel(_KERNELS):
+        output, weights = sdpa_attention_forward(module, query, key, value, scaling=scaling, **arguments)
+    return output[..., :features], weights
 
 
 def _attend_by_products(query, key, value, mask, p, scaling):
@@ -110,16 +129,20 @@ def _attend_by_products(query, key, value, mask, p, scaling):
 
 
 def make_mask(*, attention_mask=None, allow_is_bidirectional_skip=False, **keywords):
-    """Hugging Face's `sdpa_mask`, but that it does not look whether anything is padded where that waits for a GPU.
+    """Hugging Face's `sdpa_mask`, but that on an accelerator it waits for no look at whether anything is padded.
 
     Returns
     -------
     (batch, 1, frames, frames) torch.Tensor
-        True where a frame is attended to; None where nothing is masked.
+        True where a frame is attended to; None where nothing is masked. On an accelerator (batch, 1, 1, frames) where
+        all frames attend to the same, so that each layer converts one row instead of all.
     """
-    known = attention_mask is None or attention_mask.device.type == "cpu"
-    skip = allow_is_bidirectional_skip and known
-    return sdpa_mask(attention_mask=attention_mask, allow_is_bidirectional_skip=skip, **keywords)
+    if attention_mask is None or (attention_mask.device.type == "cpu" and devices.cpu_paths):
+        skip = allow_is_bidirectional_skip
+        return sdpa_mask(attention_mask=attention_mask, allow_is_bidirectional_skip=skip, **keywords)
+    if allow_is_bidirectional_skip:
+        return attention_mask[:, None, None, :]
+    return sdpa_mask(attention_mask=attention_mask, **keywords)
 
 
 AttentionInterface.register(ATTENTION, attend)

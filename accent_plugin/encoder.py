@@ -421,6 +421,11 @@ class InvariantEncoder:
         return key.endswith("masked_spec_embed")
 
 
+def _mask_of_frames(length, attention_mask, add_adapter=None):
+    """Takes the place of a method of Hugging Face's that makes a mask of frames from one of samples."""
+    return attention_mask
+
+
 class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
     """SpeechBrain's lobe for wav2vec 2.0, XLSR, HuBERT, WavLM and data2vec-audio, made independent of the batch.
 
@@ -442,6 +447,8 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         if isinstance(layers[0].layer_norm, nn.GroupNorm):
             layers[0].layer_norm = MaskedGroupNorm.replacing(layers[0].layer_norm)
         self.model.feature_extractor = WaveformConvolutions(layers, self.config)
+        # Hugging Face's own derives it from a mask of samples, and waits for a GPU to do so.
+        self.model._get_feature_vector_attention_mask = _mask_of_frames
 
     @property
     def stem(self):
@@ -487,14 +494,14 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
                 first_frames = (wavs.shape[1] - kernel) // stride + 1
                 norm.valid = _valid((counts - kernel) // stride + 1, first_frames)
                 stack.callback(setattr, norm, "valid", None)
+            valid = _valid(self.frame_counts(counts), self.frame_counts(wavs.shape[1]))
             # data2vec-audio stacks positional convolutions, each of which carries padding into the next.
             if positional := getattr(self.model.encoder.pos_conv_embed, "layers", None):
-                frames = self.frame_counts(wavs.shape[1])
-                padding = ~_valid(self.frame_counts(counts), frames).unsqueeze(1)
+                padding = ~valid.unsqueeze(1)
                 for layer in positional:
                     hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].masked_fill(padding, 0.0),))
                     stack.callback(hook.remove)
-            return self.model(wavs, attention_mask=_valid(counts, wavs.shape[1]), output_hidden_states=all_states)
+            return self.model(wavs, attention_mask=valid, output_hidden_states=all_states)
 
 
 class EncoderHalf(InvariantEncoder, HFTransformersInterface):

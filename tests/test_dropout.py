@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from accent_plugin import devices
 from accent_plugin import dropout as room
 from accent_plugin.dropout import Dropout, attend, dropout, make_mask, quicken
 from accent_plugin.encoder import make_encoder
@@ -173,6 +175,43 @@ def test_a_mask_is_looked_at_on_a_processor_alone(device, looks):
     assert make(None) is None
     mask = make(torch.ones(2, 5, dtype=torch.bool, device=device))
     assert (mask is None) is looks
+
+
+@pytest.mark.parametrize("features", [4, 8, 36])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_on_an_accelerator_is_pytorchs_in_shapes_that_its_fused_kernels_take(
+    features, scaling, masked, monkeypatch
+):
+    torch.manual_seed(0)
+    heads, taken, module = [torch.randn(2, 3, 7, features, requires_grad=True) for _ in range(3)], [], nn.Module()
+    module.is_causal = False
+
+    def spied(module, query, key, value, **keywords):
+        taken.append((query.shape[-1], value.shape[-1], torch.backends.cuda.cudnn_sdp_enabled()))
+        return sdpa_attention_forward(module, query, key, value, **keywords)
+
+    monkeypatch.setattr(devices, "cpu_paths", False)
+    monkeypatch.setattr(room, "sdpa_attention_forward", spied)
+    output, _ = attend(module, *heads, MASK[:, :, :1] if masked else None, scaling=scaling)
+    expected, _ = sdpa_attention_forward(module, *heads, MASK if masked else None, scaling=scaling)
+    gradients = [torch.autograd.grad(one.square().sum(), heads) for one in (output, expected)]
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(*gradients)
+    assert taken == [(-(-features // 8) * 8, -(-features // 8) * 8, False)]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_mask_on_an_accelerator_has_one_row_where_padding_alone_decides(causal, monkeypatch):
+    monkeypatch.setattr(devices, "cpu_paths", False)
+    valid = torch.arange(5) < torch.tensor([[5], [3]])
+    function = causal_mask_function if causal else bidirectional_mask_function
+    sizes = {"batch_size": 2, "q_length": 5, "kv_length": 5, "mask_function": function}
+    options = {"allow_is_bidirectional_skip": not causal, "allow_is_causal_skip": False}
+    mask = make_mask(attention_mask=valid, **sizes, **options)
+    assert mask.shape == (2, 1, 5 if causal else 1, 5)
+    assert torch.equal(mask.expand(2, 1, 5, 5), sdpa_mask(attention_mask=valid, **sizes, allow_is_causal_skip=False))
 
 
 # In an encoder

@@ -242,6 +242,28 @@ def test_the_group_norm_of_a_batch_makes_three_tensors_of_the_inputs_size():
     assert len(sizes.large) == 3
 
 
+class Written(TorchDispatchMode):
+    """Kinds of the indices with which values are written into tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.kinds = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.overloadpacket.__name__.startswith("index_put"):
+            self.kinds |= {index.dtype for index in arguments[1] if index is not None}
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_no_number_is_written_to_indexed_places(tiny_encoder, name, path):
+    """PyTorch copies such a number from the CPU, and waits for a GPU to take it; masks it fills without waiting."""
+    encoder = make_encoder(str(tiny_encoder(name))).train()
+    with Written() as written:
+        encoder(*padded(waves([4000, 3000])))
+    assert written.kinds <= {torch.bool}
+
+
 # Freezing
 
 
