@@ -33,7 +33,9 @@ SELECTIONS = {
 _DOING = {sb.Stage.TRAIN: "training", sb.Stage.VALID: "validating", sb.Stage.TEST: "evaluating"}
 # Steps between two looks at what is counted on the device: each look waits for a GPU.
 _LOOK = 20
-# A GradScaler begins too high: it halves this often before its scale is 1.
+# A GradScaler begins too high. PyTorch's own 2^16 is for a mean of losses; here they are added up, of some 16 clips.
+_FIRST_SCALE = 2.0**12
+# It halves as often as this before its scale, which may have grown, is 1.
 _SCALER_HALVINGS = 16
 # After an error of the data.
 _AGAIN = "prepare the data again, and run the same command: it goes on from the last checkpoint"
@@ -149,6 +151,8 @@ class AccentBrain(sb.Brain):
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("position", self.position, optional_load=True)
         self._reset_sums()
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": _FIRST_SCALE})
 
     # Forward and loss
 
@@ -165,7 +169,7 @@ class AccentBrain(sb.Brain):
 
     def compute_objectives(self, predictions, batch, stage):
         """In training the sum of the clips' weighted losses; in evaluation their mean, and predictions are kept."""
-        labels = batch.labels.to(self.device)
+        labels = batch.labels.to(self.device, non_blocking=True)
         if stage == sb.Stage.TRAIN:
             smoothing = self.options.label_smoothing
             return torch.nn.functional.cross_entropy(
@@ -178,6 +182,7 @@ class AccentBrain(sb.Brain):
 
     # Training
 
+    @devices.exact_fp32()
     def fit(self, epoch_counter, train_set, valid_set=None, **keywords):
         """Train; `train_set` and `valid_set` are loaders whose batch sampler is a `BucketBatchSampler`.
 
@@ -506,6 +511,7 @@ class AccentBrain(sb.Brain):
 
     # Evaluation
 
+    @devices.exact_fp32()
     def predict(self, loader, progressbar=None):
         """Log-probabilities of the best epoch's model.
 

@@ -1,5 +1,6 @@
 """Which devices can be used here, which precision each computes fastest in, and how much memory was needed there."""
 
+import contextlib
 import functools
 import sys
 import time
@@ -18,6 +19,23 @@ cpu_paths = True
 def takes_cpu_path(tensor):
     """Whether code written for CPUs applies: the tensor is on one, and nothing is being compiled or traced."""
     return cpu_paths and tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+@contextlib.contextmanager
+def exact_fp32():
+    """Keep NVIDIA's GPUs from rounding factors in fp32 to TF32, whose 10 bits do not give the same answer in any batch.
+
+    SpeechBrain turns TF32 on when it is imported, PyTorch has it on for convolutions. As a decorator or a context.
+    """
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
 
 
 def fastest_precision(device):

@@ -15,7 +15,18 @@ from scipy.special import log_softmax
 from speechbrain import Stage
 from tqdm import tqdm
 
-from accent_plugin import bundle, bundle_config, calibration, config, exchange, features, manifests, processes, report
+from accent_plugin import (
+    bundle,
+    bundle_config,
+    calibration,
+    config,
+    devices,
+    exchange,
+    features,
+    manifests,
+    processes,
+    report,
+)
 from accent_plugin.augment import change_speed
 from accent_plugin.bands import BANDS
 from accent_plugin.batches import BucketBatchSampler, ClipDataset, inverse_frequency, make_loader
@@ -243,6 +254,7 @@ def initialise(brain, hparams):
     logger.info("from %s: %s; anew: %s", hparams["from_bundle"], parts, ", ".join(new) or "nothing")
 
 
+@devices.exact_fp32()
 def fit_whitening(brain, loader, passes, shrinkage):
     """Fit the model's whitening on some passes over the training clips, as training will draw them.
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from accent_plugin import disk
+from accent_plugin import devices, disk
 from accent_plugin.batches import Batch, ClipDataset, Lost
 from accent_plugin.errors import FeatureError
 from accent_plugin.pooling import MeanPooling
@@ -88,7 +88,8 @@ def encode(encoder, loader, device="cpu", precision="fp32", every_state=False, p
     for batch in tqdm(loader, desc="frozen features", unit="batch", disable=not progress):
         if len(batch):
             # Within the loop: whoever asks for the next batch may have left these modes on or off.
-            with torch.inference_mode(), torch.autocast(torch.device(device).type, kind, enabled=kind is not None):
+            autocast = torch.autocast(torch.device(device).type, kind, enabled=kind is not None)
+            with devices.exact_fp32(), torch.inference_mode(), autocast:
                 there = batch.to(device)
                 states, valid = (encoder.hidden_states if every_state else encoder.used_states)(
                     there.wavs, there.wav_lens

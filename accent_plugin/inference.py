@@ -9,7 +9,7 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from torch import nn
 
 from accent_plugin import audio, bundle
-from accent_plugin.devices import bf16_is_faster, require_device
+from accent_plugin.devices import bf16_is_faster, exact_fp32, require_device
 from accent_plugin.errors import AudioError, ConfigError
 from accent_plugin.predictions import Failure, Prediction, Window
 from accent_plugin.recordings import Options, RecordingClassifier
@@ -98,7 +98,7 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
         lens = torch.tensor([len(wave) / longest for wave in waves])
         autocast = torch.autocast(self.device_type, torch.bfloat16, enabled=self.uses_bf16)
         try:
-            with self._turn, torch.inference_mode(), autocast:
+            with self._turn, exact_fp32(), torch.inference_mode(), autocast:
                 log_probabilities = self.classify_batch(wavs, lens)[0]
         except AudioError as error:
             if error.reason != audio.TOO_LONG:

@@ -179,6 +179,44 @@ def test_a_gradient_that_is_not_finite_costs_one_step_and_no_weight(make_brain, 
     assert torch.equal(take_steps(make_brain(), [good, good])[-1], weights[2])
 
 
+@pytest.fixture
+def scaled_brain(make_brain, monkeypatch):
+    """A brain whose losses are scaled, as in fp16 on a GPU; factors that are powers of two round nothing."""
+
+    def make(**arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "GradScaler", lambda device, enabled: torch.amp.GradScaler("cpu"))
+            return make_brain(**arguments)
+
+    return make
+
+
+def test_scaled_losses_give_the_same_steps(make_brain, scaled_brain):
+    weights = []
+    for make in (make_brain, scaled_brain):
+        brain = make(max_grad_norm=0.01, checkpoints=False)
+        brain.grad_accumulation_factor = 2
+        take_steps(brain, [batch_of([0, 1, 2], [0, 1, 0]), batch_of([3, 4], [1, 0])] * 2)
+        weights.append([parameter.detach().clone() for parameter in brain.modules.parameters()])
+    assert brain.scaler.is_enabled()
+    for one, other in zip(*weights, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_scaled_gradient_that_is_not_finite_costs_one_step_and_halves_the_scale(scaled_brain):
+    brain = scaled_brain(checkpoints=False)
+    # For a sum over clips, where PyTorch's own start is for a mean.
+    assert brain.scaler.get_scale() == 4096
+    spoilt = batch_of([0, 1], [0, 1])
+    spoilt.wavs[0, 0] = torch.inf
+    before = [parameter.detach().clone() for parameter in brain.modules.parameters()]
+    take_steps(brain, [spoilt])
+    assert all(torch.equal(*pair) for pair in zip(before, brain.modules.parameters(), strict=True))
+    assert (brain.skipped_steps, brain.scaler.get_scale()) == (1, 2048)
+    take_steps(brain, [batch_of([0, 1], [0, 1])])
+    assert not any(torch.equal(*pair) for pair in zip(before, brain.modules.parameters(), strict=True))
+
+
 def test_gradients_that_are_never_finite_end_training_with_one_clear_error(make_brain):
     bad = batch_of([0, 1], [0, 1])
     bad.wavs[0, 0] = torch.nan
@@ -273,6 +311,22 @@ def test_two_runs_with_one_seed_are_the_same(make_brain, loader, tmp_path):
         brain.fit(brain.hparams.epoch_counter, loader(), loader())
         weights.append([p.clone() for p in brain.modules.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_training_and_evaluation_are_not_rounded_to_tf32(make_brain, loader, monkeypatch):
+    brain, seen, forward = make_brain(epochs=1), [], TinyEncoder.forward
+
+    def spied(self, *arguments):
+        seen.append((self.training, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(TinyEncoder, "forward", spied)
+    brain.fit(brain.hparams.epoch_counter, loader())
+    assert set(seen) == {(True, False, False)}
+    seen.clear()
+    brain.checkpointer = None
+    brain.predict(loader())
+    assert set(seen) == {(False, False, False)}
 
 
 def test_bfloat16_trains(make_brain, loader):

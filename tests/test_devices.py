@@ -89,3 +89,18 @@ def test_the_memory_of_the_process_that_started_this_one_does_not_count():
     run = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
     # Python with torch takes some 300 MB.
     assert 1e8 < int(run.stdout) < 1e9
+
+
+def tf32():
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def test_fp32_is_not_rounded_to_tf32_and_the_switches_are_put_back():
+    import speechbrain  # noqa: F401, turns TF32 on
+
+    torch.backends.cudnn.allow_tf32 = True
+    before = tf32()
+    with pytest.raises(ValueError, match="anything"), devices.exact_fp32():
+        assert tf32() == (False, False)
+        raise ValueError("anything")
+    assert tf32() == before != (False, False)

@@ -96,6 +96,15 @@ def test_all_states_are_kept_where_they_are_asked_for(encoder, clips, tmp_path):
         assert kept == pytest.approx(state[0].mean(dim=0).numpy(), abs=1e-5)
 
 
+def test_features_are_not_rounded_to_tf32(encoder, clips, tmp_path):
+    seen = []
+    encoder.blocks[0].register_forward_hook(
+        lambda *_: seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+    )
+    filled(tmp_path, encoder, clips)
+    assert set(seen) == {(False, False)}
+
+
 def test_no_clip_is_encoded_twice(encoder, clips, tmp_path, encoded):
     filled(tmp_path, encoder, clips[:4])
     assert sorted(encoded) == [clip.id for clip in clips[:4]]

@@ -677,6 +677,19 @@ def test_wrong_options_for_many_files_are_refused_at_once(options):
         stub().predict_files([], **options)
 
 
+def test_the_network_is_not_rounded_to_tf32(monkeypatch):
+    network, seen = stub(), []
+    classify = network.classify_batch
+
+    def spied(*arguments):
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return classify(*arguments)
+
+    monkeypatch.setattr(network, "classify_batch", spied)
+    network.predict(tone(1.0), 16_000)
+    assert seen == [(False, False)]
+
+
 def test_bf16_is_used_where_it_was_asked_for(folder, monkeypatch, classifier):
     monkeypatch.setattr(inference, "bf16_is_faster", lambda device: device == "cpu")
     assert not classifier.uses_bf16

@@ -10,6 +10,7 @@ import importlib
 import pytest
 import torch
 from encoders_for_tests import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accent_plugin.batches import Batch
 from accent_plugin.brain import AccentBrain, TrainingOptions, make_epoch_counter
@@ -82,6 +83,25 @@ def without_values(monkeypatch):
 def test_a_step_looks_at_no_value(family, padded, tiny_encoder, without_values):
     encoder = make_encoder(str(tiny_encoder(family)), weighted_layers="all")
     steps(make_brain(encoder, "meta", grad_accumulation_factor=2), batches(padded))
+
+
+class Copies(TorchDispatchMode):
+    """Refuses copies from the CPU that are waited for, which the meta device allows."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        if function.overloadpacket.__name__ == "_to_copy" and arguments[0].device.type == "cpu":
+            waits = keywords.get("device") == torch.device("meta") and not keywords.get("non_blocking")
+            assert not waits, f"a copy of {tuple(arguments[0].shape)} is waited for"
+        return function(*arguments, **keywords)
+
+
+def test_no_copy_to_the_device_is_waited_for(tiny_encoder, without_values):
+    brain = make_brain(make_encoder(str(tiny_encoder("wav2vec2-group"))), "meta")
+    with Copies():
+        steps(brain, batches(True))
+        with pytest.raises(AssertionError, match="is waited for"):
+            torch.ones(3).to("meta")
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
