@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 from hyperpyyaml import resolve_references
+from speechbrain.utils.distributed import infer_device
 from speechbrain.utils.run_opts import RunOptions
 
 from accent_plugin import manifests, processes
@@ -564,9 +565,9 @@ def _contradictions(values, run_opts):
     if run_opts.ckpt_interval_steps and values["ckpt_interval_minutes"]:
         problems.append("ckpt_interval_steps and ckpt_interval_minutes were both given: leave one out")
     # Of several processes each will have a GPU of its own.
-    if run_opts.device is not None and not processes.launched():
+    if not processes.launched():
         try:
-            require_device(run_opts.device)
+            require_device(run_opts.device or infer_device())
         except ConfigError as error:
             problems.append(str(error))
     on_cpu = run_opts.device == "cpu"

@@ -101,7 +101,8 @@ def require_device(device):
     ConfigError
     """
     try:
-        torch.empty(0, device=str(device))
+        # Something is computed: a card that this PyTorch is not compiled for can still be given memory.
+        torch.ones(1, device=str(device))
     except (RuntimeError, AssertionError) as error:
         problem = str(error).splitlines()[0]
         raise ConfigError(f"device {str(device)!r} cannot be used here: {problem}; cpu always can") from None

@@ -45,6 +45,11 @@ def test_every_key_of_the_yaml_is_checked_and_every_checked_key_is_in_the_yaml(r
     assert set(yaml.safe_load(text)) == set(config.KEYS) | objects
 
 
+def test_the_device_that_is_taken_by_itself_is_tried_as_well(read, monkeypatch):
+    monkeypatch.setattr(config, "infer_device", lambda: "tpu")
+    assert any("device 'tpu' cannot be used here" in line for line in problems(read))
+
+
 def test_all_problems_are_named_at_once(read):
     lines = problems(read, "--pooling", "stats", "--lr_hed", "0.1", "--dropout", "2", "--balance")
     assert "4 problems" in lines[0]

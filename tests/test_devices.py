@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from accent_plugin import devices
+from accent_plugin.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -104,3 +105,12 @@ def test_fp32_is_not_rounded_to_tf32_and_the_switches_are_put_back():
         assert tf32() == (False, False)
         raise ValueError("anything")
     assert tf32() == before != (False, False)
+
+
+def test_a_card_that_pytorch_is_not_compiled_for_is_refused_although_it_has_memory(monkeypatch):
+    def without_kernel(*size, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore of it")
+
+    monkeypatch.setattr(torch, "ones", without_kernel)
+    with pytest.raises(ConfigError, match="'cuda:0' cannot be used here: CUDA error: no kernel image .* device;"):
+        devices.require_device("cuda:0")
