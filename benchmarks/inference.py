@@ -27,11 +27,11 @@ from accent_plugin.model import AccentModel
 LABELS = ("us", "england", "australia")
 
 
-def make(folder):
-    """A Hugging Face checkpoint of wav2vec2-base's shape, and a bundle around the same encoder."""
+def make(folder, **shape):
+    """A Hugging Face checkpoint of wav2vec2-base's shape, or another, and a bundle around the same encoder."""
     torch.manual_seed(0)
     names = {"num_labels": 3, "id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
-    model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**names))
+    model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**names, **shape))
     model.save_pretrained(folder / "hf")
     model.wav2vec2.save_pretrained(folder / "encoder")
     for name in ("hf", "encoder"):

@@ -49,11 +49,11 @@ SHAPES = {
 }
 
 
-def make_encoder(name, folder):
-    """Write an encoder of the YAML's shape with random weights, as Hugging Face saves it."""
+def make_encoder(name, folder, **shape):
+    """Write an encoder of the YAML's shape, or changed, with random weights, as Hugging Face saves it."""
     family, changes, extractor = SHAPES[name]
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**changes))
+    model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**changes, **shape))
     model.save_pretrained(folder)
     extractor.save_pretrained(folder)
 
@@ -70,33 +70,54 @@ def make_clips(folder, count, longest, accents, seed=0):
     return tuple(clips)
 
 
-def measure(path, options):
-    """Train a few steps in this process; print one row of the table."""
+def train(path, precision, steps, shape=None, **changes):
+    """Train a few steps as a YAML says, the longest batch among them; what that took.
+
+    Arguments
+    ---------
+    path : Path
+        The YAML.
+    precision : str
+    steps : int
+    shape : dict
+        What is changed of the encoder's configuration.
+    **changes
+        Of the YAML.
+
+    Returns
+    -------
+    dict
+    """
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        make_encoder(path.stem, folder / "encoder")
-        changes = {"wav2vec2_hub": str(folder / "encoder"), "output_folder": str(folder / "out")}
-        changes["gradient_checkpointing"] = options.gradient_checkpointing
+        make_encoder(path.stem, folder / "encoder", **(shape or {}))
+        changes = {"wav2vec2_hub": str(folder / "encoder"), "output_folder": str(folder / "out"), **changes}
         with open(path, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, changes)
-        steps = options.steps * hparams["grad_accumulation_factor"]
-        clips = make_clips(folder, 60 * options.steps, hparams["max_seconds"], hparams["accents"])
+        steps *= hparams["grad_accumulation_factor"]
+        clips = make_clips(folder, 60 * steps, hparams["max_seconds"], hparams["accents"])
         dataset = ClipDataset(clips, hparams["accents"])
         loader = make_loader(dataset, BucketBatchSampler(dataset.seconds(), hparams["batch_seconds"]))
-        run = {"device": DEVICE, "precision": options.precision, "noprogressbar": True}
+        run = {"device": DEVICE, "precision": precision, "noprogressbar": True}
         run |= {"debug": True, "debug_batches": steps, "debug_epochs": 1}
         brain = AccentBrain(modules=hparams["modules"], options=hparams["training"], hparams=hparams, run_opts=run)
         brain.fit(hparams["epoch_counter"], loader)
     parameters = list(hparams["model"].parameters())
-    whole, trained = (sum(one.numel() for one in some) / 1e6 for some in (parameters, _trained(parameters)))
-    peak = devices.peak_memory(DEVICE) / 1e9
-    batch = f"{hparams['batch_seconds']:g} s, {hparams['grad_accumulation_factor']} a step"
-    counts = f"{whole:.1f} | {trained:.1f}"
-    print(f"| {path.name} | {counts} | {batch} | {run['precision']} | {peak:.2f} |", flush=True)
+    return {
+        "parameters": sum(one.numel() for one in parameters),
+        "trained": sum(one.numel() for one in parameters if one.requires_grad),
+        "batch_seconds": hparams["batch_seconds"],
+        "batches_a_step": hparams["grad_accumulation_factor"],
+        "peak": devices.peak_memory(DEVICE),
+    }
 
 
-def _trained(parameters):
-    return [one for one in parameters if one.requires_grad]
+def measure(path, options):
+    """Train a few steps in this process; print one row of the table."""
+    took = train(path, options.precision, options.steps, gradient_checkpointing=options.gradient_checkpointing)
+    counts = f"{took['parameters'] / 1e6:.1f} | {took['trained'] / 1e6:.1f}"
+    batch = f"{took['batch_seconds']:g} s, {took['batches_a_step']} a step"
+    print(f"| {path.name} | {counts} | {batch} | {options.precision} | {took['peak'] / 1e9:.2f} |", flush=True)
 
 
 def main():

@@ -14,6 +14,7 @@ SpeechBrain: `Wav2Vec2(output_norm=True, freeze_feature_extractor=True)`, Statis
 """
 
 import argparse
+import collections
 import functools
 import json
 import os
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ LEVERS = {
     "checkpointing": {"gradient_checkpointing": True},
     "eight_layers": {"num_layers": 8},
     "compiled": {"compiled": True},
+    **{f"workers_{count}": {"num_workers": count} for count in (0, 1, 4, 8)},
 }
 ACCENTS = ("us", "england", "australia")
 RATE = 16_000
@@ -46,32 +49,70 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_clips(source, folder, count, length=None, seed=0):
-    """Cut real speech into clips of Common Voice's lengths (lognormal, mean 5.3 s) or one; return a manifest's rows."""
+    """Cut speech into clips of Common Voice's lengths (lognormal, mean 5.3 s) or one; return a manifest's rows.
+
+    Without a source the clips are noise.
+    """
     rng = np.random.default_rng(seed)
-    paths = sorted(path for path in source.rglob("*") if path.suffix in (".mp3", ".flac", ".wav"))
-    if not paths:
-        sys.exit(f"no audio under {source}")
-    stream, rows, used = np.zeros(0, dtype=np.float32), [], 0
+    stream = _noise(rng) if source is None else _speech(source)
     lengths = np.clip(rng.lognormal(1.61, 0.35, count), 1.5, 12.0) if length is None else [length] * count
-    for number, seconds in enumerate(lengths):
-        wanted = int(seconds * RATE)
-        while len(stream) < wanted:
-            stream = np.concatenate([stream, audio.load(paths[used % len(paths)])])
-            used += 1
-        path = folder / f"{number:04d}.flac"
-        soundfile.write(path, stream[:wanted], RATE)
-        stream = stream[wanted:]
-        rows.append({"ID": f"{number:04d}", "duration": wanted / RATE, "wav": str(path), "accent": ACCENTS[number % 3]})
+    rows, written, held = [], [], np.zeros(0, dtype=np.float32)
+    with ThreadPoolExecutor() as threads:
+        for number, seconds in enumerate(lengths):
+            wanted = int(seconds * RATE)
+            while len(held) < wanted:
+                held = np.concatenate([held, next(stream)])
+            path = folder / f"{number:04d}.flac"
+            written.append(threads.submit(soundfile.write, path, held[:wanted], RATE))
+            held = held[wanted:]
+            rows.append(
+                {"ID": f"{number:04d}", "duration": wanted / RATE, "wav": str(path), "accent": ACCENTS[number % 3]}
+            )
+    for one in written:
+        one.result()
     return rows
 
 
-def make_encoder(folder):
-    """wav2vec2-base with random weights, as Hugging Face saves it; no dropout of activations or of whole layers."""
+def _speech(source):
+    """Yield the samples of all files below a folder, again and again."""
+    paths = sorted(path for path in source.rglob("*") if path.suffix in (".mp3", ".flac", ".wav"))
+    if not paths:
+        sys.exit(f"no audio under {source}")
+    while True:
+        for path in paths:
+            yield audio.load(path)
+
+
+def _noise(rng):
+    while True:
+        yield rng.normal(0, 0.05, 10 * RATE).astype(np.float32)
+
+
+def make_encoder(folder, **shape):
+    """wav2vec2-base, or another shape, with random weights; no dropout of activations or of whole layers."""
     from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
     torch.manual_seed(0)
-    Wav2Vec2Model(Wav2Vec2Config(activation_dropout=0.0, layerdrop=0.0)).save_pretrained(folder)
+    Wav2Vec2Model(Wav2Vec2Config(activation_dropout=0.0, layerdrop=0.0, **shape)).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(folder)
+
+
+def write_manifest(rows, path):
+    """Write rows of `make_clips` as a manifest of the recipe."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("ID,duration,wav,accent,client_id,gender,age\n")
+        for row in rows:
+            wav = f"$data_root/{Path(row['wav']).relative_to(path.parent)}"
+            file.write(f"{row['ID']},{row['duration']},{wav},{row['accent']},{row['ID']},,\n")
+
+
+def load_hparams(encoder, **changes):
+    """The recipe's YAML for wav2vec2-base around an encoder's folder."""
+    from hyperpyyaml import load_hyperpyyaml
+
+    fixed = {"output_folder": tempfile.mkdtemp(), "number_of_epochs": 1000, "early_stopping": 0}
+    with open(ROOT / "hparams/wav2vec2_base.yaml", encoding="utf-8") as file:
+        return load_hyperpyyaml(file, {"wav2vec2_hub": str(encoder), **fixed, **changes})
 
 
 # ----------------------------------------------------------------------------------------- one peer, in its process
@@ -131,26 +172,14 @@ def plan(rows, batch_seconds):
 
 def run_ours(rows, encoder, options, turns, compiled=False, **lever):
     """The recipe's own Brain and YAML; `fit` is SpeechBrain's."""
-    from hyperpyyaml import load_hyperpyyaml
-
     from accent_plugin import experiment
     from accent_plugin.brain import AccentBrain
 
-    folder, manifest = Path(tempfile.mkdtemp()), options.source / "train.csv"
-    with open(manifest, "w", encoding="utf-8") as file:
-        file.write("ID,duration,wav,accent,client_id,gender,age\n")
-        for row in rows:
-            file.write(
-                f"{row['ID']},{row['duration']},$data_root/clips/{row['ID']}.flac,{row['accent']},{row['ID']},,\n"
-            )
-    changes = {"wav2vec2_hub": encoder, "output_folder": str(folder), "number_of_epochs": 1000, "early_stopping": 0}
-    changes |= lever
+    manifest = options.source / f"train_{os.getpid()}.csv"
+    write_manifest(rows, manifest)
     # What the YAML's "auto" comes to.
-    changes["precision"] = options.precision or devices.fastest_precision(
-        "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    with open(ROOT / "hparams/wav2vec2_base.yaml", encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, changes)
+    precision = options.precision or devices.fastest_precision("cuda" if torch.cuda.is_available() else "cpu")
+    hparams = load_hparams(encoder, precision=precision, **lever)
     loaders = experiment.make_loaders({"train": manifest}, hparams["loading"])
     durations = {row["ID"]: row["duration"] for row in rows}
 
@@ -247,10 +276,9 @@ def run_speechbrain(rows, encoder, options, turns):
     from speechbrain.nnet.pooling import StatisticsPooling
 
     cache, how = tempfile.mkdtemp(), {"output_norm": True, "freeze": False, "freeze_feature_extractor": True}
-    modules = {
-        "wav2vec2": Wav2Vec2(encoder, cache, **how),
-        "output_mlp": Linear(input_size=768, n_neurons=len(ACCENTS), bias=False),
-    }
+    lobe = Wav2Vec2(encoder, cache, **how)
+    head = Linear(input_size=lobe.model.config.hidden_size, n_neurons=len(ACCENTS), bias=False)
+    modules = {"wav2vec2": lobe, "output_mlp": head}
     pooling = StatisticsPooling(return_std=False)
 
     class Brain(sb.Brain):
@@ -302,6 +330,10 @@ RUN |= {name: functools.partial(run_ours, **lever) for name, lever in LEVERS.ite
 # --------------------------------------------------------------------------------------------------- all, by turns
 
 
+class PeerEnded(Exception):
+    """A peer ended where it was to take its turn."""
+
+
 def compare(options):
     """Let the peers take turns; print medians, ratios and memory."""
     with tempfile.TemporaryDirectory() as place:
@@ -310,29 +342,65 @@ def compare(options):
         rows = make_clips(options.source, place / "clips", options.clips, options.length)
         (place / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
         make_encoder(place / "encoder")
-        workers = {name: start(name, place, options) for name in options.peers}
-        took = {name: [] for name in workers}
-        for turn in range(options.turns + 1):
-            for name, worker in workers.items():
-                done = answer(name, worker, options)
-                if turn:  # the first one warms up
+        took, ended = take_turns(place, options)
+    for name in ended:
+        print(f"{name} ended, see {options.log}", file=sys.stderr)
+    say(took, options)
+
+
+def take_turns(place, options, warm_up=1, until=float("inf")):
+    """Let each peer take its turns.
+
+    Arguments
+    ---------
+    place : Path
+        Folder with rows.json of `make_clips` and the encoder.
+    options : argparse.Namespace
+        Of this file's command line.
+    warm_up : int
+        Turns at first that do not count.
+    until : float
+        Of `time.monotonic`: no other turn begins later, but the first one that counts.
+
+    Returns
+    -------
+    took : dict
+        Peer -> list of what it said of each turn.
+    ended : list of str
+        Peers that ended with an error; they are left out.
+    """
+    workers = {name: start(name, place, options) for name in options.peers}
+    took, ended = collections.defaultdict(list), []
+    try:
+        for turn in range(options.turns + warm_up):
+            if turn > warm_up and time.monotonic() > until:
+                break
+            for name in [name for name in workers if name not in ended]:
+                try:
+                    done = answer(name, workers[name])
+                except PeerEnded:
+                    ended.append(name)
+                    took.pop(name, None)
+                    continue
+                if turn >= warm_up:
                     took[name].append(done)
+    finally:
         for worker in workers.values():
             # Not terminated: this package's training would finish its step and save, and wait for its turn.
             worker.kill()
             worker.wait()
-    say(took, options)
+    return took, ended
 
 
 def start(name, place, options):
     words = [sys.executable, __file__, str(place), "--worker", name, "--turn", str(options.turn)]
     words += ["--precision", options.precision] if options.precision else []
     words += ["--same_batches"] * options.same_batches + ["--batch_seconds", str(options.batch_seconds)]
-    log = open(options.log, "a", encoding="utf-8")
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+    with open(options.log, "a", encoding="utf-8") as log:
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
 
 
-def answer(name, worker, options):
+def answer(name, worker):
     """Give a peer its turn; what it says of it."""
     lines = []
     for _ in range(2):
@@ -340,7 +408,7 @@ def answer(name, worker, options):
         while line and not line.startswith("{"):
             line = worker.stdout.readline()
         if not line:
-            sys.exit(f"{name} ended, see {options.log}")
+            raise PeerEnded(name)
         lines.append(json.loads(line))
         if "ready" in lines[-1]:
             worker.stdin.write("go\n")
@@ -348,15 +416,32 @@ def answer(name, worker, options):
     return lines[1]
 
 
-def say(took, options):
+def summarise(took):
+    """Peer -> medians, least and most of its audio-seconds a second, ratio to this package's, and the rest."""
     speeds = {name: [one["audio"] / one["seconds"] for one in turns] for name, turns in took.items()}
-    print(f"\n{'peer':16}{'audio-s/s':>10}{'least':>8}{'most':>8}{'ours / it':>11}{'loading':>9}{'peak MiB':>10}")
+    rows = {}
     for name, turns in took.items():
-        ratios = [ours / it for ours, it in zip(speeds["accent_plugin"], speeds[name], strict=True)]
-        loading = sum(one["loading"] for one in turns) / sum(one["seconds"] for one in turns)
+        rows[name] = {
+            "speed": statistics.median(speeds[name]),
+            "least": min(speeds[name]),
+            "most": max(speeds[name]),
+            "loading": sum(one["loading"] for one in turns) / sum(one["seconds"] for one in turns),
+            "memory": max(one["memory"] for one in turns),
+            "turns": len(turns),
+        }
+        if "accent_plugin" in speeds:
+            # A peer that has not come to its last turn has one less.
+            ratios = [ours / it for ours, it in zip(speeds["accent_plugin"], speeds[name], strict=False)]
+            rows[name] |= {"ratio": statistics.median(ratios), "ratios": (min(ratios), max(ratios))}
+    return rows
+
+
+def say(took, options):
+    print(f"\n{'peer':16}{'audio-s/s':>10}{'least':>8}{'most':>8}{'ours / it':>11}{'loading':>9}{'peak MiB':>10}")
+    for name, row in summarise(took).items():
         print(
-            f"{name:16}{statistics.median(speeds[name]):10.2f}{min(speeds[name]):8.2f}{max(speeds[name]):8.2f}"
-            f"{statistics.median(ratios):11.2f}{loading:9.1%}{max(one['memory'] for one in turns) / 2**20:10.0f}"
+            f"{name:16}{row['speed']:10.2f}{row['least']:8.2f}{row['most']:8.2f}"
+            f"{row.get('ratio', float('nan')):11.2f}{row['loading']:9.1%}{row['memory'] / 2**20:10.0f}"
         )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, no GPU"
     print(
