@@ -15,10 +15,12 @@ import json
 import mmap
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 # C functions that touch the disk: between any two of them a save may be cut off.
 TOUCHES = {
@@ -29,6 +31,34 @@ TOUCHES = {
 CHECKPOINTS = ("CKPT*", ".writing*/CKPT*", ".deleted*", "damaged*")
 # Bytes that parent and child share: whether training has begun, whether it is saving, and then some JSON.
 _BEGUN, _SAVING, _TEXT, _SIZE = 0, 1, 2, 4096
+
+
+class Lives:
+    """Starts lives of a run, one at a time, in a process that has imported everything."""
+
+    def __init__(self, words, folder):
+        self.words, self.log = words, folder / "log"
+        # A process that has asked CUDA whether it is there cannot fork others that use it; this asks the driver.
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def live(self, out, *more, **plan):
+        argv = [*self.words, "--output_folder", str(out), *map(str, more)]
+        self.process.stdin.write(json.dumps({"argv": argv, "log": str(self.log), **plan}) + "\n")
+        self.process.stdin.flush()
+        life = json.loads(self.process.stdout.readline())
+        return SimpleNamespace(**{"most": 0, "saves": 0, **life}, err=self.log.read_text(encoding="utf-8"))
+
+    def finish(self, out, *more):
+        """A life that nobody ends."""
+        life = self.live(out, *more)
+        assert life.code == 0, life.err[-3000:]
+        return life
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
 class Life:

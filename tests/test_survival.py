@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from lives_for_tests import Lives
 
 from accent_plugin import checkpoints
 
@@ -34,33 +32,6 @@ VALID = {"at": "accent_plugin.brain:AccentBrain.evaluate_batch", "stage": "VALID
 TEST = {"at": "accent_plugin.brain:AccentBrain.evaluate_batch", "stage": "TEST"}
 EPOCH_END = {"at": "accent_plugin.brain:AccentBrain.on_stage_end", "stage": "VALID"}
 PREPARE = {"at": "accent_plugin.audio:write"}
-
-
-class Lives:
-    """Starts lives of a run, one at a time, in a process that has imported everything."""
-
-    def __init__(self, words, folder):
-        self.words, self.log = words, folder / "log"
-        command = [sys.executable, str(ROOT / "tests/lives_for_tests.py")]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-
-    def live(self, out, *more, **plan):
-        argv = [*self.words, "--output_folder", str(out), *map(str, more)]
-        self.process.stdin.write(json.dumps({"argv": argv, "log": str(self.log), **plan}) + "\n")
-        self.process.stdin.flush()
-        life = json.loads(self.process.stdout.readline())
-        return SimpleNamespace(**{"most": 0, "saves": 0, **life}, err=self.log.read_text(encoding="utf-8"))
-
-    def finish(self, out, *more):
-        """A life that nobody ends."""
-        life = self.live(out, *more)
-        assert life.code == 0, life.err[-3000:]
-        return life
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
