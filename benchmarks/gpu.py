@@ -10,6 +10,7 @@ measures is in results.json and results.md within seconds; a part that fails or 
 import argparse
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def as_markdown(results):
 
 
 def _seconds(part):
-    return f" ({part['seconds']:.0f} s)" if "seconds" in part else ""
+    return f" ({part['seconds']:.0f} s, {part['cpu_seconds']:.0f} s of CPU)" if "seconds" in part else ""
 
 
 def _cell(value):
@@ -150,7 +151,7 @@ def run_part(name, limit, folder, log, options, results):
     for option in ("clips", "data", "encoder"):
         if value := getattr(options, option):
             words += [f"--{option}", str(value.resolve())]
-    started, size = time.monotonic(), -1
+    started, cpu, size = time.monotonic(), cpu_of_children(), -1
     log.write(f"\n==== {name}\n")
     log.flush()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
@@ -177,6 +178,7 @@ def run_part(name, limit, folder, log, options, results):
     log.write(said)
     log.flush()
     part["tables"], part["seconds"] = read_rows(rows), time.monotonic() - started
+    part["cpu_seconds"] = cpu_of_children() - cpu
     failed = [row for table in part["tables"].values() for row in table if row.get("error")]
     if code is None:
         part["status"] = f"cut off after {limit:.0f} s"
@@ -187,6 +189,11 @@ def run_part(name, limit, folder, log, options, results):
     if code or failed:
         part["stderr"] = said[-_TAIL:]
     write(options.out, results)
+
+
+def cpu_of_children():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def work(options):

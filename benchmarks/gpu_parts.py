@@ -87,7 +87,7 @@ class Rows:
         """Let what is inside fail, with a row that says how."""
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             self.add(table, **cells, error=f"{type(error).__name__}: {error}"[:500])
         finally:
@@ -455,11 +455,15 @@ def find_largest_batches(job, precision):
 def training(job):
     """Beside transformers and SpeechBrain: each at its defaults, in one precision, with the same batches."""
     precision = half()
-    for table, changes in (
-        ("each at its defaults", {"precision": None}),
-        (f"all in {precision}", {"precision": precision}),
-        (f"all in {precision}, the same batches", {"precision": precision, "same_batches": True}),
-    ):
+    tables = {
+        "each at its defaults": {"precision": None},
+        f"all in {precision}": {"precision": precision},
+        f"all in {precision}, the same batches": {"precision": precision, "same_batches": True},
+    }
+    if job.options.tiny:
+        # Three processes more for nothing that the others do not rehearse.
+        del tables[f"all in {precision}"]
+    for table, changes in tables.items():
         with job.rows.attempt(table):
             take_turns(job, table, training_benchmark.PEERS, **changes)
     with job.rows.attempt("profile of one step"):
@@ -620,8 +624,8 @@ def levers(job):
             job.rows.add("batch_seconds", batch_seconds=seconds, **cells)
             del brain
     with job.rows.attempt("num_workers"):
-        counts = (0, 1, 4, 8) if DEVICE == "cuda" else (1,)
-        take_turns(job, "num_workers", ["accent_plugin", *(f"workers_{count}" for count in counts)], precision)
+        peers = ["workers_1"] if job.options.tiny else ["accent_plugin", *map("workers_{}".format, (0, 1, 4, 8))]
+        take_turns(job, "num_workers", peers, precision)
 
 
 _DROPOUTS = ("hidden_dropout", "attention_dropout", "feat_proj_dropout", "activation_dropout")
@@ -797,6 +801,9 @@ def compile(job):
         "torch.compile, reduce-overhead (CUDA graphs)": {"dynamic": False, "mode": "reduce-overhead"},
         "torch.compile, dynamic shapes, usual batches": {"dynamic": True},
     }
+    if job.options.tiny:
+        # Traced as for a GPU; only the code that is generated then takes minutes on a CPU.
+        ways = {what: {"dynamic": how["dynamic"], "backend": "aot_eager"} for what, how in ways.items()}
     for what, how in ways.items():
         # A compilation that is cut off says nothing.
         if not job.has(20):
