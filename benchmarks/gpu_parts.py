@@ -769,18 +769,25 @@ def attention_in_steps(job, encoder, batches, counts):
             return fit_batch(batch)
 
         changed.fit_batch = pack
-        scores = []
-        for brain in (base, changed):
-            Packing.now = known[batches[0].ids]
-            brain.modules.eval()
-            with torch.no_grad(), brain.training_ctx:
-                batch = batches[0].to(DEVICE)
-                scores.append(brain.modules.model(batch.wavs, batch.wav_lens).exp())
-            brain.modules.train()
-        job.rows.add(
-            "correctness", what="packed attention", probabilities_differ_by=float((scores[0] - scores[1]).abs().max())
-        )
+        # The control attends to the padding.
+        rows, frames = counts[0], max(counts[0])
+        ways = {"padded": (base, None), "packed": (changed, known[batches[0].ids])}
+        ways["control"] = changed, Packing([frames] * len(rows), frames)
+        found = {name: encode_with(brain, batches[0], packing) for name, (brain, packing) in ways.items()}
+        for name in ("packed", "control"):
+            difference = (found[name] - found["padded"]).norm() / found["padded"].norm()
+            job.rows.add("correctness", what=name, frames_differ_by=float(difference))
         compare_steps(job, table, "packed attention", base, changed, batches)
+
+
+def encode_with(brain, batch, packing):
+    """The frames of a batch that belong to clips."""
+    Packing.now, encoder = packing, brain._model().wav2vec2.eval()
+    batch = batch.to(DEVICE)
+    with torch.no_grad(), brain.training_ctx:
+        frames, valid = encoder(batch.wavs, batch.wav_lens)
+    encoder.train()
+    return frames[valid].float()
 
 
 # ---------------------------------------------------------------------------------------------------------- compiling
