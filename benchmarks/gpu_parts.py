@@ -770,10 +770,11 @@ def attention_in_steps(job, encoder, batches, counts):
 
         changed.fit_batch = pack
         # The control attends to the padding.
-        rows, frames = counts[0], max(counts[0])
-        ways = {"padded": (base, None), "packed": (changed, known[batches[0].ids])}
-        ways["control"] = changed, Packing([frames] * len(rows), frames)
-        found = {name: encode_with(brain, batches[0], packing) for name, (brain, packing) in ways.items()}
+        padding = [max(own) * len(own) - sum(own) for own in counts]
+        batch, rows = batches[int(np.argmax(padding))], counts[int(np.argmax(padding))]
+        ways = {"padded": (base, None), "packed": (changed, known[batch.ids])}
+        ways["control"] = changed, Packing([max(rows)] * len(rows), max(rows))
+        found = {name: encode_with(brain, batch, packing) for name, (brain, packing) in ways.items()}
         for name in ("packed", "control"):
             difference = (found[name] - found["padded"]).norm() / found["padded"].norm()
             job.rows.add("correctness", what=name, frames_differ_by=float(difference))
