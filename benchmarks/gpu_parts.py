@@ -11,6 +11,7 @@ clips' own frames, without padding. A clip of n samples has T frames of width d.
 frozen. Norms, activations, dropout and the optimizer are not counted.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -245,7 +246,7 @@ class Outcomes:
     """A plugin of pytest that writes rows."""
 
     def __init__(self, rows):
-        self.rows, self.file, self.counts = rows, None, {}
+        self.rows, self.file, self.counts, self.reasons = rows, None, {}, collections.Counter()
 
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.outcome == "passed":
@@ -258,11 +259,14 @@ class Outcomes:
         if report.outcome == "failed":
             self.rows.add("failures", test=report.nodeid, error=report.longreprtext[-400:])
         elif report.outcome == "skipped":
-            self.rows.add("left out", test=report.nodeid, why=str(report.longrepr[2]))
+            self.reasons[str(report.longrepr[2])] += 1
 
     def finish(self):
         if self.file:
             self.rows.add("outcomes", file=self.file, **self.counts)
+        for why, count in self.reasons.items():
+            self.rows.add("left out", file=self.file, tests=count, why=why)
+        self.reasons.clear()
 
 
 def tests(job):
