@@ -203,8 +203,18 @@ def test_flags_of_speechbrain_may_carry_a_truth_value(read):
     assert not read("--test_only", "False").run_opts.test_only
 
 
-def test_run_options_reach_the_checked_values(read):
-    assert read("--precision", "bf16").values["precision"] == "bf16"
+@pytest.mark.parametrize(
+    "key, value",
+    [("eval_precision", "bf16"), ("grad_accumulation_factor", 4), ("max_grad_norm", 2.5), ("ckpt_interval_minutes", 7)],
+)
+def test_run_options_reach_the_checked_values(read, key, value):
+    settings = read(f"--{key}", str(value))
+    assert settings.values[key] == getattr(settings.run_opts, key) == value
+
+
+def test_the_precision_is_a_hyperparameter_and_no_run_option(read):
+    settings = read("--precision", "bf16")
+    assert settings.values["precision"] == "bf16" and settings.run_opts.precision == "fp32"
 
 
 def test_paths_of_the_command_line_start_at_the_working_directory(read, tmp_path):
