@@ -29,14 +29,28 @@ def test_within_a_class_the_covariance_becomes_the_identity():
     assert (white[labels == 1].mean(0) - white[labels == 0].mean(0)).norm() > 10
 
 
-def test_full_shrinkage_only_scales():
+def test_full_shrinkage_divides_by_the_mean_deviation_within_classes():
     vectors, labels = examples()
     whitening = Whitening(3)
     whitening.fit(vectors, labels, shrinkage=1.0)
-    assert torch.allclose(whitening.transform, torch.eye(3) * whitening.transform[0, 0], atol=1e-6)
+    # Both classes are of one size.
+    variance = torch.stack([vectors[labels == label].var(dim=0, correction=0) for label in (0, 1)]).mean()
+    assert torch.allclose(whitening.transform, torch.eye(3) / variance.sqrt(), atol=1e-6)
 
 
-def test_more_features_than_examples_stay_finite():
+def test_more_features_than_examples_are_whitened_with_a_shrunk_covariance():
+    vectors, labels = torch.randn(20, 50, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 2
     whitening = Whitening(50)
-    whitening.fit(torch.randn(20, 50, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 2)
-    assert torch.isfinite(whitening.transform).all()
+    whitening.fit(vectors, labels, shrinkage=0.1)
+    covariance = sum(torch.cov(vectors[labels == label].T.double(), correction=0) for label in (0, 1)) / 2
+    shrunk = 0.9 * covariance + 0.1 * covariance.diag().mean() * torch.eye(50)
+    transform = whitening.transform.double()
+    assert torch.allclose(transform @ shrunk @ transform.T, torch.eye(50).double(), atol=1e-5)
+    assert torch.allclose(whitening(vectors), (vectors - vectors.mean(dim=0)) @ transform.float(), atol=1e-5)
+
+
+def test_it_is_fitted_once_it_has_seen_examples():
+    whitening = Whitening(3)
+    assert not whitening.fitted
+    whitening.fit(*examples(10))
+    assert whitening.fitted
