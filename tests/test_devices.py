@@ -11,24 +11,22 @@ from accent_plugin import devices
 from accent_plugin.errors import ConfigError
 
 
-@pytest.mark.parametrize(
-    ("device", "bf16", "chosen"),
-    [
-        ("cpu", True, "bf16"),
-        ("cpu", False, "fp32"),
-        ("cuda:0", True, "bf16"),
-        ("cuda:0", False, "fp16"),
-        ("mps", False, "fp32"),
-    ],
-)
-def test_the_fastest_precision_that_a_device_has(device, bf16, chosen, monkeypatch):
-    monkeypatch.setattr(devices, "bf16_is_faster", lambda kind: bf16)
-    assert devices.fastest_precision(device) == chosen
+@pytest.fixture(autouse=True)
+def forget():
+    """Devices are asked once per process; here they pretend to be others."""
+    devices.bf16_is_faster.cache_clear()
+    yield
+    devices.bf16_is_faster.cache_clear()
+
+
+@pytest.mark.parametrize(("native", "chosen"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_that_only_emulates_bf16_trains_in_fp16(native, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert devices.fastest_precision("cuda:0") == devices.fastest_precision(torch.device("cuda")) == chosen
 
 
 def test_the_probe_answers_and_draws_no_random_numbers():
     state = torch.get_rng_state()
-    devices.bf16_is_faster.cache_clear()
     assert devices.bf16_is_faster("cpu") in (True, False)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -50,17 +48,13 @@ def test_other_processes_do_not_decide_about_precision(seconds, faster, monkeypa
     monkeypatch.setattr(torch.nn.functional, "linear", work)
     monkeypatch.setattr(torch.nn.functional, "conv1d", work)
     threads = torch.get_num_threads()
-    devices.bf16_is_faster.cache_clear()
-    try:
-        assert devices.bf16_is_faster("cpu") is faster
-    finally:
-        devices.bf16_is_faster.cache_clear()
+    assert devices.fastest_precision("cpu") == ("bf16" if faster else "fp32")
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("kind", ["mps", "xpu", "meta"])
-def test_of_other_devices_nothing_is_assumed(kind):
-    assert devices.bf16_is_faster(kind) is False
+@pytest.mark.parametrize("device", ["mps", "xpu:1", "meta"])
+def test_of_other_devices_nothing_is_assumed(device):
+    assert devices.fastest_precision(device) == "fp32"
 
 
 def test_peak_memory_by_system(monkeypatch, tmp_path):
