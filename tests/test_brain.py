@@ -329,9 +329,13 @@ def test_training_and_evaluation_are_not_rounded_to_tf32(make_brain, loader, mon
     assert set(seen) == {(False, False, False)}
 
 
-def test_bfloat16_trains(make_brain, loader):
-    brain = make_brain(epochs=1, run_opts={"precision": "bf16"})
+def test_bfloat16_trains_and_validation_stays_exact(make_brain, loader):
+    brain, seen = make_brain(epochs=1, run_opts={"precision": "bf16"}), set()
+    for part in (brain.modules.model.wav2vec2.model, brain.modules.model.classifier):
+        part.register_forward_hook(lambda part, _, output: seen.add((part.training, output.dtype)))
     brain.fit(brain.hparams.epoch_counter, loader(), loader())
+    assert seen == {(True, torch.bfloat16), (False, torch.float32)}
+    assert {parameter.dtype for parameter in brain.modules.parameters()} == {torch.float32}
     assert np.isfinite(read_history(brain.history_file)[0]["train_loss"])
 
 
