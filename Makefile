@@ -3,6 +3,7 @@
 # make test-slow the tests that it leaves out
 # make test-all  all tests
 # make test-oldest, test-newest   with the oldest and the newest supported versions, each in an environment of its own
+# make mutants MODULE=accent_plugin/pooling.py   small errors in a module that its tests do not notice (2 to 20 minutes)
 # make lint      ruff, yamllint and mypy; pre-commit runs them before a commit: see .pre-commit-config.yaml
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ DEMO := data/demo
 # Threads that wait by spinning make a step five times slower on a machine that has other work to do.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help env demo test test-slow test-all test-oldest test-newest lint
+.PHONY: help env demo test test-slow test-all test-oldest test-newest mutants lint
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -66,6 +67,15 @@ test-newest:
 	grep '^torch' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/uv pip install --quiet --upgrade --python $(BIN)/python --constraint $(VENV)/constraints.txt --editable '.[test]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+
+# Tests mirror the package's folders; where others test a module: make mutants MODULE=... TESTS="tests/test_one.py ...".
+TESTS ?= $(patsubst accent_plugin/%,tests/%,$(dir $(MODULE)))test_$(notdir $(MODULE))
+MOST ?= 50
+
+# mutmut is installed here alone: nothing else needs it.
+mutants: env
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt mutmut==3.8.1
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py $(MODULE) $(TESTS) --most $(MOST)
 
 lint: env
 	$(BIN)/ruff check .
