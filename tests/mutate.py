@@ -35,6 +35,7 @@ pytest_add_cli_args=
 process_isolation=forkserver
 use_setproctitle=false
 on_dependency_change=ignore
+debug=true
 use_git_change_detection=false
 """
 
@@ -65,6 +66,7 @@ def main():
     parser.add_argument("tests", nargs="+")
     parser.add_argument("--most", type=int, default=50, help="errors to try")
     parser.add_argument("--seed", type=int, default=0, help="of their choice")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="try these again, by the names that were printed")
     given = parser.parse_args()
     mutmut = Path(sys.executable).with_name("mutmut")
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +81,7 @@ def main():
         (folder / "setup.cfg").write_text(CONFIG.format(package=package, module=given.module, **lists))
         os.chdir(folder)
         names = names_of_mutants(given.module)
-        chosen = sorted(random.Random(given.seed).sample(names, min(given.most, len(names))))
+        chosen = given.only or sorted(random.Random(given.seed).sample(names, min(given.most, len(names))))
         run = subprocess.run([mutmut, "run", "--max-children", "1", *chosen], stdout=subprocess.PIPE, text=True)
         if run.returncode:
             print(run.stdout)

@@ -74,6 +74,7 @@ def test_unknown_accent(raw):
         ("us,us", ("us", "us")),
         ("us | US", ("us", "us")),
         ("United States English,Midwestern", ("us", None)),
+        ("Irish English (Cork, Scottish English", (None, "scotland")),
     ],
 )
 def test_compound_accent(raw, parts):
@@ -153,6 +154,8 @@ def test_a_mapping_is_written_either_way(tmp_path):
         ("Geordie: [", "is no YAML"),
         ("no: england", "in quotes"),
         ("Geordie: null", "in quotes"),
+        ("Geordie: ' '", "in quotes"),
+        ("' ': england", "in quotes"),
         ("Geordie: england\ngeordie: wales", "maps 'geordie' to england and to wales"),
         ("!!python/object/apply:os.system [ls]", "is no YAML"),
     ],

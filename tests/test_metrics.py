@@ -502,6 +502,14 @@ def test_speakers_whose_answer_changed_are_listed():
     assert changed["b"] == {"answer": "us", "probability": pytest.approx(0.7), "share_right": 1}
 
 
+def test_models_are_compared_by_clip_alone_without_client_ids():
+    a, b = (build(p, [0, 1], labels=("us", "england")) for p in ([[0.9, 0.1], [0.8, 0.2]], [[0.9, 0.1], [0.4, 0.6]]))
+    comparison = m.compare(a, b, draws=10)
+    assert comparison["clip"]["accuracy"]["difference"]["value"] == 0.5
+    assert (comparison["speaker"], comparison["speakers"], comparison["changed"]) == (None, None, [])
+    assert comparison["notes"] == ["No client ids: intervals resample clips, and are too narrow."]
+
+
 def test_what_cannot_be_compared_is_refused():
     a = by_hand()
     with pytest.raises(ReportError, match="1 of 4 are missing from the second .*'clip0003'"):

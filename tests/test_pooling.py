@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from accent_plugin.errors import ConfigError
-from accent_plugin.pooling import POOLINGS, AttentiveStatisticsPooling, MeanPooling, make_pooling
+from accent_plugin.pooling import POOLINGS, AttentivePooling, AttentiveStatisticsPooling, MeanPooling, make_pooling
 
 FRAMES = torch.tensor([[[1.0, 10.0], [3.0, 20.0], [99.0, -99.0]]])
 VALID = torch.tensor([[True, True, False]])
@@ -34,6 +34,38 @@ def test_attentive_statistics_by_hand():
     assert torch.allclose(pooling(FRAMES, VALID), torch.tensor([[2.0, 15.0, 1.0, 5.0]]))
 
 
+@pytest.mark.parametrize("kind", [AttentivePooling, AttentiveStatisticsPooling])
+def test_attention_is_the_softmax_of_a_layer_with_a_tangent(kind):
+    generator = torch.Generator().manual_seed(0)
+    frames, weight, bias, score = (torch.randn(*shape, generator=generator) for shape in ((5, 2), (3, 2), (3,), (1, 3)))
+    pooling = kind(2, attention_features=3)
+    names = ("attention.hidden.weight", "attention.hidden.bias", "attention.score.weight")
+    pooling.load_state_dict(dict(zip(names, (weight, bias, score), strict=True)))
+    exponentials = [(score[0] @ (weight @ frame + bias).tanh()).exp() for frame in frames]
+    mean = sum(e * frame for e, frame in zip(exponentials, frames, strict=True)) / sum(exponentials)
+    assert torch.allclose(pooling(frames[None], torch.ones(1, 5, dtype=torch.bool))[0, :2], mean)
+
+
+@pytest.mark.parametrize("name", ["attentive", "attentive_statistics"])
+def test_the_weights_are_those_that_bundles_have(name):
+    shapes = {key: tuple(value.shape) for key, value in make_pooling(name, 2).state_dict().items()}
+    assert shapes == {
+        "attention.hidden.weight": (128, 2),
+        "attention.hidden.bias": (128,),
+        "attention.score.weight": (1, 128),
+    }
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+def test_a_clip_in_a_batch_gives_what_it_gives_alone(name):
+    pooling, lengths = make_pooling(name, 4), (5, 2, 1)
+    frames = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    pooled = pooling(frames, torch.arange(5) < torch.tensor(lengths)[:, None])
+    for clip, length, together in zip(frames, lengths, pooled, strict=True):
+        alone = pooling(clip[None, :length], torch.ones(1, length, dtype=torch.bool))
+        assert torch.allclose(together, alone[0], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", POOLINGS)
 def test_padding_has_no_influence_even_when_it_is_not_finite(name):
     pooling, frames = make_pooling(name, 2), FRAMES.clone()
@@ -49,6 +81,8 @@ def test_one_frame_gives_finite_values_and_gradients(name):
     pooled.sum().backward()
     assert torch.isfinite(pooled).all() and torch.isfinite(frames.grad).all()
     assert torch.allclose(pooled[:, :2], frames[0])
+    # A feature that does not vary has the smallest deviation that is told.
+    assert torch.allclose(pooled[:, 2:], torch.tensor(1e-3))
 
 
 @pytest.mark.parametrize("name", POOLINGS)
@@ -68,7 +102,7 @@ def test_bfloat16_frames_are_summed_in_float32(name):
     with torch.autocast("cpu", torch.bfloat16):
         pooled = pooling(frames.bfloat16(), valid)
     assert pooled.dtype == torch.float32
-    assert torch.allclose(pooled, pooling(frames, valid), atol=0.02)
+    assert torch.equal(pooled, pooling(frames.bfloat16().float(), valid))
 
 
 @pytest.mark.parametrize("name", POOLINGS)

@@ -146,6 +146,60 @@ def test_the_seed_matters():
     assert chosen[1] != chosen[2]
 
 
+DRAWS = [
+    "a10 a11 a2 a3 a6 a7 a8 a9 b0 b1 b2 b3 b4 b5 b8 b9 | a0 a1 b6 b7 | a4 a5 b10 b11",
+    "a0 a1 a10 a11 a6 a7 b0 b1 b10 b11 b4 b5 b6 b7 | a2 a3 a4 a5 a8 a9 | b2 b3 b8 b9",
+    "a1 a10 a11 a3 a5 a6 a8 a9 b0 b1 b10 b11 b2 b4 b6 b9 | a4 a7 b3 b7 | a0 a2 b5 b8",
+    "a4 a5 a6 a7 a8 a9 b4 b5 b6 b7 b8 b9 | a10 a11 b0 b1 | a0 a1 a2 a3 b10 b11 b2 b3",
+    "a0 a1 a10 a11 a6 a7 b10 b11 b4 b5 b8 b9 | a2 a3 b2 b3 | a4 a5 a8 a9 b0 b1 b6 b7",
+    "a2 a3 a4 a5 a8 a9 b0 b1 b10 b11 b6 b7 | a0 a1 b2 b3 | a10 a11 a6 a7 b4 b5 b8 b9",
+    "a0 a11 a2 a5 a7 a9 b1 b11 b2 b4 b6 b8",
+    "b0 b5 b7 b9",
+]
+
+
+def draws(seed):
+    """Names of the clips in each split, for 24 clips of 12 clients, in a line each."""
+    items = [Item(f"{accent}{n}", accent, f"{accent}{n // 2}") for accent in "ab" for n in range(12)]
+    fractions = {"valid_fraction": 0.2, "test_fraction": 0.2, "seed": seed}
+    made = [
+        splits.by_client(items, **fractions),
+        splits.by_hash(items, **fractions),
+        splits.at_random(items, **fractions),
+        *splits.folds(items, 3, valid_fraction=0.2, seed=seed),
+        {"kept": splits.cap(items, 1, seed).kept},
+        {"dropped": splits.downsample(items[:8] + items[12:], seed).dropped},
+    ]
+    return [" | ".join(" ".join(item.id for item in part) for part in parts.values()) for parts in made]
+
+
+def test_draws_are_those_of_earlier_versions():
+    """Data that were prepared with an older version, and a later preparation of them, have the same splits."""
+    assert draws(1) == DRAWS
+
+
+def test_every_draw_depends_on_the_seed():
+    assert not set(draws(1)) & set(draws(2))
+
+
+def test_without_a_limit_every_clip_is_kept():
+    items = [Item(name, "us", "anna") for name in "cab"]
+    assert splits.cap(items, None, 1) == splits.Choice(tuple(sorted(items, key=lambda item: item.id)), ())
+
+
+def test_a_client_keeps_its_split_whatever_is_added():
+    items = [Item(f"{accent}{n}", accent, f"{accent}{n // 2}") for accent in "ab" for n in range(400)]
+    parts = splits.by_hash(items, valid_fraction=0.3, test_fraction=0.2, seed=1)
+    splits.require_disjoint(parts)
+    assert {split: round(len(part) / len(items), 1) for split, part in parts.items()} == {
+        "train": 0.5,
+        "valid": 0.3,
+        "test": 0.2,
+    }
+    fewer = splits.by_hash(items[::3], valid_fraction=0.3, test_fraction=0.2, seed=1)
+    assert all(set(fewer[split]) <= set(parts[split]) for split in splits.SPLITS)
+
+
 def test_a_fraction_of_zero_makes_no_split():
     items = [Item(f"{client}", "us", f"c{client}") for client in range(4)]
     assert list(splits.by_client(items, valid_fraction=0.2, test_fraction=0, seed=1)) == ["train", "valid"]
