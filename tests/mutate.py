@@ -33,6 +33,7 @@ pytest_add_cli_args=
     -p
     no:xdist
 process_isolation=forkserver
+timeout_constant=10
 use_setproctitle=false
 on_dependency_change=ignore
 debug=true
