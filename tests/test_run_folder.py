@@ -256,6 +256,13 @@ def test_a_damaged_file_is_named_with_both_ways_out(trained, text):
     assert "--output_folder" in lines[1] and "--overwrite True" in lines[1]
 
 
+def test_what_a_run_was_begun_with_can_be_read(trained, tmp_path):
+    assert run_folder.begun(trained) == NOW
+    assert run_folder.begun(tmp_path / "nowhere") is None
+    (trained / "run.json").write_text("{")
+    assert run_folder.begun(trained) is None
+
+
 # ---- claimed
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -351,6 +358,19 @@ def test_a_file_in_the_folders_place_is_the_systems_answer(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError), run_folder.claimed(tmp_path / "file"):
         pass
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path):
+    write(tmp_path, ".bundle.7.tmp/config.json", ".run.json.7.tmp", ".bundle.7.old/config.json", "bundle/config.json")
+    with run_folder.claimed(tmp_path):
+        assert files(tmp_path) == {".run.lock", "bundle/config.json"}
+    assert not (tmp_path / ".bundle.7.old").exists()
+
+
+def test_what_else_was_in_a_bundle_that_was_being_replaced_stays(tmp_path):
+    write(tmp_path, ".bundle.7.old/config.json", ".bundle.7.old/notes.txt")
+    with run_folder.claimed(tmp_path):
+        assert files(tmp_path) == {".run.lock", ".bundle.7.old/notes.txt"}
 
 
 # ---- clear
