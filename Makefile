@@ -4,7 +4,7 @@
 # make test-all  all tests
 # make test-oldest, test-newest   with the oldest and the newest supported versions, each in an environment of its own
 # make mutants MODULE=accent_plugin/pooling.py   small errors in a module that its tests do not notice (2 to 20 minutes)
-# make lint      ruff, yamllint and mypy; pre-commit runs them before a commit: see .pre-commit-config.yaml
+# make lint      ruff, yamllint, mypy and import-linter; pre-commit runs them before a commit: see .pre-commit-config.yaml
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -33,7 +33,7 @@ $(VENV)/.done: setup.py constraints.txt
 
 demo: env
 	@echo "1/2  The built-in corpus of synthetic speech and a tiny encoder with random weights, in $(DEMO)."
-	$(BIN)/python -m accent_plugin.synthetic --out $(DEMO)/corpus --encoder $(DEMO)/encoder
+	$(BIN)/python -m accent_plugin.corpus.synthetic --out $(DEMO)/corpus --encoder $(DEMO)/encoder
 	@echo "2/2  Training and evaluation with the recipe; a finished run is only evaluated again."
 	$(BIN)/python recipes/CommonVoiceAccent/train.py hparams/wav2vec2_base.yaml $(DEMO_OVERRIDES)
 	@echo "The report is results/demo/1986/report/report.md (or report.html in a browser)."
@@ -82,4 +82,5 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/yamllint .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/pre-commit validate-config

@@ -21,7 +21,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["accent_plugin", "accent_plugin.*"]),
     python_requires=">=3.11,<3.14",
-    entry_points={"console_scripts": ["accent-plugin=accent_plugin.cli:main"]},
+    entry_points={"console_scripts": ["accent-plugin=accent_plugin.cli.main:main"]},
     install_requires=[
         "torch>=2.6",
         "torchaudio>=2.6",
@@ -79,7 +79,7 @@ setup(
             "build",
             "setuptools>=77",
         ],
-        "lint": ["ruff", "yamllint", "mypy", "pre-commit"],
+        "lint": ["ruff", "yamllint", "mypy", "import-linter", "pre-commit"],
         # For benchmarks/micro.py. Not in `test`: beside pytest-xdist it warns in each run.
         "bench": ["pytest-benchmark>=5"],
     },

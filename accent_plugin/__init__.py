@@ -3,6 +3,25 @@
 __version__ = "0.1.0"
 
 
+def lazy_names(package, homes):
+    """Make the `__getattr__` of a package whose names are imported from its modules when they are first asked for.
+
+    Arguments
+    ---------
+    package : str
+    homes : dict
+        Name -> module that defines it.
+    """
+    import importlib
+
+    def find(name):
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(homes[name]), name)
+
+    return find
+
+
 def _name_unsupported():
     """Warn of what is installed in a version that setup.py does not allow: pip only says so while it installs."""
     import importlib.metadata

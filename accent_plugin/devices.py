@@ -12,6 +12,8 @@ from accent_plugin.errors import ConfigError
 
 # What Linux tells of a process, its most memory among it.
 _STATUS = Path("/proc/self/status")
+
+
 # Tests set it to False, so that a CPU computes what an accelerator would.
 cpu_paths = True
 

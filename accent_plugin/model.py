@@ -3,9 +3,8 @@
 import torch
 from torch import nn
 
-from accent_plugin import adapters
+from accent_plugin.encoder import lora
 from accent_plugin.pooling import make_pooling
-from accent_plugin.whitening import Whitening
 
 
 class AccentModel(nn.Module):
@@ -13,7 +12,7 @@ class AccentModel(nn.Module):
 
     Arguments
     ---------
-    wav2vec2 : accent_plugin.encoder.InvariantEncoder
+    wav2vec2 : accent_plugin.encoder.base.InvariantEncoder
         Maps waveforms to frames and a mask of valid frames.
     accents : list of str
         Classes, in the order of the output.
@@ -27,7 +26,7 @@ class AccentModel(nn.Module):
     dropout : float
         Share of the pooled features dropped in training, and of the frames' features where there is a projector.
     whitening : bool
-        Whiten the pooled features within classes; to be fitted before training, see `accent_plugin.whitening`.
+        Whiten the pooled features within classes; to be fitted before training, see `accent_plugin.model`.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class AccentModel(nn.Module):
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
 
-    def embed(self, wavs, wav_lens=None, means=None):
+    def embed(self, wavs, wav_lens=None, pooled_states=None):
         """One vector per clip.
 
         Arguments
@@ -68,25 +67,25 @@ class AccentModel(nn.Module):
             16 kHz, padded at the end.
         wav_lens : (batch,) torch.Tensor
             Length of each clip as a share of the longest; None where nothing is padded.
-        means : (batch, states, features) torch.Tensor
-            What `accent_plugin.features` kept of the clips, in place of the waveforms; None for those.
+        pooled_states : (batch, states, features) torch.Tensor
+            What `accent_plugin.training.feature_cache` kept of the clips, in place of the waveforms; None for those.
 
         Returns
         -------
         (batch, features) torch.Tensor
         """
-        if means is None:
+        if pooled_states is None:
             frames, valid = self.wav2vec2(wavs, wav_lens)
         else:
             # The mean over a single frame, which is the mean already: all that comes before it is linear.
-            frames = self.wav2vec2.combine(means.unsqueeze(2).unbind(1))
+            frames = self.wav2vec2.combine(pooled_states.unsqueeze(2).unbind(1))
             valid = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
         if self.projector is not None:
             frames = self.projector(frames)
         pooled = self.pooling(frames, valid)
         return pooled if self.whitening is None else self.whitening(pooled)
 
-    def forward(self, wavs, wav_lens=None, means=None):
+    def forward(self, wavs, wav_lens=None, pooled_states=None):
         """Classify; arguments as in `embed`.
 
         Returns
@@ -94,7 +93,7 @@ class AccentModel(nn.Module):
         (batch, classes) torch.Tensor
             Log-probabilities in float32.
         """
-        scores = self.classifier(self.dropout(self.embed(wavs, wav_lens, means)))
+        scores = self.classifier(self.dropout(self.embed(wavs, wav_lens, pooled_states)))
         return torch.log_softmax(scores.float(), dim=-1)
 
     def head_parameters(self):
@@ -105,5 +104,53 @@ class AccentModel(nn.Module):
     def encoder_parameters(self):
         """Parameters of the pretrained encoder, frozen ones among them, adapters not."""
         encoder = self.wav2vec2.model
-        new = {id(parameter) for parameter in adapters.parameters(encoder)}
+        new = {id(parameter) for parameter in lora.parameters(encoder)}
         return [parameter for parameter in encoder.parameters() if id(parameter) not in new]
+
+
+class Whitening(nn.Module):
+    """A fixed affine map that gives features zero mean and, within a class, unit covariance.
+
+    Before `fit` it changes nothing. Its two buffers are part of the state, so that a checkpoint holds them.
+
+    Arguments
+    ---------
+    features : int
+    """
+
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("transform", torch.eye(features))
+
+    @property
+    def fitted(self):
+        """Whether mean and transform come from examples, here or in the weights that were loaded."""
+        return bool(self.mean.any())
+
+    @torch.no_grad()
+    def fit(self, vectors, labels, shrinkage=0.1):
+        """Set mean and transform from examples.
+
+        Arguments
+        ---------
+        vectors : (examples, features) torch.Tensor
+        labels : (examples,) torch.Tensor of int64
+        shrinkage : float
+            0 takes the covariance as it is, 1 only its mean variance.
+        """
+        vectors = vectors.double()
+        centred = vectors.clone()
+        for label in labels.unique():
+            centred[labels == label] -= vectors[labels == label].mean(dim=0)
+        covariance = centred.T @ centred / len(centred)
+        identity = torch.eye(len(covariance), dtype=torch.double)
+        scale = covariance.trace() / len(covariance)
+        values, axes = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * scale * identity)
+        self.mean.copy_(vectors.mean(dim=0))
+        self.transform.copy_(axes / values.sqrt() @ axes.T)
+
+    def forward(self, vectors):
+        """Map (batch, features) to (batch, features)."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            return (vectors.float() - self.mean) @ self.transform

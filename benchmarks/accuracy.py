@@ -31,10 +31,10 @@ CLIPS, LR_ENCODER, LR_HEAD, WARMUP = 8, 1e-4, 1e-3, 0.1
 
 def prepare(source, folder):
     """Manifests of the first of three folds: "train", and "test" to validate on."""
-    from accent_plugin import manifests
+    from accent_plugin.data.prepare import prepare_data
 
     choices = {"accents": ACCENTS, "seed": 1986, "balance": "none", "n_folds": 3, "valid_fraction": 0.01}
-    made = manifests.prepare(source, folder, source_splits=("train", "validation"), progress=False, **choices)
+    made = prepare_data(source, folder, source_splits=("train", "validation"), progress=False, **choices)
     return made.paths(1)
 
 
@@ -47,11 +47,15 @@ def run_ours(options, seed, kept=False, num_layers=None):
     from hyperpyyaml import load_hyperpyyaml
     from speechbrain import Stage
 
-    from accent_plugin import devices, experiment, manifests
-    from accent_plugin.brain import AccentBrain, read_history
+    from accent_plugin import devices
+    from accent_plugin.data.manifests import read_manifest
+    from accent_plugin.experiment.stages import keep_features
+    from accent_plugin.training.brain import AccentBrain
+    from accent_plugin.training.loaders import make_loaders
+    from accent_plugin.training.options import read_history
 
     paths = prepare(options.source, options.place / "prepared")
-    seconds = np.mean([clip.duration for clip in manifests.read(paths["train"])])
+    seconds = np.mean([clip.duration for clip in read_manifest(paths["train"])])
     with tempfile.TemporaryDirectory() as folder:
         changes = {
             **{"wav2vec2_hub": str(options.encoder), "output_folder": folder, "seed": seed, "early_stopping": 0},
@@ -65,7 +69,7 @@ def run_ours(options, seed, kept=False, num_layers=None):
             changes |= {"weighted_layers": "all", "standardise_layers": True, "number_of_epochs": 5 * options.epochs}
         with open(ROOT / "hparams/wav2vec2_base.yaml", encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, changes)
-        loaders = experiment.make_loaders({"train": paths["train"], "valid": paths["test"]}, hparams["loading"])
+        loaders = make_loaders({"train": paths["train"], "valid": paths["test"]}, hparams["loading"])
 
         class Brain(AccentBrain):
             def on_stage_end(self, stage, loss, epoch):
@@ -83,7 +87,7 @@ def run_ours(options, seed, kept=False, num_layers=None):
         )
         started = time.perf_counter()
         if kept:
-            loaders = experiment.keep_features(brain, loaders, hparams, folder)
+            loaders = keep_features(brain, loaders, hparams, folder)
         brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
 
 
@@ -91,8 +95,9 @@ def run_transformers(options, seed):
     """transformers.Trainer at its defaults around the encoder's own model, a mean over frames and a linear layer."""
     import transformers
 
-    from accent_plugin import audio, manifests
-    from accent_plugin.metrics import confusion_matrix, unweighted_average_recall
+    from accent_plugin.audio import codecs
+    from accent_plugin.data.manifests import read_manifest
+    from accent_plugin.evaluation.scores import confusion_matrix, unweighted_average_recall
 
     paths = prepare(options.source, options.place / "prepared")
     transformers.set_seed(seed)
@@ -117,14 +122,14 @@ def run_transformers(options, seed):
 
     class Clips(torch.utils.data.Dataset):
         def __init__(self, path):
-            self.clips = manifests.read(path)
+            self.clips = read_manifest(path)
 
         def __len__(self):
             return len(self.clips)
 
         def __getitem__(self, index):
             clip = self.clips[index]
-            values = extractor(audio.read(clip.wav), sampling_rate=16_000)["input_values"][0]
+            values = extractor(codecs.read(clip.wav), sampling_rate=16_000)["input_values"][0]
             return {"input_values": values, "labels": ACCENTS.index(clip.accent)}
 
     def collate(items):

@@ -18,10 +18,10 @@ from pathlib import Path
 import inference
 from transformers import pipeline
 
-from accent_plugin import onnx_export
 from accent_plugin.devices import bf16_is_faster
-from accent_plugin.inference import AccentClassifier
-from accent_plugin.onnx import OnnxAccentClassifier
+from accent_plugin.exchange import onnx_export
+from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier
+from accent_plugin.inference.classifier import AccentClassifier
 
 # Answers each line, a JSON list of files, with one line when they are classified.
 OPTIMUM = """

@@ -7,8 +7,8 @@ import argparse
 
 import numpy as np
 
-from accent_plugin import evaluation
-from accent_plugin.inference import AccentClassifier
+from accent_plugin.inference.classifier import AccentClassifier
+from accent_plugin.inference.labelled import WHOLE_CLIPS, evaluate_model, read_labelled
 
 
 def main():
@@ -18,12 +18,12 @@ def main():
     arguments = parser.parse_args()
     found = []
     for precision in ("fp32", "bf16"):
-        options = {"device": "cpu", "precision": precision, **evaluation.WHOLE_CLIPS}
+        options = {"device": "cpu", "precision": precision, **WHOLE_CLIPS}
         classifier = AccentClassifier.from_bundle(arguments.bundle, **options)
         rows = []
         for split in ("train", "validation", "test"):
-            rows += evaluation.read(arguments.data, classifier.labels, split=split)[0]
-        predictions, _ = evaluation.evaluate(classifier, rows, progress=False)
+            rows += read_labelled(arguments.data, classifier.labels, split=split)[0]
+        predictions, _ = evaluate_model(classifier, rows, progress=False)
         found.append(np.exp(predictions.log_probabilities))
     exact, fast = found
     same = np.mean(exact.argmax(axis=1) == fast.argmax(axis=1))

@@ -20,11 +20,11 @@ from speechbrain.nnet.pooling import StatisticsPooling
 from speechbrain.utils.checkpoints import Checkpointer, mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from torch.utils.data import DataLoader
 
-from accent_plugin import experiment
-from accent_plugin.batches import BucketBatchSampler
-from accent_plugin.checkpoints import AtomicCheckpointer
-from accent_plugin.encoder import make_encoder
+from accent_plugin.encoder.factory import make_encoder
+from accent_plugin.experiment.reports import versions
 from accent_plugin.pooling import MeanPooling
+from accent_plugin.training.batches import BucketBatchSampler
+from accent_plugin.training.checkpoints import AtomicCheckpointer
 
 RATE = 16_000
 
@@ -219,7 +219,7 @@ def main():
         one_bad_batch()
         padding_in_batches()
         killed_save(folder)
-    print(", ".join(f"{name} {version}" for name, version in experiment.versions().items()))
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
 
 
 if __name__ == "__main__":

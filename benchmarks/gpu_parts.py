@@ -34,9 +34,11 @@ import numpy as np
 import torch
 import training as training_benchmark
 
-from accent_plugin import audio, devices
-from accent_plugin.batches import Batch, collate
-from accent_plugin.brain import AccentBrain
+from accent_plugin import devices
+from accent_plugin.audio import codecs
+from accent_plugin.audio.samples import SAMPLE_RATE
+from accent_plugin.training.batches import Batch, collate
+from accent_plugin.training.brain import AccentBrain
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +49,7 @@ TINY_SHAPE = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"conv_dim": [16] * 7, "num_conv_pos_embedding_groups": 4, "num_conv_pos_embeddings": 16},
 }
-TEST_FILES = ("tests/test_gpu.py", "tests/test_waiting.py", "tests/test_devices.py")
+TEST_FILES = ("tests/test_gpu.py", "tests/training/test_no_gpu_sync.py", "tests/test_devices.py")
 AT_ONCE = 16
 
 
@@ -316,7 +318,7 @@ def read_batches(job, count, seconds=None, samples=None):
     batches = Ready()
     for indices in training_benchmark.plan(job.clips, seconds or job.sizes.batch_seconds)[:count]:
         rows = [job.clips[index] for index in indices]
-        waves = [audio.read(row["wav"]) for row in rows]
+        waves = [codecs.read(row["wav"]) for row in rows]
         batch = collate(
             [(row["ID"], wave, index % 3) for index, (row, wave) in enumerate(zip(rows, waves, strict=True))]
         )
@@ -326,19 +328,19 @@ def read_batches(job, count, seconds=None, samples=None):
 
 def static_batches(job, count):
     """Batches of one shape: clips of a narrow range of lengths, padded to its end."""
-    lengths = np.array([round(row["duration"] * audio.SAMPLE_RATE) for row in job.clips])
+    lengths = np.array([round(row["duration"] * SAMPLE_RATE) for row in job.clips])
     longest = int(np.quantile(lengths, 0.6))
     near = np.flatnonzero(lengths <= longest)
     near = near[np.argsort(-lengths[near])][: len(near) // 3]
-    size = max(2, int(job.sizes.batch_seconds * audio.SAMPLE_RATE / longest))
+    size = max(2, int(job.sizes.batch_seconds * SAMPLE_RATE / longest))
     batches = Ready()
     for number in range(count):
         rows = [job.clips[near[(number * size + place) % len(near)]] for place in range(size)]
         wavs = torch.zeros(size, longest)
         for row, clip in zip(wavs, rows, strict=True):
-            wave = audio.read(clip["wav"])
+            wave = codecs.read(clip["wav"])
             row[: len(wave)] = torch.from_numpy(wave)
-        lens = torch.tensor([round(row["duration"] * audio.SAMPLE_RATE) / longest for row in rows])
+        lens = torch.tensor([round(row["duration"] * SAMPLE_RATE) / longest for row in rows])
         batch = Batch(tuple(row["ID"] for row in rows), wavs, lens, torch.arange(size) % 3)
         batches.append(batch if DEVICE == "cpu" else batch.pin_memory())
     return batches
@@ -349,7 +351,7 @@ def seconds_in(batches):
     total = 0.0
     for batch in batches:
         shares = len(batch) if batch.wav_lens is None else float(batch.wav_lens.sum())
-        total += shares * batch.wavs.shape[1] / audio.SAMPLE_RATE
+        total += shares * batch.wavs.shape[1] / SAMPLE_RATE
     return total
 
 
@@ -432,7 +434,7 @@ def find_largest_batches(job, precision):
         count = max(1, int(seconds / length))
         batch = Batch(
             tuple(map(str, range(count))),
-            torch.randn(count, int(length * audio.SAMPLE_RATE)),
+            torch.randn(count, int(length * SAMPLE_RATE)),
             torch.linspace(0.95, 1.0, count),
             torch.arange(count) % 3,
         )
@@ -527,8 +529,8 @@ def operations_per_second(job):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(job.place / "encoder")
-    clips = [round(row["duration"] * audio.SAMPLE_RATE) for row in job.clips]
-    return sum(operations(config, samples) for samples in clips) / (sum(clips) / audio.SAMPLE_RATE)
+    clips = [round(row["duration"] * SAMPLE_RATE) for row in job.clips]
+    return sum(operations(config, samples) for samples in clips) / (sum(clips) / SAMPLE_RATE)
 
 
 def profile(job, precision):
@@ -887,7 +889,7 @@ def inference(job):
     import inference as inference_benchmark
     from transformers import pipeline
 
-    from accent_plugin.inference import AccentClassifier
+    from accent_plugin.inference.classifier import AccentClassifier
 
     folder = bundle_folder(job)
     paths = [Path(row["wav"]) for row in job.clips[: job.sizes.files]]
@@ -935,12 +937,12 @@ def bundle_folder(job):
 
 def network_alone(job, folder):
     """Clips of 5.4 s that are on the device already, by precision and size of batch."""
-    from accent_plugin import bundle
+    from accent_plugin.bundle.load import load_bundle
 
-    model = bundle.load(folder / "bundle").modules["embedding_model"].model.to(DEVICE).eval()
+    model = load_bundle(folder / "bundle").modules["embedding_model"].model.to(DEVICE).eval()
     kinds = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     for size in (1, 8, 32, 128) if DEVICE == "cuda" else (1, 2):
-        wavs = torch.randn(size, int(5.4 * audio.SAMPLE_RATE), device=DEVICE)
+        wavs = torch.randn(size, int(5.4 * SAMPLE_RATE), device=DEVICE)
         lens = torch.linspace(0.9, 1.0, size, device=DEVICE) if size > 1 else None
         for precision, kind in kinds.items():
             with job.rows.attempt("network alone", clips=size, precision=precision):
@@ -954,7 +956,7 @@ def network_alone(job, folder):
 
 def serving(job):
     """Threads that ask for one file each, in common batches and alone; the server around it is left out."""
-    from accent_plugin.inference import AccentClassifier
+    from accent_plugin.inference.classifier import AccentClassifier
 
     bundle = bundle_folder(job) / "bundle"
     paths = [row["wav"] for row in job.clips[: job.sizes.files]]
@@ -1037,13 +1039,12 @@ def tell_metrics(job, path, seconds):
 def make_rehearsal(job):
     """A DatasetDict of noise and a tiny encoder."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import datasets_for_tests
-    import encoders_for_tests
+    from helpers import dataset_dicts, encoders
 
     accents = ("us", "england", "australia")
-    tables = datasets_for_tests.three_splits(accents, clients=(6, 2, 2))
-    data = datasets_for_tests.save(job.options.work / "noise", **tables)
-    return data, encoders_for_tests.make("moonshine", job.options.work / "moonshine")
+    tables = dataset_dicts.three_splits(accents, clients=(6, 2, 2))
+    data = dataset_dicts.save(job.options.work / "noise", **tables)
+    return data, encoders.make("moonshine", job.options.work / "moonshine")
 
 
 PARTS = {

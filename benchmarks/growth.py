@@ -22,7 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-from accent_plugin import audio, experiment, manifests
+from accent_plugin.audio import codecs
+from accent_plugin.audio.samples import SAMPLE_RATE
+from accent_plugin.data import manifests as data_manifests
+from accent_plugin.data.manifests import DATA_ROOT
+from accent_plugin.experiment.reports import versions
+from accent_plugin.training.loaders import LoadingOptions, make_loaders
 
 ACCENTS = ("us", "england", "australia")
 FILES = 64
@@ -48,9 +53,9 @@ def make_audio(folder, seed=0):
     (folder / "audio").mkdir()
     seconds = {}
     for number, length in enumerate(np.clip(rng.lognormal(np.log(5.3) - 0.06, 0.35, FILES), 1, 20)):
-        samples = rng.uniform(-0.3, 0.3, int(length * audio.SAMPLE_RATE)).astype(np.float32)
-        audio.write(folder / "audio" / f"{number}.flac", samples)
-        seconds[f"audio/{number}.flac"] = len(samples) / audio.SAMPLE_RATE
+        samples = rng.uniform(-0.3, 0.3, int(length * SAMPLE_RATE)).astype(np.float32)
+        codecs.write(folder / "audio" / f"{number}.flac", samples)
+        seconds[f"audio/{number}.flac"] = len(samples) / SAMPLE_RATE
     return seconds
 
 
@@ -58,11 +63,11 @@ def make_manifest(path, seconds, clips):
     """Write the recipe's CSV: ids and clients as long as real ones, 30 clips of a client."""
     files = list(seconds.items())
     with open(path, "w", encoding="utf-8") as file:
-        file.write(",".join(manifests.COLUMNS) + "\n")
+        file.write(",".join(data_manifests.COLUMNS) + "\n")
         for row in range(clips):
             wav, length = files[row % FILES]
             accent, client = ACCENTS[row % len(ACCENTS)], row // 30
-            wav = f"{manifests.DATA_ROOT}/{wav}"
+            wav = f"{DATA_ROOT}/{wav}"
             file.write(f"{row:032x},{length:.4f},{wav},{accent},{client:0128x},male,twenties\n")
 
 
@@ -73,8 +78,8 @@ class Ours:
     """The recipe's own loaders."""
 
     def __init__(self, manifest, batch_seconds, workers):
-        options = experiment.LoadingOptions(list(ACCENTS), 1986, "downsample", batch_seconds, None, None, workers)
-        self.loader = experiment.make_loaders({"train": manifest}, options)["train"]
+        options = LoadingOptions(list(ACCENTS), 1986, "downsample", batch_seconds, None, None, workers)
+        self.loader = make_loaders({"train": manifest}, options)["train"]
         self.sampler, self.dataset = self.loader.batch_sampler, self.loader.dataset
 
     def plan(self, epoch):
@@ -106,7 +111,7 @@ class SpeechBrains:
         def label(accent):
             return ACCENTS.index(accent)
 
-        replacements = {manifests.DATA_ROOT.lstrip("$"): str(manifest.parent)}
+        replacements = {DATA_ROOT.lstrip("$"): str(manifest.parent)}
         self.dataset = DynamicItemDataset.from_csv(manifest, replacements, [read, label], ["id", "sig", "label"])
         self.sampler = DynamicBatchSampler(self.dataset, batch_seconds, num_buckets=60, seed=1986)
         self.loader = SaveableDataLoader(
@@ -231,7 +236,7 @@ def main():
                 numbers = [f"{found[name]:.2f}" if "(s)" in name else f"{found[name]:.0f}" for name in COLUMNS[2:]]
                 print(f"| {clips:,} | {peer} | {' | '.join(numbers)} |", flush=True)
     print(f"\n{options.workers} workers; a worker is measured after {options.batches} batches (or all there are)")
-    print(", ".join(f"{name} {version}" for name, version in experiment.versions().items()))
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import torch
 from speechbrain.inference.classifiers import EncoderClassifier
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForSequenceClassification, pipeline
 
-from accent_plugin import bundle
+from accent_plugin.bundle.write import write_bundle
 from accent_plugin.devices import bf16_is_faster
-from accent_plugin.encoder import make_encoder
-from accent_plugin.inference import AccentClassifier
+from accent_plugin.encoder.factory import make_encoder
+from accent_plugin.inference.classifier import AccentClassifier
 from accent_plugin.model import AccentModel
 
 LABELS = ("us", "england", "australia")
@@ -37,7 +37,7 @@ def make(folder, **shape):
     for name in ("hf", "encoder"):
         Wav2Vec2FeatureExtractor(return_attention_mask=False).save_pretrained(folder / name)
     accents = AccentModel(make_encoder(str(folder / "encoder"), freeze=True), LABELS, projector_size=256)
-    bundle.write(folder / "bundle", accents, LABELS, encoder_name="wav2vec2-base, random weights", pooling="mean")
+    write_bundle(folder / "bundle", accents, LABELS, encoder_name="wav2vec2-base, random weights", pooling="mean")
 
 
 def decoded(path):

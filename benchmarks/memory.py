@@ -17,10 +17,13 @@ import torch
 import transformers
 from hyperpyyaml import load_hyperpyyaml
 
-from accent_plugin import audio, devices, experiment
-from accent_plugin.batches import BucketBatchSampler, ClipDataset, make_loader
-from accent_plugin.brain import AccentBrain
-from accent_plugin.manifests import Clip
+from accent_plugin import devices
+from accent_plugin.audio import codecs
+from accent_plugin.audio.samples import SAMPLE_RATE
+from accent_plugin.data.manifests import Clip
+from accent_plugin.experiment.reports import versions
+from accent_plugin.training.batches import BucketBatchSampler, ClipDataset, make_loader
+from accent_plugin.training.brain import AccentBrain
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,9 +66,9 @@ def make_clips(folder, count, longest, accents, seed=0):
     clips = []
     for number, seconds in enumerate(np.clip(rng.lognormal(np.log(5.3) - 0.06, 0.35, count), 1, longest)):
         path = folder / f"{number}.flac"
-        samples = rng.uniform(-0.3, 0.3, int(seconds * audio.SAMPLE_RATE)).astype(np.float32)
-        audio.write(path, samples)
-        duration = len(samples) / audio.SAMPLE_RATE
+        samples = rng.uniform(-0.3, 0.3, int(seconds * SAMPLE_RATE)).astype(np.float32)
+        codecs.write(path, samples)
+        duration = len(samples) / SAMPLE_RATE
         clips.append(Clip(f"c{number}", duration, str(path), accents[number % len(accents)], f"s{number}", "", ""))
     return tuple(clips)
 
@@ -137,7 +140,7 @@ def main():
         words = [sys.executable, __file__, str(path), "--steps", str(options.steps)]
         words += ["--precision", options.precision] + ["--gradient_checkpointing"] * options.gradient_checkpointing
         subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
-    print(", ".join(f"{name} {version}" for name, version in experiment.versions().items()))
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_pooling(benchmark, group, name, training):
 @pytest.mark.parametrize("name", ["accent_plugin MaskedGroupNorm", "PyTorch GroupNorm"])
 @pytest.mark.parametrize("way", ["forward", "forward in bf16", "forward and backward"])
 def test_group_norm(benchmark, name, way):
-    from accent_plugin.encoder import MaskedGroupNorm
+    from accent_plugin.encoder.masking import MaskedGroupNorm
 
     torch.manual_seed(0)
     norm = nn.GroupNorm(512, 512)
@@ -133,7 +133,7 @@ def test_group_norm(benchmark, name, way):
 def test_collation(benchmark, name):
     from speechbrain.dataio.batch import PaddedBatch
 
-    from accent_plugin.batches import collate
+    from accent_plugin.training.batches import collate
 
     rng = np.random.default_rng(0)
     waves = [rng.standard_normal(int(share * SECONDS * RATE), dtype=np.float32) for share in shares(CLIPS).tolist()]
@@ -154,7 +154,7 @@ def test_collation(benchmark, name):
 @pytest.mark.parametrize("way", ["forward", "forward and backward"])
 def test_dropout(benchmark, name, dtype, way):
     """Of attention's weights, in wav2vec2-base."""
-    from accent_plugin.dropout import dropout
+    from accent_plugin.encoder.fast_dropout import dropout
 
     drop = nn.functional.dropout if name.startswith("PyTorch") else dropout
     torch.manual_seed(0)

@@ -85,11 +85,9 @@ def make(folder, clips, repeat):
 
 def run_ours(data, out, processes, threads):
     """Prepare; return the seconds of audio that were kept, and what was left out."""
-    from accent_plugin import manifests
+    from accent_plugin.data.prepare import prepare_data
 
-    prepared = manifests.prepare(
-        data, out, accents=ACCENTS, seed=0, balance="none", workers=processes or 1, progress=False
-    )
+    prepared = prepare_data(data, out, accents=ACCENTS, seed=0, balance="none", workers=processes or 1, progress=False)
     seconds = sum(cell["seconds"] for split in prepared.counts.values() for cell in split.values())
     return seconds, f"left out: {prepared.dropped}"
 
@@ -242,9 +240,9 @@ def main():
         print(f"{name}: {turns[0].audio:.0f} s of audio in a turn; {turns[0].remark}".rstrip("; "))
     say(took)
     # Imports torch, which the processes above need not share.
-    from accent_plugin import experiment
+    from accent_plugin.experiment.reports import versions
 
-    print(f"medians of {arguments.turns} turns;", ", ".join(f"{k} {v}" for k, v in experiment.versions().items()))
+    print(f"medians of {arguments.turns} turns;", ", ".join(f"{k} {v}" for k, v in versions().items()))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import shutil
 import time
 from pathlib import Path
 
-from accent_plugin import corpus, labels
+from accent_plugin.corpus.build import build_corpus
+from accent_plugin.data import labels
 
 HEADER = (
     "client_id path sentence_id sentence sentence_domain up_votes down_votes age gender accents variant locale segment"
@@ -99,7 +100,7 @@ def main():
     out = arguments.folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     start, cpu = time.perf_counter(), time.process_time()
-    built = corpus.build(release, out, accents=arguments.accents, embed=arguments.embed, progress=False)
+    built = build_corpus(release, out, accents=arguments.accents, embed=arguments.embed, progress=False)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     clips = sum(n["clips"] for by_accent in built.counts.values() for n in by_accent.values())
     print(f"{clips:,} clips chosen in {wall:.1f} s ({cpu:.1f} s of CPU), peak {peak():.2f} GiB")

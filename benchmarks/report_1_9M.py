@@ -9,7 +9,8 @@ import time
 
 import numpy as np
 
-from accent_plugin.metrics import Predictions, evaluate
+from accent_plugin.evaluation.evaluate import evaluate
+from accent_plugin.evaluation.predictions import ScoredClips
 
 
 def peak():
@@ -23,7 +24,7 @@ def make(clips, speakers, classes, seed=0):
     speaker = (speakers * rng.random(clips) ** 3).astype(int)
     accent = np.minimum((classes * rng.random(speakers) ** 2).astype(int), classes - 1)
     logits = rng.normal(size=(clips, classes)) + 2 * np.eye(classes)[accent[speaker]]
-    return Predictions(
+    return ScoredClips(
         ids=[f"common_voice_en_{i}" for i in range(clips)],
         client_ids=[f"{s:0128x}" for s in speaker] if speakers < clips else None,
         truth=accent[speaker],

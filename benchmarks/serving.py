@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The tests' server and client.
 sys.path.insert(0, str(ROOT / "tests"))
 
-from servers_for_tests import serving  # noqa: E402
+from helpers.servers import serving  # noqa: E402
 
 ALONE = ("--batch_seconds", "0.01")
 

@@ -30,7 +30,8 @@ import numpy as np
 import soundfile
 import torch
 
-from accent_plugin import audio, devices
+from accent_plugin import devices
+from accent_plugin.audio import codecs
 
 PEERS = ("accent_plugin", "transformers", "speechbrain")
 # This package once more -> what is changed of its YAML, or `--compile` for any length of a batch.
@@ -80,7 +81,7 @@ def _speech(source):
         sys.exit(f"no audio under {source}")
     while True:
         for path in paths:
-            yield audio.load(path)
+            yield codecs.load(path)
 
 
 def _noise(rng):
@@ -164,7 +165,7 @@ def timed(turns, loader):
 
 def plan(rows, batch_seconds):
     """One epoch of this package's length-bucketed batches, as lists of row numbers, for peers that have none."""
-    from accent_plugin.batches import BucketBatchSampler
+    from accent_plugin.training.batches import BucketBatchSampler
 
     sampler = BucketBatchSampler([row["duration"] for row in rows], batch_seconds)
     return [[int(index) for index in batch] for batch in sampler.plan()]
@@ -172,15 +173,15 @@ def plan(rows, batch_seconds):
 
 def run_ours(rows, encoder, options, turns, compiled=False, **lever):
     """The recipe's own Brain and YAML; `fit` is SpeechBrain's."""
-    from accent_plugin import experiment
-    from accent_plugin.brain import AccentBrain
+    from accent_plugin.training.brain import AccentBrain
+    from accent_plugin.training.loaders import make_loaders
 
     manifest = options.source / f"train_{os.getpid()}.csv"
     write_manifest(rows, manifest)
     # What the YAML's "auto" comes to.
     precision = options.precision or devices.fastest_precision("cuda" if torch.cuda.is_available() else "cpu")
     hparams = load_hparams(encoder, precision=precision, **lever)
-    loaders = experiment.make_loaders({"train": manifest}, hparams["loading"])
+    loaders = make_loaders({"train": manifest}, hparams["loading"])
     durations = {row["ID"]: row["duration"] for row in rows}
 
     class Brain(AccentBrain):

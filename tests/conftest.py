@@ -10,22 +10,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test may reach the Hub; what needs it is tested against its offline error.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from pathlib import Path
 from types import SimpleNamespace
 
-import encoders_for_tests
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "recipes/CommonVoiceAccent"
-
-
-def shared(*parts):
-    """A path of real data kept beside the checkout, or a skip where it is absent."""
-    path = ROOT.parent.joinpath("shared", *parts)
-    if not path.exists():
-        pytest.skip(f"real data are absent: there is no {'/'.join(('../shared', *parts))}")
-    return path
+from helpers import RECIPE, encoders, shared
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +55,9 @@ def lazy_modules_without_file():
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory):
-    """Function: name of `encoders_for_tests.TINY` -> folder of an encoder with random weights."""
+    """Function: name of `helpers.encoders.TINY` -> folder of an encoder with random weights."""
     folder = tmp_path_factory.mktemp("encoders")
-    return lambda name: encoders_for_tests.make(name, folder / name)
+    return lambda name: encoders.make(name, folder / name)
 
 
 @pytest.fixture(scope="session")
@@ -77,8 +65,8 @@ def tiny_bundle(tmp_path_factory, tiny_encoder):
     """A bundle of three accents around a tiny encoder with random weights."""
     import torch
 
-    from accent_plugin import bundle
-    from accent_plugin.encoder import make_encoder
+    from accent_plugin.bundle.write import write_bundle
+    from accent_plugin.encoder.factory import make_encoder
     from accent_plugin.model import AccentModel
 
     labels = ("us", "england", "australia")
@@ -94,7 +82,7 @@ def tiny_bundle(tmp_path_factory, tiny_encoder):
         "curve": curve,
     }
     folder = tmp_path_factory.mktemp("bundle") / "bundle"
-    return bundle.write(folder, model, labels, encoder_name="tiny", pooling="mean", calibration=calibrated)
+    return write_bundle(folder, model, labels, encoder_name="tiny", pooling="mean", calibration=calibrated)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import register_for_tests as register
+from helpers import register
 
 RUN = "import sys; from tests.utils.recipe_tests import run_recipe_tests as run; sys.exit(0 if run() else 1)"
 

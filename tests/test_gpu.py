@@ -9,17 +9,17 @@ import importlib.util
 import signal
 import sys
 
-import datasets_for_tests as made
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from encoders_for_tests import TINY
-from lives_for_tests import Lives
-from test_waiting import batches, make_brain
+from helpers import ROOT
+from helpers import dataset_dicts as made
+from helpers.encoders import TINY
+from helpers.kills import Lives
+from helpers.steps import batches, make_brain
 from transformers import AutoFeatureExtractor, AutoModel
 
-from accent_plugin.encoder import make_encoder
+from accent_plugin.encoder.factory import make_encoder
 from accent_plugin.model import AccentModel
 from accent_plugin.pooling import POOLINGS, make_pooling
 
@@ -183,7 +183,7 @@ def test_full_memory_is_explained(words, tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("accent_recipe", recipe / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    full = "accent_plugin.brain.AccentBrain.fit"
+    full = "accent_plugin.training.brain.AccentBrain.fit"
     monkeypatch.setattr(full, lambda *arguments: torch.empty(2**50, dtype=torch.uint8, device="cuda"))
     assert module.main([*words, "--device", "cuda", "--output_folder", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err

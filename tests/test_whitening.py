@@ -2,7 +2,7 @@
 
 import torch
 
-from accent_plugin.whitening import Whitening
+from accent_plugin.model import Whitening
 
 
 def examples(count=4000):

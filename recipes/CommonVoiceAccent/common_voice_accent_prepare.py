@@ -1,11 +1,12 @@
 """Prepares a DatasetDict of accented English, such as one made from Common Voice, for this recipe.
 
-The work is done by ``accent_plugin.manifests``, whose ``Choices`` document every argument.
+The work is done by ``accent_plugin.data.prepare``, whose ``Choices`` document every argument.
 """
 
 from pathlib import Path
 
-from accent_plugin import manifests
+from accent_plugin.data.manifests import load_prepared
+from accent_plugin.data.prepare import default_prepared_folder, prepare_data
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -28,11 +29,11 @@ def prepare_common_voice_accent(
     progress : bool
         Whether to draw a progress bar on stderr.
     **choices
-        Fields of ``accent_plugin.manifests.Choices``: accents, seed, balance, ...
+        Fields of ``accent_plugin.data.prepare.PreparationChoices``: accents, seed, balance, ...
 
     Returns
     -------
-    accent_plugin.manifests.Prepared
+    accent_plugin.data.manifests.Prepared
 
     Raises
     ------
@@ -40,6 +41,6 @@ def prepare_common_voice_accent(
         When the data cannot be used, or ``prepared_folder`` was made from something else.
     """
     if skip_prep:
-        return manifests.load(prepared_folder)
-    folder = prepared_folder or manifests.default_folder(data_folder, PROJECT / "data" / "prepared", **choices)
-    return manifests.prepare(data_folder, folder, workers=workers, progress=progress, **choices)
+        return load_prepared(prepared_folder)
+    folder = prepared_folder or default_prepared_folder(data_folder, PROJECT / "data" / "prepared", **choices)
+    return prepare_data(data_folder, folder, workers=workers, progress=progress, **choices)

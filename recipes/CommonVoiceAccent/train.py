@@ -23,9 +23,23 @@ from common_voice_accent_prepare import prepare_common_voice_accent
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import infer_device
 
-from accent_plugin import config, devices, experiment, interruption, processes, run_folder
-from accent_plugin.brain import AccentBrain
+from accent_plugin import devices
 from accent_plugin.errors import AccentPluginError, ConfigError, DataError
+from accent_plugin.experiment import run_folder
+from accent_plugin.experiment.predict import calibrate
+from accent_plugin.experiment.reports import write_leak, write_pooled_report, write_report, write_seeds
+from accent_plugin.experiment.settings import read_settings
+from accent_plugin.experiment.stages import (
+    fit_whitening,
+    initialise,
+    keep_features,
+    require_checkpoint,
+    run_baseline,
+    write_bundle,
+)
+from accent_plugin.training import distributed, signals
+from accent_plugin.training.brain import AccentBrain
+from accent_plugin.training.loaders import make_class_weights, make_loaders
 
 PROJECT = Path(__file__).resolve().parents[2]
 # Answers of the file system that a user can do something about.
@@ -40,18 +54,18 @@ PARTED = ("onnection", "roken pipe")
 def run(settings, command, fold=None):
     """Prepare, train and evaluate once; return predictions and metrics of the test split."""
     # On the machine where a process died, and not on the others, torchrun counts a restart.
-    restarted = any(processes.gather(run_folder.restarted()))
+    restarted = any(distributed.all_gather(run_folder.restarted()))
     # Written down with the run, so that it can be exported from anywhere.
     settings = settings.but(
-        prepared_folder=processes.from_main(find_folder, settings),
-        precision=processes.from_main(find_precision, settings, restarted),
+        prepared_folder=distributed.broadcast_from_main(find_folder, settings),
+        precision=distributed.broadcast_from_main(find_precision, settings, restarted),
     )
     values = settings.values
     if settings.run_opts.test_only:
-        processes.from_main(experiment.require_checkpoint, values["save_folder"])
+        distributed.broadcast_from_main(require_checkpoint, values["save_folder"])
     with contextlib.ExitStack() as owned:
-        identity = run_folder.identity(values, fold, processes.count())
-        processes.from_main(take_folder, settings, identity, owned, restarted)
+        identity = run_folder.run_identity(values, fold, distributed.world_size())
+        distributed.broadcast_from_main(take_folder, settings, identity, owned, restarted)
         sb.create_experiment_directory(
             experiment_directory=values["output_folder"],
             hyperparams_to_save=settings.hparams_file,
@@ -60,7 +74,7 @@ def run(settings, command, fold=None):
         )
         prepared = prepare(values["preparation"])
         outsiders = prepare(settings.outsiders()) if values["evaluation"]["out_of_set"] else None
-        processes.from_main(begin, settings, identity, run_folder.fingerprint(prepared.paths(fold)))
+        distributed.broadcast_from_main(begin, settings, identity, run_folder.data_fingerprint(prepared.paths(fold)))
         return train(settings, prepared, outsiders, command, fold)
 
 
@@ -95,7 +109,7 @@ def begin(settings, identity, data):
 
 def prepare(arguments):
     """Prepare the data in the first process."""
-    prepared = processes.from_main(prepare_common_voice_accent, **arguments)
+    prepared = distributed.broadcast_from_main(prepare_common_voice_accent, **arguments)
     if not prepared.folder.is_dir():
         raise DataError(
             f"{prepared.folder} was prepared on another machine and is not to be seen here: "
@@ -109,10 +123,10 @@ def train(settings, prepared, outsiders, command, fold):
     values = settings.values
     with open(settings.hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, settings.overrides, overrides_must_match=False)
-    loaders = experiment.make_loaders(prepared.paths(fold), hparams["loading"])
+    loaders = make_loaders(prepared.paths(fold), hparams["loading"])
     if hparams["method"] == "logistic_regression":
         device = settings.run_opts.device or infer_device()
-        return experiment.run_baseline(loaders, prepared, hparams, command, fold, device)
+        return run_baseline(loaders, prepared, hparams, command, fold, device)
 
     hparams["checkpointer"].tidy()
     brain = AccentBrain(
@@ -121,21 +135,21 @@ def train(settings, prepared, outsiders, command, fold):
         hparams=hparams,
         run_opts=settings.run_opts,
         checkpointer=hparams["checkpointer"],
-        class_weights=experiment.make_class_weights(hparams["class_weights"], loaders["train"].dataset),
+        class_weights=make_class_weights(hparams["class_weights"], loaders["train"].dataset),
         history_file=Path(hparams["save_folder"]) / "history.json",
     )
-    experiment.initialise(brain, hparams)
+    initialise(brain, hparams)
     training = loaders
     if hparams["cache_features"]:
-        training = experiment.keep_features(brain, loaders, hparams, hparams["features_folder"])
-    experiment.fit_whitening(brain, training["train"], hparams["whitening_passes"], hparams["whitening_shrinkage"])
+        training = keep_features(brain, loaders, hparams, hparams["features_folder"])
+    fit_whitening(brain, training["train"], hparams["whitening_passes"], hparams["whitening_shrinkage"])
     brain.fit(hparams["epoch_counter"], training["train"], training["valid"])
-    calibrated = experiment.calibrate(brain, loaders, hparams["loading"], hparams["evaluation"]["test_speeds"])
-    predictions, metrics = experiment.write_report(
+    calibrated = calibrate(brain, loaders, hparams["loading"], hparams["evaluation"]["test_speeds"])
+    predictions, metrics = write_report(
         brain, loaders, prepared, hparams, command, calibrated["temperature"], fold, outsiders
     )
-    if fold is None and processes.is_main():
-        experiment.write_bundle(Path(values["output_folder"]) / "bundle", brain, hparams, calibrated, metrics)
+    if fold is None and distributed.is_main():
+        write_bundle(Path(values["output_folder"]) / "bundle", brain, hparams, calibrated, metrics)
     return predictions, metrics
 
 
@@ -150,7 +164,7 @@ def run_folds(settings, command):
     if values["fold"]:
         return folds[0][1]
     prepared = prepare(settings.located(values["preparation"]))
-    return experiment.write_pooled_report(output, folds, prepared, command) if processes.is_main() else None
+    return write_pooled_report(output, folds, prepared, command) if distributed.is_main() else None
 
 
 def run_seeds(settings, command):
@@ -164,8 +178,8 @@ def run_seeds(settings, command):
     for seed in values["seeds"]:
         folder = output / str(seed)
         runs[str(folder)] = run_folds(settings.but(seed=seed, output_folder=str(folder)), command)
-    if processes.is_main():
-        experiment.write_seeds(output, runs)
+    if distributed.is_main():
+        write_seeds(output, runs)
 
 
 def run_splits(settings, command):
@@ -173,23 +187,23 @@ def run_splits(settings, command):
     runs = settings.splits()
     for one in runs:
         run_seeds(one, command)
-    if len(runs) > 1 and processes.is_main():
-        experiment.write_leak(settings.values["output_folder"], *(one.values["output_folder"] for one in runs))
+    if len(runs) > 1 and distributed.is_main():
+        write_leak(settings.values["output_folder"], *(one.values["output_folder"] for one in runs))
 
 
 def start(argv):
     """Read and check the command line, join the other processes if there are any, and run."""
-    settings = config.read(argv, PROJECT, look_at_data=processes.speaks())
-    if processes.launched() and settings.values["method"] != "fine_tuning":
+    settings = read_settings(argv, PROJECT, look_at_data=distributed.is_local_main())
+    if distributed.is_launched() and settings.values["method"] != "fine_tuning":
         raise ConfigError(f"method {settings.values['method']} takes one process: start python train.py, not torchrun")
-    settings = dataclasses.replace(settings, run_opts=processes.start(settings.run_opts))
+    settings = dataclasses.replace(settings, run_opts=distributed.start(settings.run_opts))
     run_splits(settings, shlex.join(["python", "train.py", *argv]))
-    processes.stop()
+    distributed.stop()
 
 
 def complain(text):
     """Print an error, with the number of the process where there are several."""
-    rank = f"[process {os.environ['RANK']}] " if processes.launched() else ""
+    rank = f"[process {os.environ['RANK']}] " if distributed.is_launched() else ""
     print(f"{rank}{text}", file=sys.stderr, flush=True)
 
 
@@ -199,14 +213,14 @@ def main(argv):
         print(__doc__)
         return 0
     try:
-        with interruption.immediate():
+        with signals.raise_on_signal():
             start(argv)
-    except interruption.Interrupted as error:
+    except signals.Interrupted as error:
         complain(f"stopped by {error}: what is finished is kept; run the same command again, and it goes on")
         return error.exit_code
     except AccentPluginError as error:
         # Before they have joined, all processes of a machine find the same.
-        if processes.speaks() or processes.count() > 1:
+        if distributed.is_local_main() or distributed.world_size() > 1:
             complain(f"{type(error).__name__}: {error}")
         return 2
     except torch.cuda.OutOfMemoryError as error:
@@ -220,7 +234,7 @@ def main(argv):
         complain(f"cannot write: {said}; free some space there, or choose another output_folder")
         return 2
     except RuntimeError as error:
-        if not (processes.launched() and any(words in str(error) for words in PARTED)):
+        if not (distributed.is_launched() and any(words in str(error) for words in PARTED)):
             raise
         complain(f"another process has ended, see its error: {error}".splitlines()[0])
         return 1

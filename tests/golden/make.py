@@ -160,7 +160,7 @@ def load_recipe():
 @contextlib.contextmanager
 def stopping():
     """Send SIGTERM, as a scheduler would, in the midst of an epoch."""
-    from accent_plugin.brain import AccentBrain
+    from accent_plugin.training.brain import AccentBrain
 
     fit_batch = AccentBrain.fit_batch
 
@@ -192,21 +192,21 @@ def make_runs(recipe, folder):
 
 def make_bundles(recipe, folder, scratch):
     """Bundles of finished runs, of which nothing else is kept, and an export to ONNX."""
-    from accent_plugin import cli
+    from accent_plugin.cli import main as cli_main
 
     for name, (family, values, changes) in BUNDLES.items():
         encoder, run = scratch / f"tiny_{family.lower()}", scratch / name
         make_encoder(encoder, family, values)
         require(recipe.main([*command_line(folder, run, encoder), "--number_of_epochs", "8", *changes]))
         shutil.copytree(run / "bundle", folder / "bundles" / name)
-    require(cli.main(["export", str(folder / "finished"), "--to", "onnx", "--out", str(folder / "bundles/onnx")]))
+    require(cli_main.main(["export", str(folder / "finished"), "--to", "onnx", "--out", str(folder / "bundles/onnx")]))
 
 
 def write_expected(folder):
     """Classify the clips with each bundle; refuse those whose answers would say nothing."""
-    from accent_plugin import experiment
-    from accent_plugin.inference import AccentClassifier
-    from accent_plugin.onnx import OnnxAccentClassifier
+    from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier
+    from accent_plugin.experiment.reports import versions
+    from accent_plugin.inference.classifier import AccentClassifier
 
     found = {}
     for bundle in (folder / "finished/bundle", *sorted((folder / "bundles").iterdir())):
@@ -221,7 +221,7 @@ def write_expected(folder):
         if np.ptp(table, axis=0).max() < 0.005 or (table * (1 - table)).max() < 0.005:
             sys.exit(f"{bundle}: these probabilities prove little")
     words = command_line(folder, folder / "finished", folder / "encoder")
-    text = json.dumps({"versions": experiment.versions(), "command": words, "probabilities": found}, indent=1)
+    text = json.dumps({"versions": versions(), "command": words, "probabilities": found}, indent=1)
     (folder / "expected.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,178 @@
+"""Work on many clips in processes of their own, so that a file that kills its decoder costs only itself."""
+
+import contextlib
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import types
+from dataclasses import dataclass
+
+from accent_plugin.audio import codecs
+from accent_plugin.audio.samples import UNDECODABLE, quantise
+from accent_plugin.errors import AudioError
+
+# Starting a process costs as much as decoding this many clips.
+_CLIPS_PER_WORKER = 100
+
+
+@dataclass(frozen=True)
+class ConversionJob:
+    """One clip to convert: what it is called, where it is (bytes or path), where it goes, and how long it may be."""
+
+    id: str
+    source: bytes | str
+    target: str
+    min_seconds: float
+    max_seconds: float
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of one job: a file of ``frames`` samples and ``size`` bytes, or a ``reason`` why there is none."""
+
+    id: str
+    frames: int = 0
+    size: int = 0
+    digest: str = ""
+    reason: str = ""
+    message: str = ""
+
+
+def convert_files(jobs, workers=1):
+    """Decode, check, resample and write many clips.
+
+    Arguments
+    ---------
+    jobs : iterator of Job
+        Drawn as they are needed, so that no more clips are in memory than there are workers.
+    workers : int
+        Processes; below 2 the work is done in this one. They import neither torch nor the main script.
+
+    Yields
+    ------
+    Converted
+        One for each job, in the order they are done. A process that dies costs the clip that it held.
+
+    Raises
+    ------
+    OSError
+        When a file cannot be written.
+    """
+    return map_in_workers(_convert, jobs, workers, died=_lost)
+
+
+def map_in_workers(work, jobs, workers=1, *, died):
+    """Do something with many clips, in the order that is quickest.
+
+    Arguments
+    ---------
+    work : function
+        A job -> what becomes of it; at the top of a module that imports neither torch nor the main script.
+    jobs : iterator
+        Drawn as they are needed, so that no more of them are in memory than there are workers. Each has an ``id``.
+    workers : int
+        Processes; below 2 the work is done in this one.
+    died : function
+        (the job's id, message) -> what becomes of a job whose process dies.
+
+    Yields
+    ------
+    object
+        What ``work`` or ``died`` gives, one for each job.
+
+    Raises
+    ------
+    OSError
+        When ``work`` does.
+    """
+    return _in_processes(work, jobs, workers, died) if workers > 1 else (work(job) for job in jobs)
+
+
+def worker_count(workers, clips):
+    """Processes worth starting for so many clips: ``workers`` where it is given, else the cores there are."""
+    return min(workers, clips) if workers is not None else min(core_count(), clips // _CLIPS_PER_WORKER)
+
+
+def core_count():
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _convert(job):
+    try:
+        steps = quantise(codecs.load(job.source, job.min_seconds, job.max_seconds))
+    except AudioError as error:
+        return Converted(job.id, reason=error.reason, message=str(error))
+    codecs.write(job.target, steps)
+    digest = hashlib.blake2b(steps.tobytes(), digest_size=16).hexdigest()
+    return Converted(job.id, len(steps), os.stat(job.target).st_size, digest)
+
+
+def _lost(id_, message):
+    return Converted(id_, reason=UNDECODABLE, message=message)
+
+
+def _serve(pipe, work):
+    """Do the jobs that come through the pipe until None does; runs in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while (job := pipe.recv()) is not None:
+            try:
+                pipe.send(work(job))
+            except OSError as error:
+                pipe.send(error)
+
+
+def _in_processes(work, jobs, count, died):
+    """Yield outcomes from ``count`` processes as they come; no process holds more than one clip."""
+    processes, busy = {}, {}
+
+    def start():
+        ours, theirs = context.Pipe()
+        processes[ours] = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        with _main_hidden():
+            processes[ours].start()
+        theirs.close()
+        return ours
+
+    context = multiprocessing.get_context("spawn")
+    idle = [start() for _ in range(count)]
+    try:
+        while True:
+            # Zip asks for a job only when a process is idle.
+            for pipe, job in zip(idle, jobs, strict=False):
+                pipe.send(job)
+                busy[pipe] = job.id
+            if not busy:
+                return
+            idle = []
+            ready: list = multiprocessing.connection.wait(list(busy))
+            for pipe in ready:
+                id_ = busy.pop(pipe)
+                try:
+                    answer = pipe.recv()
+                except (EOFError, ConnectionError):
+                    processes[pipe].join()
+                    message = f"the process that decoded it died (exit code {processes[pipe].exitcode})"
+                    answer, pipe = died(id_, message), start()
+                if isinstance(answer, OSError):
+                    raise answer
+                idle.append(pipe)
+                yield answer
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.join()
+
+
+@contextlib.contextmanager
+def _main_hidden():
+    """A spawned process imports its parent's main script: train.py would bring torch and SpeechBrain into each."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,237 @@
+"""Checks that decode every clip: unreadable and duplicate audio, and recording conditions that reveal the accent."""
+
+import contextlib
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from accent_plugin.audio import codecs
+from accent_plugin.audio.samples import EMPTY, NON_FINITE, SILENT, TOO_LONG, UNDECODABLE, check_samples, quantise
+from accent_plugin.audio.workers import map_in_workers, worker_count
+from accent_plugin.audit import confounds
+from accent_plugin.audit.findings import AUDIO, CHANNEL, ERROR, EXAMPLES, UNDECODABLE_CLIP, WARNING, Example, Finding
+from accent_plugin.audit.text_checks import count_in_words, name_splits, runs_of_equal
+from accent_plugin.data import dataset_dict
+from accent_plugin.errors import AudioError
+
+MAX_SECONDS = 600.0  # longer than any clip; decoding a whole audio book would take all memory
+
+
+_BAD = (UNDECODABLE, EMPTY, NON_FINITE, SILENT, TOO_LONG)
+
+
+WITHOUT_AUDIO = "the audio was not read: same recordings, broken files, hours and the channel were not checked"
+
+
+# ------------------------------------------------------------------------------------------------------- the audio
+
+
+@dataclass(frozen=True)
+class AuditJob:
+    """A clip to listen to, and whether it goes into the channel test."""
+
+    id: int
+    source: bytes | str
+    measure: bool
+
+
+@dataclass(frozen=True)
+class AuditOutcome:
+    """What was heard; digests are 64 bits, of the bytes and of the samples."""
+
+    id: int
+    seconds: float = 0.0
+    content: int = 0
+    samples: int = 0
+    features: confounds.RecordingFeatures | None = None
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The same for all rows: arrays, features of the drawn ones, and the first few problems of each reason."""
+
+    seconds: np.ndarray
+    content: np.ndarray
+    samples: np.ndarray
+    usable: np.ndarray
+    features: dict
+    reasons: Counter
+    problems: dict
+
+
+def _measure_clip(job):
+    """Decode one clip; runs in a process of its own."""
+    try:
+        sound = codecs.decode(job.source, MAX_SECONDS)
+        check_samples(sound.samples, sound.sample_rate)
+    except AudioError as error:
+        return AuditOutcome(job.id, reason=error.reason, message=str(error))
+    measured = confounds.recording_features(sound.samples, sound.sample_rate, sound.codec) if job.measure else None
+    rate = sound.sample_rate.to_bytes(4, "big")
+    content = job.source if isinstance(job.source, bytes) else Path(job.source).read_bytes()
+    return AuditOutcome(
+        job.id, sound.seconds, _number(content), _number(rate, quantise(sound.samples).tobytes()), measured
+    )
+
+
+def _died(id_, message):
+    return AuditOutcome(id_, reason=UNDECODABLE, message=message)
+
+
+def _number(*parts):
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def measure_clips(table, data_folder, drawn, workers, progress):
+    """Decode every clip, in processes of their own, and measure the drawn ones for the channel test."""
+    from tqdm import tqdm
+
+    total = len(table.accent)
+    measure = np.zeros(total, bool)
+    measure[drawn] = True
+    heard = Measurements(
+        seconds=np.zeros(total),
+        content=np.zeros(total, np.uint64),
+        samples=np.zeros(total, np.uint64),
+        usable=np.zeros(total, bool),
+        features={},
+        reasons=Counter(),
+        problems={reason: [] for reason in _BAD},
+    )
+
+    def jobs():
+        for row in range(total):
+            split, number = table.place(row)
+            sound = dataset_dict.audio_bytes_or_path(table.loaded[split], table.columns[split], number)
+            yield AuditJob(row, sound if isinstance(sound, bytes) else str(data_folder / sound), bool(measure[row]))
+
+    outcomes = map_in_workers(_measure_clip, jobs(), worker_count(workers, total), died=_died)
+    with contextlib.closing(outcomes), tqdm(total=total, desc="listening", unit="clip", disable=not progress) as bar:
+        for outcome in outcomes:
+            bar.update()
+            row = outcome.id
+            if outcome.reason:
+                heard.reasons[outcome.reason] += 1
+                # Outcomes come in any order: the first ones are known at the end only.
+                worst = heard.problems[outcome.reason]
+                worst.append((row, outcome.message))
+                if len(worst) > 4 * EXAMPLES:
+                    worst[:] = sorted(worst)[:EXAMPLES]
+                continue
+            heard.seconds[row], heard.usable[row] = outcome.seconds, True
+            heard.content[row], heard.samples[row] = outcome.content, outcome.samples
+            if outcome.features:
+                heard.features[row] = outcome.features
+    return heard
+
+
+def unusable_clips(table, heard):
+    """Yield a finding about clips that cannot be decoded, or that nothing can be learned from."""
+    if not heard.reasons:
+        return
+    examples = []
+    for reason in _BAD:
+        for row, message in sorted(heard.problems[reason])[:EXAMPLES]:
+            clip = table.clip(row)
+            examples.append(Example(f"{reason}: {clip}: {message}", (clip,)))
+    total = sum(heard.reasons.values())
+    counts = ", ".join(f"{reason} {heard.reasons[reason]:,}" for reason in _BAD if heard.reasons[reason])
+    yield Finding(
+        UNDECODABLE_CLIP,
+        ERROR,
+        f"{count_in_words(total, 'file')} that cannot be used: {counts}",
+        total,
+        tuple(examples),
+    )
+
+
+def duplicate_clips(table, heard):
+    """Yield findings about equal recordings, across splits, accents or speakers and within them."""
+    rows = np.flatnonzero(heard.usable)
+    order = rows[np.argsort(heard.samples[rows], kind="stable")]
+    leaks, within = [], []
+    for group in sorted(runs_of_equal(heard.samples[order], order, 2), key=lambda group: group[0]):
+        differ = any(len(np.unique(of[group])) > 1 for of in (table.split, table.accent, table.client))
+        (leaks if differ else within).append(group)
+    for found, severity in ((leaks, ERROR), (within, WARNING)):
+        if found:
+            noun = "recording" if len(found) == 1 else "recordings"
+            where = name_splits(table, found)
+            what = (
+                "more than once, in several splits or with several accents or clients"
+                if severity == ERROR
+                else ("more than once in a split, with one client")
+            )
+            examples = tuple(_same(table, heard, group) for group in found[:EXAMPLES])
+            message = f"{len(found):,} {noun} {what} ({where})"
+            yield Finding(AUDIO, severity, message, len(found), examples)
+
+
+def _same(table, heard, group):
+    # A clip of another split says more than a neighbour.
+    other = next((row for row in group if table.split[row] != table.split[group[0]]), group[1])
+    clips = table.clip(group[0]), table.clip(other)
+    what = "same bytes" if heard.content[group[0]] == heard.content[other] else "same samples in another file"
+    more = f", and {count_in_words(len(group) - 2, 'more')}" if len(group) > 2 else ""
+    who = [f"{table.client_name(row) or '?'}, {table.accent_name(row) or '?'}" for row in (group[0], other)]
+    named = [f"{clip} ({name})" for clip, name in zip(clips, who, strict=True)] if who[0] != who[1] else clips
+    return Example(f"{named[0]} and {named[1]}{more}: {what}", clips)
+
+
+def measure_confounds(table, heard, seed, permutations, progress):
+    """Run the channel test; return its result and the (accent, features) pairs that it used."""
+    rows = sorted(heard.features)
+    accents = [table.accent_name(row) for row in rows]
+    clients = [table.client_name(row) for row in rows]
+    measured = [heard.features[row] for row in rows]
+    result = confounds.run_confound_test(
+        measured, accents, clients, seed=seed, permutations=permutations, progress=progress
+    )
+    return result, tuple(sorted(zip(accents, measured, strict=True)))
+
+
+def channel_finding(confound):
+    """Yield a finding where the recording conditions alone tell the accents apart."""
+    if not confound.possible:
+        yield Finding(
+            CHANNEL, WARNING, f"whether the recording gives the accent away was not possible to test: {confound.reason}"
+        )
+    elif confound.found:
+        told = sorted(confound.by_feature.items(), key=lambda item: -item[1])
+        examples = tuple(
+            Example(f"{name.replace('_', ' ')} alone: {uar:.2f}") for name, uar in told if uar > confound.chance
+        )
+        message = (
+            f"the recording alone tells the accents apart: average recall {confound.uar:.2f} without listening to"
+            f" anybody, {confound.chance:.2f} by chance (p = {confound.p:.3f})"
+        )
+        yield Finding(CHANNEL, ERROR, message, 1, examples[:3])
+
+
+def confound_notes(confound, table):
+    """Notes on what the channel test used and left out."""
+    made = []
+    labelled = int((table.accent >= 0).sum())
+    if confound.possible:
+        made.append(
+            f"the channel test used {confound.clips:,} of {count_in_words(labelled, 'labelled clip')}, by"
+            f" {count_in_words(confound.clients, 'client')}: at most {confounds.CLIPS_PER_CLIENT} of each,"
+            f" {confounds.MOST_CLIPS:,} in all"
+        )
+        if not confound.by_client:
+            made[-1] += "; without client ids each clip stands for itself, and p is too small where speakers repeat"
+        if left := [accent for accent in table.accents if accent not in confound.accents]:
+            named = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
+            made.append(
+                f"the channel test leaves out {named}: it takes the {confounds.MOST_ACCENTS} accents with the most"
+                f" clients, {confounds.FOLDS} or more"
+            )
+    return made

@@ -1,0 +1,122 @@
+"""What is wrong with a DatasetDict as data for telling accents apart: leaks, contradictions, broken files, confounds.
+
+It looks at every split of any DatasetDict, prepared by nobody, and changes nothing. Kinds of findings:
+
+=============  ========  =============================================================================================
+kind           severity  what is found
+=============  ========  =============================================================================================
+client         error     a client in more than one split; a warning where the data have no client ids
+sentence       error     a sentence (letters and digits, see ``splits.normalise_sentence``) in more than one split
+contradiction  error     a client with more than one accent
+audio          error     the same samples twice, in two splits or with two accents or clients; else a warning
+undecodable    error     files that are undecodable, empty, non-finite, silent, or too long to be one clip
+missing        error     an accent that a split does not have
+unlabelled     warning   rows without an accent; an error where no row has one
+balance        warning   an accent with more than 3 times as many clips in train as another
+channel        error     the recording alone tells the accents apart (``nuisance.confound``); a warning where that
+                         cannot be tested
+=============  ========  =============================================================================================
+
+The same samples are those that are equal in 16 bits after decoding to mono: a recording as FLAC and as WAV, not one
+that was compressed, cut or resampled. Accents outside ``labels`` count as they are written, so that any corpus can be
+checked. Nothing here imports torch; rows are streamed, and of each a few numbers are kept.
+"""
+
+from pathlib import Path
+
+from accent_plugin.audit import confounds
+from accent_plugin.audit.audio_checks import (
+    WITHOUT_AUDIO,
+    channel_finding,
+    confound_notes,
+    duplicate_clips,
+    measure_clips,
+    measure_confounds,
+    unusable_clips,
+)
+from accent_plugin.audit.findings import KINDS, Audit
+from accent_plugin.audit.text_checks import ClipTable, contradictions, imbalance, shared_sentences, shared_speakers
+from accent_plugin.data import dataset_dict, labels
+from accent_plugin.errors import ConfigError, DataError
+
+
+def check_dataset(
+    data_folder,
+    *,
+    seed=1986,
+    with_audio=True,
+    workers=None,
+    progress=True,
+    permutations=199,
+    accent_column=None,
+    client_column=None,
+    sentence_column=None,
+    audio_column=None,
+    mapping=None,
+):
+    """Check every split of a DatasetDict on disk.
+
+    Arguments
+    ---------
+    data_folder : str or Path
+        A DatasetDict saved with ``save_to_disk``. Relative paths in it are relative to this folder. Only read.
+    seed : int
+        Decides the clips, folds and permutations of the channel test.
+    with_audio : bool
+        Whether to decode every clip.
+    workers : int, optional
+        Processes that decode; None takes the machine's cores, or none for a few clips.
+    progress : bool
+        Whether to draw progress bars on stderr.
+    permutations : int
+        Of the channel test, 100 or more.
+    accent_column, client_column, sentence_column, audio_column : str, optional
+        Names of columns; None finds them.
+    mapping : dict, optional
+        More spellings of accents, ``{spelling: label}``.
+
+    Returns
+    -------
+    Audit
+
+    Raises
+    ------
+    DataError
+        When there is no DatasetDict, or it lacks a column that is needed.
+    ConfigError
+        When ``permutations`` cannot show anything.
+    """
+    confounds.require_permutations(permutations)
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}; give 1 or more")
+    mapping = labels.read_mapping(mapping) if isinstance(mapping, str | Path) else mapping
+    data_folder = Path(data_folder).absolute()
+    card = dataset_dict.fingerprint(data_folder)["card"]
+    loaded = dataset_dict.open_all(data_folder)
+    given = {"accent": accent_column, "client": client_column, "sentence": sentence_column, "audio": audio_column}
+    columns = {split: dataset_dict.find_columns(split, data, data_folder, given) for split, data in loaded.items()}
+    if not sum(map(len, loaded.values())):
+        raise DataError(f"{data_folder} has no rows in any of its splits {', '.join(loaded)}: make it again")
+    table = ClipTable(loaded, columns, seed, mapping)
+
+    findings = [*shared_speakers(table), *shared_sentences(table), *contradictions(table), *imbalance(table)]
+    notes, confound, measured, seconds = table.notes(), None, (), None
+    if with_audio:
+        drawn = confounds.draw(table.accent, table.client, table.ranks(), seed=seed)
+        heard = measure_clips(table, data_folder, drawn, workers, progress)
+        seconds = heard.seconds
+        findings += [*unusable_clips(table, heard), *duplicate_clips(table, heard)]
+        confound, measured = measure_confounds(table, heard, seed, permutations, progress)
+        findings += channel_finding(confound)
+        notes += confound_notes(confound, table)
+    else:
+        notes.append(WITHOUT_AUDIO)
+    return Audit(
+        name=str(card.get("name") or data_folder.name),
+        findings=tuple(sorted(findings, key=lambda found: (found.severity, KINDS.index(found.kind)))),
+        counts=table.counts(seconds),
+        confound=confound,
+        notes=tuple(notes),
+        arguments={"seed": seed, "permutations": permutations, "columns": columns},
+        measured=measured,
+    )

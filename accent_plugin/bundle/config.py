@@ -1,0 +1,394 @@
+"""The config.json of a bundle: read with suspicion, and without torch.
+
+A bundle may come from a stranger. What config.json says is bounded before anything is built from it, and every file it
+speaks of is held to its size and SHA-256.
+"""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import accent_plugin
+from accent_plugin.audio.samples import SAMPLE_RATE
+from accent_plugin.errors import BundleError
+
+FORMAT_VERSION = 1
+
+
+CONFIG_FILE = "config.json"
+
+
+WEIGHTS_FILE = "model.ckpt"
+
+
+ONNX_FILE = "model.onnx"
+
+
+YAML_FILE = "hyperparams.yaml"
+
+
+CARD_FILE = "README.md"
+
+
+# All that a bundle's folder, and that of an export to ONNX, may hold.
+BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE, YAML_FILE, CARD_FILE)
+
+
+ONNX_FILES = (CONFIG_FILE, ONNX_FILE, CARD_FILE)
+
+
+# A configuration of some kilobytes; a hostile one may be anything.
+_LARGEST_CONFIG = 1 << 22
+
+
+_LARGEST_NUMBER = 1 << 22
+
+
+_MOST_LAYERS = 1000
+
+
+# Numbers of an encoder that no tensor's shape gives away, but memory, time, or whether a clip can be computed at all.
+_LIMITS = {
+    "conv_kernel": (1, 1000),
+    "conv_stride": (1, 1000),
+    "num_conv_pos_embeddings": (1, 1000),
+    # Built for nothing: only a decoder that is dropped at once has these.
+    "decoder_layers": (1, 100),
+    "decoder_num_hidden_layers": (1, 100),
+    "num_buckets": (4, 1 << 16),
+    "max_bucket_distance": (1, _LARGEST_NUMBER),
+    "pad_head_dim_to_multiple_of": (1, 256),
+    "partial_rotary_factor": (0.0, 1.0),
+    "sampling_rate": (SAMPLE_RATE, SAMPLE_RATE),
+    "feature_size": (1, 512),
+    "n_fft": (64, 4096),
+    "hop_length": (1, 4096),
+    "chunk_length": (1, 240),
+}
+
+
+# Of these, each number of the list is held to its limits; null leaves a value to transformers.
+_EACH = ("conv_kernel", "conv_stride")
+
+
+# Samples from one frame of a waveform's convolutions to the next: pretrained encoders have 160 to 640.
+_SHORTEST_HOP, _LONGEST_HOP = 80, SAMPLE_RATE
+
+
+_PREPROCESSORS = ("Wav2Vec2FeatureExtractor", "WhisperFeatureExtractor")
+
+
+_MODEL_KEYS = {"encoder", "pooling", "projector_size", "projector_activation", "whitening", "speeds"}
+
+
+_ENCODER_KEYS = {"name", "family", "config", "preprocessor", "weighted_layers", "standardise_layers"}
+
+
+_WEIGHTS_KEYS = {"file", "bytes", "sha256"}
+
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def is_bundle(folder):
+    """Whether a folder says that it is a bundle, of any version: Hugging Face's have a config.json, too."""
+    return "format_version" in _glance(folder)
+
+
+def is_hugging_face(folder):
+    """Whether a folder says that it is a model of Hugging Face's transformers, of any class."""
+    config = _glance(folder)
+    return "architectures" in config and "format_version" not in config
+
+
+def require_replaceable(folder, files, is_own=is_bundle):
+    """Refuse a folder that holds anything but ``files``, or does not say that they are this package's.
+
+    Arguments
+    ---------
+    folder : Path
+        May be missing or empty.
+    files : collection of str
+        All that such a folder may hold.
+    is_own : callable
+        Folder -> whether its config.json is of the kind to be written there.
+
+    Raises
+    ------
+    BundleError
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is a file: choose another folder")
+    held = sorted(folder.iterdir())
+    foreign = [path for path in held if path.name not in files or path.is_dir()]
+    if foreign or (held and not is_own(folder)):
+        raise BundleError(
+            f"{folder} holds {(foreign or held)[0].name!r}, which this command has not written: choose another folder, "
+            "or empty it"
+        )
+
+
+def _glance(folder):
+    """The content of a folder's config.json as it stands; an empty mapping where there is none."""
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _LARGEST_CONFIG else None
+    except (ValueError, RecursionError, OSError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def read(folder):
+    """Read config.json and check every value in it; the files that it speaks of are not looked at.
+
+    Raises
+    ------
+    BundleError
+        When it is missing, damaged or of an unknown format_version.
+    """
+    folder = Path(folder).absolute()
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise BundleError(
+            f"there is no folder {folder}; a bundle is the folder that training writes, with {CONFIG_FILE}"
+        )
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} is no bundle: it has no {CONFIG_FILE}; training writes one to OUTPUT_FOLDER/bundle"
+        )
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise BundleError(f"{path} has {path.stat().st_size:,} bytes, which no bundle's has: do not trust it")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_mapping)
+    except (ValueError, RecursionError, OSError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise BundleError(f"{path} holds no mapping")
+    version = config.get("format_version")
+    # To Python, true and 1.0 are 1, too.
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format_version {_short(version)}; this accent_plugin "
+            f"({accent_plugin.__version__}) understands {FORMAT_VERSION}: update it, or export the bundle again"
+        )
+    try:
+        problems = list(_problems(config))
+    except RecursionError as error:
+        raise BundleError(f"{path} cannot be read: {error}") from None
+    if problems:
+        raise BundleError(f"{path} is damaged:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return config
+
+
+def _mapping(pairs):
+    """An object of JSON as a dict; Python itself would take the last of several equal keys."""
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"it has the key {_short(key)} twice")
+        found[key] = value
+    return found
+
+
+def weights_identity(path):
+    """Name, size in bytes and SHA-256 of a file, as config.json has them of the weights."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def require_size(path, config):
+    """Refuse a file of weights that is missing or of another size than config.json says: it was cut or changed.
+
+    Raises
+    ------
+    BundleError
+    """
+    if not path.is_file():
+        raise BundleError(f"{path} is missing: copy the whole folder")
+    size, said = path.stat().st_size, config["weights"]["bytes"]
+    if size != said:
+        raise BundleError(
+            f"{path} has {size:,} bytes, {CONFIG_FILE} says {said:,}: it was cut or changed; copy it again"
+        )
+
+
+def require_identity(path, config):
+    """Refuse a file of weights with another digest than config.json says.
+
+    Raises
+    ------
+    BundleError
+    """
+    if weights_identity(path) != config["weights"]:
+        raise BundleError(f"{path} has another SHA-256 than {CONFIG_FILE} says: it was changed, or copied badly")
+
+
+def _problems(config):
+    """Yield what is wrong with a configuration's values, before anything is built from them."""
+    labels, model, weights = (config.get(key) for key in ("labels", "model", "weights"))
+    named = isinstance(labels, list) and all(_is_name(label) for label in labels)
+    if not named or not 1 <= len(labels) <= _MOST_LAYERS or len(set(labels)) < len(labels):
+        yield f"labels is {_short(labels)}, not a list of printable, distinct names"
+    if config.get("sample_rate") != SAMPLE_RATE:
+        yield f"sample_rate is {_short(config.get('sample_rate'))}, not {SAMPLE_RATE}"
+    yield from _problems_of_weights(weights, config.get("onnx"))
+    yield from _problems_of_calibration(config.get("calibration"))
+    if not isinstance(model, dict):
+        yield f"model is {_short(model)}, not a mapping"
+        return
+    yield from _problems_of_keys("model", model, _MODEL_KEYS)
+    if not isinstance(model.get("pooling"), str):
+        yield f"model.pooling is {_short(model.get('pooling'))}, not the name of a pooling"
+    size = model.get("projector_size")
+    if "projector_size" not in model or not (size is None or _is_count(size)):
+        yield f"model.projector_size is {_short(size)}, not a number of features or null"
+    for key in ("projector_activation", "whitening"):
+        if not isinstance(model.get(key), bool):
+            yield f"model.{key} is {_short(model.get(key))}, not true or false"
+    speeds = model.get("speeds")
+    if not isinstance(speeds, list) or not 1 <= len(speeds) <= 16 or not all(_is_speed(speed) for speed in speeds):
+        yield f"model.speeds is {_short(speeds)}, not a list of factors from 0.5 to 2"
+    yield from _problems_of_encoder(model.get("encoder"))
+
+
+def _problems_of_weights(weights, graph):
+    if (
+        not isinstance(weights, dict)
+        or weights.keys() != _WEIGHTS_KEYS
+        or weights["file"] not in (WEIGHTS_FILE, ONNX_FILE)
+        or not _is_count(weights["bytes"], math.inf)
+    ):
+        yield f"weights is {_short(weights)}, not the file, bytes and sha256 of {WEIGHTS_FILE} or {ONNX_FILE}"
+        return
+    if not isinstance(weights["sha256"], str) or not _SHA256.fullmatch(weights["sha256"]):
+        yield f"weights.sha256 is {_short(weights['sha256'])}, not 64 hexadecimal digits"
+    if weights["file"] == ONNX_FILE and not (isinstance(graph, dict) and _is_count(graph.get("minimum_samples"))):
+        yield f"onnx is {_short(graph)}, not the precision and minimum_samples of {ONNX_FILE}"
+
+
+def _problems_of_keys(name, found, known):
+    if strange := sorted(found.keys() - known):
+        yield f"{name} has the key {_short(strange[0])}, which is unknown; known are {', '.join(sorted(known))}"
+
+
+def _problems_of_encoder(encoder):
+    parts = ("config", "preprocessor")
+    if not isinstance(encoder, dict) or not all(isinstance(encoder.get(key), dict) for key in parts):
+        yield "model.encoder lacks its config or its preprocessor"
+        return
+    yield from _problems_of_keys("model.encoder", encoder, _ENCODER_KEYS)
+    if not _is_name(encoder.get("name")):
+        yield f"model.encoder.name is {_short(encoder.get('name'))}, not a printable name"
+    layers = encoder.get("weighted_layers")
+    if layers is not None and not (isinstance(layers, list) and all(_is_count(layer) for layer in layers)):
+        yield f"model.encoder.weighted_layers is {_short(layers)}, not a list of layers or null"
+    if not isinstance(encoder.get("family"), str) or not isinstance(encoder.get("standardise_layers"), bool):
+        yield "model.encoder lacks its family or standardise_layers"
+    config, preprocessor = (encoder[part] for part in parts)
+    kind = config.get("model_type", encoder.get("family"))
+    if kind != encoder.get("family"):
+        yield f"model.encoder.config.model_type is {_short(kind)}, the family {_short(encoder.get('family'))}"
+    extractor = preprocessor.get("feature_extractor_type")
+    if extractor not in _PREPROCESSORS:
+        known = " or ".join(_PREPROCESSORS)
+        yield f"model.encoder.preprocessor.feature_extractor_type is {_short(extractor)}, not {known}"
+    if "auto_map" in preprocessor:
+        yield "model.encoder.preprocessor.auto_map asks for code, which no bundle brings"
+    outside = [problem for part in parts for problem in _outside(f"model.encoder.{part}", encoder[part])]
+    yield from outside or _problems_of_frames(config)
+
+
+def _outside(name, values):
+    """What in a part of an encoder's description is beyond its limits."""
+    for key, value in values.items():
+        path = f"{name}.{key}" if key.isidentifier() else f"{name}[{_short(key)}]"
+        largest = _MOST_LAYERS if "layers" in key else _LARGEST_NUMBER
+        # Not "> largest": that would let NaN pass.
+        if not all(abs(number) <= largest for number in _numbers(value)):
+            yield f"{path} is {_short(value)}, more than any encoder has"
+        elif key in _LIMITS and not (value is None or _is_within(value if key in _EACH else [value], *_LIMITS[key])):
+            yield f"{path} is {_short(value)}, not {' to '.join(map(str, dict.fromkeys(_LIMITS[key])))}"
+        elif isinstance(value, dict):
+            yield from _outside(path, value)
+
+
+def _problems_of_frames(config):
+    """What is wrong with numbers that are each within its limits."""
+    kernels, strides = config.get("conv_kernel"), config.get("conv_stride")
+    if kernels and strides:
+        samples = 1
+        for kernel, stride in zip(reversed(kernels), reversed(strides), strict=False):
+            samples = (samples - 1) * stride + kernel
+        if not _SHORTEST_HOP <= math.prod(strides) <= _LONGEST_HOP or samples > _LONGEST_HOP:
+            yield (
+                f"model.encoder.config has conv_kernel {_short(kernels)} and conv_stride {_short(strides)}: a frame "
+                f"of {samples:,} samples every {math.prod(strides):,}, not every {_SHORTEST_HOP} to {_LONGEST_HOP:,}"
+            )
+    buckets, distance = config.get("num_buckets"), config.get("max_bucket_distance")
+    # WavLM divides by the logarithm of the distance over a quarter of the buckets.
+    if buckets and distance and distance <= buckets // 4:
+        yield f"model.encoder.config.max_bucket_distance is {distance}, too little for {buckets} buckets"
+
+
+def _problems_of_calibration(found):
+    if found is None:
+        return
+    curve = found.get("curve") if isinstance(found, dict) else None
+    temperature = found.get("temperature") if isinstance(found, dict) else None
+    if not isinstance(curve, dict) or not _is_positive(temperature):
+        yield f"calibration is {_short(found)}, not null or a temperature above 0 and a curve"
+        return
+    columns: list = [curve.get(name) for name in ("threshold", "coverage", "risk")]
+    if not all(isinstance(column, list) and all(_is_share(value) for value in column) for column in columns):
+        yield "calibration.curve lacks lists of numbers called threshold, coverage and risk"
+    elif len(set(map(len, columns))) > 1:
+        yield "calibration.curve has columns of different lengths"
+
+
+def _is_positive(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_share(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _numbers(value):
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, list | dict):
+        if len(value) > _MOST_LAYERS:
+            yield math.inf
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
+
+
+def _is_name(value):
+    """Whether a text can be shown: in a terminal, control characters are commands."""
+    return isinstance(value, str) and value != "" and value.isprintable() and value == value.strip()
+
+
+def _is_within(values, least, most):
+    """Whether this is a list of numbers within limits, which are whole where the limits are."""
+    kinds = int | float if isinstance(least, float) else int
+    return isinstance(values, list) and all(
+        isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most for value in values
+    )
+
+
+def _is_count(value, most=_LARGEST_NUMBER):
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _is_speed(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.5 <= value <= 2
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."

@@ -1,0 +1,190 @@
+"""Write a bundle, and check that it gives the scores of the model it was made from."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+import accent_plugin
+from accent_plugin import files
+from accent_plugin.audio.samples import SAMPLE_RATE
+from accent_plugin.bundle import config as bundle_config
+from accent_plugin.bundle.config import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, YAML_FILE
+from accent_plugin.bundle.load import load_bundle
+from accent_plugin.bundle.modules import Embedding, Head
+from accent_plugin.errors import BundleError
+
+_TOLERANCE = 1e-4
+
+
+def write_bundle(
+    folder,
+    model,
+    labels,
+    *,
+    encoder_name,
+    pooling,
+    speeds=(1.0,),
+    calibration=None,
+    metrics=None,
+    versions=None,
+    imported_from=None,
+):
+    """Write a bundle, load it back, and compare.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Replaced when it holds a bundle already, and nothing else.
+    model : AccentModel
+        Trained.
+    labels : sequence of str
+        In the order of the output.
+    encoder_name : str
+        What the encoder was pretrained as, for the card.
+    pooling : str
+        A name in `accent_plugin.pooling.POOLINGS`.
+    speeds : sequence of float
+        Copies of a clip to average over.
+    calibration : dict
+        As `accent_plugin.evaluation.calibration.describe_calibration` gives it; its temperature is folded into the
+        classifier.
+    metrics : dict
+        The content of the run's metrics.json, for the card.
+    versions : dict
+        Package -> version.
+    imported_from : str
+        Name of the checkpoint that these weights are; None where this package trained them.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    BundleError
+        When the folder holds something else, a weight is NaN or infinite, or what was written gives other scores.
+    """
+    # Imported here, since it draws in what makes reports, which loading needs not.
+    from accent_plugin.bundle import model_card
+
+    folder = Path(folder).absolute()
+    bundle_config.require_replaceable(folder, bundle_config.BUNDLE_FILES)
+    model = copy.deepcopy(model).cpu().float().eval()
+    model.wav2vec2.merge_adapters()
+    temperature = calibration["temperature"] if calibration else 1.0
+    with torch.no_grad():
+        model.classifier.weight /= temperature
+        model.classifier.bias /= temperature
+    with files.atomic_folder(folder, bundle_config.BUNDLE_FILES) as temporary:
+        try:
+            save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary / WEIGHTS_FILE)
+        except SafetensorError as error:
+            # As what a full disk is told by everybody else.
+            raise BundleError(f"{folder} cannot be written: {error}\nmake room there and run it again") from error
+        config = make_config(
+            model,
+            labels,
+            encoder_name=encoder_name,
+            pooling=pooling,
+            weights=bundle_config.weights_identity(temporary / WEIGHTS_FILE),
+            speeds=speeds,
+            calibration=calibration,
+            versions=versions,
+            imported_from=imported_from,
+        )
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+        # safetensors lets nobody else read what it writes, whatever the umask says.
+        shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)
+        (temporary / YAML_FILE).write_text(_yaml(config), encoding="utf-8")
+        model_card.write(temporary, config, metrics)
+        _compare(model, load_bundle(temporary), config["model"]["speeds"])
+    return folder
+
+
+def make_config(
+    model,
+    labels,
+    *,
+    encoder_name,
+    pooling,
+    weights,
+    speeds=(1.0,),
+    calibration=None,
+    versions=None,
+    imported_from=None,
+):
+    """Make the content of config.json; arguments as for `write`, ``weights`` as `bundle_config.identity` gives it."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "made_by": f"accent_plugin {accent_plugin.__version__}",
+        "labels": list(labels),
+        "sample_rate": SAMPLE_RATE,
+        "model": {
+            "encoder": {"name": encoder_name, **model.wav2vec2.describe()},
+            "pooling": pooling,
+            "projector_size": None if model.projector is None else model.projector[0].out_features,
+            "projector_activation": model.projector is not None and len(model.projector) > 1,
+            "whitening": model.whitening is not None,
+            "speeds": [float(speed) for speed in speeds],
+        },
+        "calibration": calibration,
+        "weights": weights,
+        "versions": versions or {},
+        **({"imported_from": imported_from} if imported_from else {}),
+    }
+
+
+def _compare(model, bundle, speeds):
+    """Both must give the same scores, on noise: the very weights are compared, not what they are good for."""
+    noise = 0.1 * torch.randn(2, 2 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([0.6, 1.0])
+    with torch.inference_mode():
+        before = Head(model)(Embedding(model, speeds)(noise, lengths))
+        after = bundle.modules["classifier"](bundle.modules["embedding_model"](noise, lengths))
+    difference = (before - after).abs().max().item()
+    # Not "difference > tolerance": that would let NaN pass.
+    if not difference <= _TOLERANCE:
+        raise BundleError(
+            f"the bundle gives other scores than the model it was made of (by {difference:.1e}): report it"
+        )
+
+
+def _yaml(config):
+    """SpeechBrain's file of the bundle; the configuration goes in as one quoted text, which no YAML dialect changes."""
+    # Escaped as ASCII, and with nothing that HyperPyYAML takes for a reference.
+    text = json.dumps(config).replace("<", "\\u003c").replace(">", "\\u003e").replace("'", "\\u0027")
+    return f"""\
+# Made from config.json by {config["made_by"]}; not to be edited. SpeechBrain runs this file when it loads the model, so
+# load only models that you trust. accent_plugin.inference.AccentClassifier.from_bundle does not read it.
+
+bundle_config: '{text}'
+sample_rate: {config["sample_rate"]}
+
+model: !apply:accent_plugin.bundle.build
+    config: !ref <bundle_config>
+
+label_encoder: !apply:accent_plugin.bundle.make_label_encoder
+    config: !ref <bundle_config>
+
+audio_normalizer: !new:accent_plugin.bundle.Normalizer
+
+mean_var_norm_emb: !new:accent_plugin.bundle.AsIs
+
+modules:
+    compute_features: !new:accent_plugin.bundle.AsIs
+    mean_var_norm: !new:accent_plugin.bundle.AsIs
+    embedding_model: !new:accent_plugin.bundle.Embedding
+        model: !ref <model>
+        speeds: {json.dumps(config["model"]["speeds"])}
+    classifier: !new:accent_plugin.bundle.Head
+        model: !ref <model>
+
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        model: !ref <model>
+"""

@@ -1,0 +1,228 @@
+"""Verbs that use a trained model: classify, evaluate, serve, export, import, push."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from accent_plugin.errors import AccentPluginError
+
+
+def run_classify(arguments):
+    """Classify files."""
+    from accent_plugin.inference import bulk as inference_bulk
+    from accent_plugin.inference.bulk import find
+
+    format = arguments.format or format_of(arguments.output)
+    sources = list(find(arguments.files))
+    reading = {"workers": arguments.workers, "batch_seconds": arguments.batch_seconds}
+    _require_use_of_labels(arguments, [arguments.model])
+    classifier = _classifier(arguments, arguments.model, **_cutting(arguments))
+    _, failed = inference_bulk.run(classifier, sources, format, arguments.output, **reading)
+    return 1 if failed else 0
+
+
+def run_serve(arguments):
+    """Serve the page and the HTTP API."""
+    from accent_plugin.serving import server, service
+
+    _require_use_of_labels(arguments, [arguments.model])
+    named = vars(arguments)
+    limits = service.Limits(**{name: named[name] for name in vars(service.Limits()) if named[name] is not None})
+    serving = {"host": arguments.host, "port": arguments.port, "page": not arguments.no_page}
+    token = os.environ.get(server.TOKEN_VARIABLE) if arguments.token is None else arguments.token
+    server.require(limits, token)
+    classifier = _classifier(arguments, arguments.model, batch_seconds=arguments.batch_seconds, **_cutting(arguments))
+    card = "" if arguments.no_page else _card(arguments.model)
+    server.run(classifier, card, limits, token=token, open=arguments.open, **serving)
+
+
+def _card(model):
+    # Of all that is served, the page alone needs Matplotlib, for its colours.
+    from accent_plugin.serving import page
+
+    return page.read_card(model)
+
+
+def _cutting(arguments):
+    """Of `accent_plugin.inference.base.InferenceOptions`, what is given; with a window alone, its half is the hop."""
+    window, hop = arguments.window_seconds, arguments.hop_seconds
+    if hop is None and window is not None:
+        hop = window / 2
+    return {name: value for name, value in (("window_seconds", window), ("hop_seconds", hop)) if value is not None}
+
+
+def run_evaluate(arguments):
+    """Evaluate models on labelled data."""
+    import json
+    import shlex
+
+    from accent_plugin import files
+    from accent_plugin.evaluation.compare import compare_models
+    from accent_plugin.inference.labelled import (
+        WHOLE_CLIPS,
+        evaluate_both,
+        evaluate_model,
+        folder_of,
+        remove_earlier,
+        write_evaluation,
+    )
+    from accent_plugin.report.comparisons import write_comparison
+    from accent_plugin.report.write import MARKDOWN_FILE
+
+    if len(arguments.model) > 2:
+        raise AccentPluginError("give one bundle, or two to compare")
+    _require_use_of_labels(arguments, arguments.model)
+    classifiers = [_classifier(arguments, model, **WHOLE_CLIPS) for model in arguments.model]
+    rows, left_out = _rows(arguments, classifiers)
+    out, command, found, failed = Path(arguments.out), shlex.join(["accent-plugin", *arguments.typed]), [], 0
+    with files.writable_folder(out, "--out"):
+        pass
+    for number, (model, classifier) in enumerate(zip(arguments.model, classifiers, strict=True), 1):
+        predictions, failures = evaluate_model(classifier, rows, sys.stderr.isatty(), workers=arguments.workers)
+        if number == 1:
+            remove_earlier(out)
+        folder = out if len(classifiers) == 1 else folder_of(out, number)
+        metrics_of = write_evaluation(folder, classifier, predictions, arguments.data, left_out + failures, command)
+        found.append(predictions)
+        failed += failures.total()
+        print(f"{model}: {folder / MARKDOWN_FILE}")
+        print(json.dumps({scope: metrics_of[scope] for scope in ("clip", "speaker")}, indent=1))
+    if len(found) == 2:
+        write_comparison(out, *short_names(arguments.model), compare_models(*evaluate_both(*found)))
+        print((out / "comparison.md").read_text(encoding="utf-8"))
+    return 1 if failed else 0
+
+
+def _rows(arguments, classifiers):
+    """What `evaluation.read` finds for classifiers that have the same labels."""
+    from accent_plugin.data import labels
+    from accent_plugin.inference.labelled import ROLES, read_labelled
+
+    if len({frozenset(each.labels) for each in classifiers}) > 1:
+        first, second = (", ".join(each.labels) for each in classifiers)
+        raise AccentPluginError(f"bundles with different labels cannot be compared: {first}; and {second}")
+    mapping = labels.read_mapping(arguments.mapping) if arguments.mapping else None
+    columns = {role: getattr(arguments, f"{role}_column") for role in ROLES}
+    return read_labelled(arguments.data, classifiers[0].labels, mapping=mapping, split=arguments.split, columns=columns)
+
+
+def run_export(arguments):
+    """Export a run as a bundle, for transformers, or to ONNX."""
+    print(EXPORTS[arguments.to](arguments))
+
+
+def _export_bundle(arguments):
+    from accent_plugin.experiment.stages import export
+
+    return export(arguments.run, arguments.out, arguments.device or "cpu")
+
+
+def _export_huggingface(arguments):
+    from accent_plugin.exchange.hugging_face import to_hugging_face
+
+    folder = _bundle_of(arguments.run)
+    return to_hugging_face(folder, arguments.out or folder.absolute().parent / arguments.to)
+
+
+def _export_onnx(arguments):
+    from accent_plugin.exchange import onnx_export
+
+    folder = _bundle_of(arguments.run)
+    name = "onnx" if arguments.precision == "fp32" else f"onnx_{arguments.precision}"
+    out = arguments.out or folder.absolute().parent / name
+    return onnx_export.export(folder, out, arguments.precision, arguments.data, arguments.unchecked)
+
+
+# Form -> what writes it and returns its path.
+EXPORTS = {"bundle": _export_bundle, "huggingface": _export_huggingface, "onnx": _export_onnx}
+
+
+def _bundle_of(run):
+    """A run's output folder holds its bundle; the bundle's own folder is understood too."""
+    run = Path(run)
+    return run / "bundle" if (run / "bundle").is_dir() else run
+
+
+def run_import(arguments):
+    """Make a bundle of a classifier of transformers."""
+    from accent_plugin.exchange.hugging_face import import_hugging_face
+
+    print(import_hugging_face(arguments.source, arguments.out, _names_of_classes(arguments)))
+
+
+def _names_of_classes(arguments):
+    """The table of `--labels`, or None."""
+    from accent_plugin.data import labels
+
+    return labels.read_mapping(arguments.labels) if arguments.labels else None
+
+
+def run_push(arguments):
+    """Upload a bundle to the Hub."""
+    from accent_plugin.exchange import hub
+
+    print(hub.push(_bundle_of(arguments.run), arguments.repo, private=not arguments.public))
+
+
+def _classifier(arguments, model, **options):
+    for name in ("min_probability", "max_risk", "min_coverage"):
+        if getattr(arguments, name, None) is not None:
+            options[name] = getattr(arguments, name)
+    if _backend(arguments, model) == "onnx":
+        from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier
+
+        return OnnxAccentClassifier.from_bundle(model, **options)
+
+    from accent_plugin.inference.classifier import AccentClassifier
+
+    if not _is_hugging_face(model):
+        return AccentClassifier.from_bundle(model, arguments.device, precision=arguments.precision, **options)
+
+    from accent_plugin import devices
+    from accent_plugin.exchange.hugging_face import from_hugging_face
+
+    if arguments.device:
+        devices.require_device(arguments.device)
+    loaded = from_hugging_face(model, _names_of_classes(arguments))
+    run_opts = {"device": arguments.device} if arguments.device else None
+    return AccentClassifier(loaded.modules, loaded.hparams, run_opts=run_opts, precision=arguments.precision, **options)
+
+
+def _backend(arguments, model):
+    """What runs a model: as asked for, or what its folder is made for."""
+    from accent_plugin.bundle import config as bundle_config
+
+    found = "onnx" if Path(model, bundle_config.ONNX_FILE).is_file() else "torch"
+    if (arguments.backend or found) == "onnx" and (arguments.device or arguments.precision != "fp32"):
+        raise AccentPluginError("--device and --precision are torch's: an export to ONNX has its own precision")
+    return arguments.backend or found
+
+
+def _is_hugging_face(model):
+    """Whether a model is a classifier of transformers, in a folder or by its name on the Hub."""
+    from accent_plugin.bundle import config as bundle_config
+
+    if Path(model).exists():
+        return bundle_config.is_hugging_face(model)
+    # USER/NAME; a path that is mistyped below a folder that exists is none, or the Hub would be asked for it.
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).parent.exists()
+
+
+def _require_use_of_labels(arguments, models):
+    if arguments.labels and not any(map(_is_hugging_face, models)):
+        raise AccentPluginError(
+            f"--labels is for the classes of a Hugging Face model, and {' and '.join(models)} is none"
+        )
+
+
+def format_of(output):
+    """Format of an output file, from its suffix."""
+    suffix = Path(output).suffix.lower() if output else ""
+    return {".jsonl": "jsonl", ".csv": "csv"}.get(suffix, "jsonl" if output else "table")
+
+
+def short_names(runs):
+    """Short names of runs; whole paths where those are not unique."""
+    names = [Path(run).name for run in runs]
+    return names if len(set(names)) == len(names) else list(map(str, runs))

@@ -1,0 +1,51 @@
+"""Verbs that read finished runs: compare, summarise."""
+
+from pathlib import Path
+
+from accent_plugin.cli.models import short_names
+from accent_plugin.errors import AccentPluginError
+
+
+def run_compare(arguments):
+    """Compare two runs on the same clips."""
+    from accent_plugin.evaluation.compare import compare_models
+    from accent_plugin.report.comparisons import write_comparison
+
+    first, second = arguments.run
+    names = short_names(arguments.run)
+    comparison = compare_models(_predictions(first), _predictions(second))
+    write_comparison(arguments.out, *names, comparison)
+    print((Path(arguments.out) / "comparison.md").read_text(encoding="utf-8"))
+
+
+def run_summarise(arguments):
+    """Summarise several runs."""
+    import json
+
+    from accent_plugin.evaluation.compare import summarise_runs
+    from accent_plugin.report.comparisons import write_summary
+    from accent_plugin.report.write import METRICS_FILE
+
+    runs = {}
+    for run in arguments.run:
+        path = _report_folder(run) / METRICS_FILE
+        try:
+            runs[run] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise AccentPluginError(
+                f"{path} cannot be read: {error}; give the output folders of finished runs"
+            ) from None
+    write_summary(arguments.out, summarise_runs(list(runs.values()), list(runs)))
+    print((Path(arguments.out) / "summary.md").read_text(encoding="utf-8"))
+
+
+def _report_folder(run):
+    """A run's output folder holds its report; the report's own folder is understood too."""
+    run = Path(run)
+    return run / "report" if (run / "report").is_dir() else run
+
+
+def _predictions(run):
+    from accent_plugin.report.predictions_csv import read_predictions
+
+    return read_predictions(_report_folder(run))

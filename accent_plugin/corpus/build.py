@@ -1,0 +1,450 @@
+"""Any corpus -> a DatasetDict that can be trusted: accents mapped, clips chosen, split by client, and a card.
+
+What is made, in ``out``::
+
+    train/ validation/ test/    shards of Arrow, as datasets.load_from_disk wants them; audio referred to or embedded
+    accent_plugin.json          the card: source, arguments, counts, what was left out and why
+    README.md                   the same for people
+    dataset_dict.json           written last
+
+Nothing here imports torch. Audio is not decoded: that is what ``manifests.prepare`` and ``audit.check`` do.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import logging
+import os
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from accent_plugin import files
+from accent_plugin.audio.workers import core_count
+from accent_plugin.corpus import arrow_shards, readers
+from accent_plugin.corpus.card import REASON_NAMES, corpus_card_to_markdown, make_corpus_card, show_value
+from accent_plugin.corpus.choices import CorpusChoices
+from accent_plugin.data import dataset_dict, labels, selection, splits
+from accent_plugin.errors import ConfigError, DataError, ManifestError
+
+logger = logging.getLogger(__name__)
+
+
+NO_AUDIO = "no audio file"
+
+
+FEW_UP_VOTES = "too few up-votes"
+
+
+MANY_DOWN_VOTES = "too many down-votes"
+
+
+TOO_SHORT = "too short"
+
+
+TOO_LONG = "too long"
+
+
+GENDER_UNKNOWN = "gender not given"
+
+
+GENDER_OTHER = "gender neither male nor female"
+
+
+GENDER_BALANCE = "gender balance"
+
+
+COLUMNS = ("client_id", "path", "sentence", "accent", "raw_accent", "gender", "age")
+
+
+_BUILDING = ".building.json"
+
+
+_README = "README.md"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A DatasetDict that was built.
+
+    Arguments
+    ---------
+    folder : Path
+        For ``datasets.load_from_disk``, and ``data_folder`` of the recipe.
+    counts : dict
+        Split -> accent -> {"clips", "clients", "seconds"}; seconds is None where some are not told.
+    dropped : dict
+        Reason -> number of clips left out.
+    warnings : tuple of str
+        What a user of the data should know.
+    card : dict
+        All of that, and how it was made.
+    """
+
+    folder: Path
+    counts: dict
+    dropped: dict
+    warnings: tuple[str, ...]
+    card: dict
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One raw accent: its number of clips and clients, and the label it maps to, or why to none."""
+
+    raw: str
+    clips: int
+    clients: int
+    label: str | None
+    reason: str | None
+
+
+def survey_accents(source, *, mapping=None, compound="drop", **reading):
+    """What a corpus calls its accents.
+
+    Arguments
+    ---------
+    source : str or Path
+        As in ``build``.
+    mapping, compound
+        As in ``Choices``.
+    **reading
+        Fields of ``readers.Reading``.
+
+    Returns
+    -------
+    tuple of Spelling
+        The most frequent first; clips without an accent are one with an empty name.
+    """
+    mapping = labels.read_mapping(mapping) if isinstance(mapping, str | os.PathLike) else mapping
+    clips, clients = Counter(), defaultdict(set)
+    for cells in readers.open_source(source, readers.Reading(**reading)).cells():
+        key = cells["accent"], cells.get("variant", "")
+        clips[key] += 1
+        clients[key].add(cells["client"])
+    found = []
+    for key, count in sorted(clips.items(), key=lambda entry: (-entry[1], entry[0])):
+        accent, variant = key
+        parsed = selection.read_accent(accent, variant, mapping, compound)
+        found.append(Spelling(selection.shown(key), count, len(clients[key] - {""}), parsed.label, parsed.reason))
+    return tuple(found)
+
+
+def build_corpus(source, out, *, workers=None, progress=True, **arguments):
+    """Choose and split the clips of a corpus, and write them as a DatasetDict; when it is there already, do nothing.
+
+    An interrupted run goes on where it was. With other arguments than those in ``out`` it is refused.
+
+    Arguments
+    ---------
+    source : str or Path
+        A Common Voice release, a DatasetDict, a folder per accent, a CSV file, or a name on the Hub; only read. A
+        reader of one's own (see ``readers``) is taken, too; its ``folder`` is where its files are.
+    out : str or Path
+        Folder to write; nothing is written outside it.
+    workers : int, optional
+        Threads that copy audio; None takes the machine's cores.
+    progress : bool
+        Whether to draw a progress bar on stderr.
+    **arguments
+        Fields of ``Choices``, and of ``readers.Reading``: how to read the source.
+
+    Returns
+    -------
+    Built
+
+    Raises
+    ------
+    ConfigError
+        When arguments cannot be meant.
+    DataError
+        When the source cannot be used, or a split would be empty.
+    ManifestError
+        When ``out`` holds something else.
+    """
+    of_reading = {field.name for field in dataclasses.fields(readers.Reading)} & arguments.keys()
+    reading = readers.Reading(**{name: arguments.pop(name) for name in of_reading})
+    choices, out = CorpusChoices(**arguments), Path(out).absolute()
+    reader = readers.open_source(source, reading, official=choices.split == "official")
+    _require_outside(source, out)
+    _require_clients(reader, choices)
+    header = {"arguments": choices.as_json() | dataclasses.asdict(reading), "source": reader.fingerprint()}
+    header = json.loads(json.dumps(header))
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}; give 1 or more")
+    if done := _finished(out, header):
+        gone = done.dropped.get(NO_AUDIO)
+        logger.info(
+            "%s is there already, from the same source and arguments%s",
+            out,
+            f"; {gone} clips had no audio file then: remove it to look again" if gone else "",
+        )
+        return done
+    with files.writable_folder(out, "--out"), files.lock(out):
+        if done := _finished(out, header):
+            return done
+        with _without_collection():
+            return _build(reader, out, choices, header, workers or core_count(), progress)
+
+
+def load_corpus(folder):
+    """What the card of a finished DatasetDict says.
+
+    Raises
+    ------
+    ManifestError
+        When there is none.
+    """
+    folder = Path(folder).absolute()
+    if not arrow_shards.is_finished(folder) or not (folder / dataset_dict.CARD_JSON).is_file():
+        raise ManifestError(f"{folder} holds no finished DatasetDict with a card: make it with accent-plugin prepare")
+    card = dataset_dict.read_json(folder / dataset_dict.CARD_JSON)
+    try:
+        return Built(folder, card["counts"], card["dropped"], tuple(card["warnings"]), card)
+    except KeyError as error:
+        raise ManifestError(
+            f"{folder / dataset_dict.CARD_JSON} was written by something else: it lacks {error}"
+        ) from None
+
+
+def plan_corpus(reader, choices, notes, progress=False):
+    """Choose and split by what the source says of its clips: all that can be refused before anything is written.
+
+    Returns
+    -------
+    tuple
+        Split -> rows, and split -> because of split -> clips left out for their sentence.
+    """
+    from tqdm import tqdm
+
+    read = tqdm(reader.cells(), desc="reading", unit="row", mininterval=1.0, leave=False, disable=not progress)
+    table = _filtered(read, choices, notes)
+    extra = {
+        "precedence": lambda row: (row.gender, row.age, row.raw_accent, row.split),
+        "mapping": choices.mapping,
+        "compound": choices.compound,
+        "content_of": getattr(reader, "content_of", None),
+    }
+    rows, has_clients = selection.select(table, choices.accents, notes, reader.name, **extra)
+    if not extra["content_of"]:
+        rows = _each_file_once(rows, notes)
+    notes.dropped += reader.damaged
+    if not has_clients and choices.split == "client":
+        raise DataError(_no_clients(reader))
+    absent = reader.absent(rows)
+    notes.drop(NO_AUDIO, int(absent.sum()))
+    notes.examples += [{"reason": NO_AUDIO, "id": r.path, "message": ""} for r in _first(rows, absent)]
+    notes.warnings += reader.warnings
+    strange = sorted(set(choices.mapping.values()) - labels.SPELLINGS.keys() - set(choices.accents))
+    if strange:
+        known = ", ".join(labels.SPELLINGS)
+        notes.warnings.append(f"mapping gives labels that are not asked for: {', '.join(strange)}; known are {known}")
+    parts = _split([row for row, gone in zip(rows, absent, strict=True) if not gone], choices)
+    if not has_clients:
+        notes.warnings.append(selection.NO_CLIENT_IDS)
+    if choices.split == "random":
+        notes.warnings.append(selection.RANDOM_SPLIT)
+        if has_clients:
+            notes.warnings.append("the recipe refuses splits that share speakers, unless it is given --split random")
+    else:
+        splits.require_disjoint(parts)
+    parts, lost = _trim(parts, choices, notes)
+    remedy = ""
+    if choices.split == "client":
+        clients = Counter(accent for accent, _ in {(row.accent, row.client) for row in rows})
+        told = ", ".join(f"{accent} {clients[accent]}" for accent in choices.accents)
+        remedy = f"clients: {told}; each falls into a split by its hash: few need larger fractions, or another seed"
+    selection.require_filled(parts, choices.accents, splits.SPLITS, notes.dropped, remedy=remedy)
+    return parts, lost
+
+
+def _build(reader, out, choices, header, workers, progress):
+    notes = selection.DropLog()
+    parts, lost = plan_corpus(reader, choices, notes, progress)
+    planned = selection.digest({name: [row.id for row in rows] for name, rows in parts.items()})
+    begun = dataset_dict.read_json(out / _BUILDING) if (out / _BUILDING).is_file() else {}
+    if begun.get("planned") != planned:
+        arrow_shards.remove(out)
+        with files.atomic_write(out / _BUILDING) as file:
+            json.dump(header | {"planned": planned}, file)
+    named = {REASON_NAMES[split]: rows for split, rows in parts.items()}
+    options = {"embed": choices.embed, "workers": workers, "progress": progress, "fingerprint": planned}
+    arrow_shards.write(out, named, COLUMNS, _record, reader.sound, **options)
+    card = make_corpus_card(reader, parts, lost, choices, header, notes)
+    with files.atomic_write(out / _README) as file:
+        file.write(corpus_card_to_markdown(card))
+    with files.atomic_write(out / dataset_dict.CARD_JSON) as file:
+        json.dump(card, file, indent=1, ensure_ascii=False)
+    arrow_shards.finish(out, named)
+    (out / _BUILDING).unlink()
+    for warning in notes.warnings:
+        logger.warning(warning)
+    return load_corpus(out)
+
+
+def _filtered(table, choices, notes):
+    """Clips that pass the filters on votes and duration."""
+    fewest, most = choices.min_up_votes, choices.max_down_votes
+    for cells in table:
+        seconds = cells.get("seconds")
+        if (fewest is not None or most is not None) and "up_votes" not in cells:
+            raise ConfigError("min_up_votes and max_down_votes need a Common Voice release: this source has no votes")
+        if fewest is not None and (cells["up_votes"] or 0) < fewest:
+            notes.drop(FEW_UP_VOTES)
+        elif most is not None and (cells["down_votes"] or 0) > most:
+            notes.drop(MANY_DOWN_VOTES)
+        elif seconds is not None and seconds < (choices.min_seconds or 0):
+            notes.drop(TOO_SHORT)
+        elif seconds is not None and choices.max_seconds is not None and seconds > choices.max_seconds:
+            notes.drop(TOO_LONG)
+        else:
+            yield cells
+
+
+def _each_file_once(rows, notes):
+    """One row for each file, and none for a file that is given two accents or two clients."""
+    of_file = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.id):
+        of_file[row.path].append(row)
+    kept = []
+    for path, members in of_file.items():
+        told = sorted({(row.accent, row.client) for row in members})
+        if len(told) > 1:
+            message = "given as " + " and ".join(f"{accent} by '{client}'" for accent, client in told[:2])
+            notes.drop(selection.CONTRADICTING, len(members), example={"id": path, "message": message})
+            continue
+        notes.drop(selection.DUPLICATE, len(members) - 1)
+        kept.append(members[0])
+    return kept
+
+
+def _split(rows, choices):
+    fractions = {"valid_fraction": choices.valid_fraction, "test_fraction": choices.test_fraction}
+    if choices.split == "client":
+        return splits.by_hash(rows, seed=choices.seed, **fractions)
+    if choices.split == "random":
+        return splits.at_random(rows, seed=choices.seed, **fractions)
+    parts = {name: [] for name in splits.SPLITS}
+    for row in rows:
+        name = dataset_dict.canonical(row.split)
+        if name not in parts:
+            raise DataError(
+                f"split official needs splits called train, validation and test; the source has '{row.split}'"
+                if row.split
+                else "split official needs a source with splits, and this one has none: give split client"
+            )
+        parts[name].append(row)
+    return {name: tuple(sorted(items, key=lambda row: row.id)) for name, items in parts.items()}
+
+
+def _trim(parts, choices, notes):
+    """Sentences, cap and gender, test first: a sentence is taken only by clips that stay, so fewer are lost."""
+    made, taken, lost = {}, {}, {}
+    for name in (splits.TEST, splits.VALID, splits.TRAIN):
+        rows, lost[name] = parts[name], {}
+        for source, sentences in taken.items():
+            kept = tuple(row for row in rows if row.sentence not in sentences)
+            lost[name][source] = len(rows) - len(kept)
+            notes.drop(f"sentence in {source}", lost[name][source])
+            rows = kept
+        choice = splits.cap(rows, choices.max_clips_per_client, choices.seed)
+        notes.drop(selection.CLIENT_CAP, len(choice.dropped))
+        made[name] = _balanced(choice.kept, choices.seed, notes) if choices.balance_gender else choice.kept
+        if choices.disjoint_sentences:
+            taken[name] = {row.sentence for row in made[name]} - {""}
+    return {name: made[name] for name in splits.SPLITS}, lost
+
+
+def _balanced(rows, seed, notes):
+    """As many clips of women as of men in each accent."""
+    kept = []
+    for accent in sorted({row.accent for row in rows}):
+        of_accent = [row for row in rows if row.accent == accent]
+        binary = [row for row in of_accent if row.gender in ("female", "male")]
+        notes.drop(GENDER_UNKNOWN, sum(not row.gender for row in of_accent))
+        notes.drop(GENDER_OTHER, sum(row.gender not in ("female", "male", "") for row in of_accent))
+        one_sided = len({row.gender for row in binary}) < 2
+        choice = splits.downsample(binary, seed, key=lambda row: row.gender)
+        kept += () if one_sided else choice.kept
+        notes.drop(GENDER_BALANCE, len(binary) if one_sided else len(choice.dropped))
+    return tuple(sorted(kept, key=lambda row: row.id))
+
+
+def _record(row):
+    """The text of one clip in a DatasetDict."""
+    return dict(
+        zip(
+            COLUMNS,
+            (row.client, os.path.basename(row.path), row.text, row.accent, row.raw_accent, row.gender, row.age),
+            strict=True,
+        )
+    )
+
+
+def _finished(out, header):
+    """The DatasetDict when it is what is asked for, None when there is work to do; refused when it is another."""
+    begun, card = out / _BUILDING, out / dataset_dict.CARD_JSON
+    if not out.exists() or (out.is_dir() and not any(p.name != ".lock" for p in out.iterdir())):
+        return None
+    if not out.is_dir():
+        raise ManifestError(f"--out {out} is a file: give a folder")
+    if not begun.is_file() and not card.is_file():
+        raise ManifestError(f"--out {out} holds files made by something else: choose another folder, or empty it")
+    made = dataset_dict.read_json(begun if begun.is_file() else card)
+    if differences := _differences(made, header):
+        raise ManifestError(
+            f"{out} was made {'(in part) ' if begun.is_file() else ''}from something else:\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nchoose another --out, give the old values, or remove that folder"
+        )
+    return load_corpus(out) if arrow_shards.is_finished(out) and not begun.is_file() else None
+
+
+def _differences(made, header):
+    """One line for each argument or table that differs, old -> new."""
+    old, new = made.get("arguments", {}), header["arguments"]
+    lines = [f"{key}: {show_value(old.get(key))} -> {show_value(new[key])}" for key in new if old.get(key) != new[key]]
+    before, now = made.get("source", {}), header["source"]
+    if before.get("name") != now["name"]:
+        lines.append(f"source: {before.get('name')} -> {now['name']}")
+    elif before != now:
+        then, now = (source.get("files") or source.get("splits") or {} for source in (before, now))
+        changed = ", ".join(sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)))
+        lines.append(f"contents of {header['source']['name']}: changed since ({changed})")
+    return lines
+
+
+def _first(rows, chosen, count=5):
+    return [row for row, taken in zip(rows, chosen, strict=True) if taken][:count]
+
+
+@contextlib.contextmanager
+def _without_collection():
+    """Records of text form no cycles: looking for some among millions of them takes a fifth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _require_outside(source, out):
+    folder = Path(source if isinstance(source, str | os.PathLike) else source.folder)
+    if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"--out {out} is inside the source, which is only read: choose another folder")
+
+
+def _require_clients(reader, choices):
+    if choices.split == "client" and not reader.has_clients:
+        raise DataError(_no_clients(reader))
+
+
+def _no_clients(reader):
+    return (
+        f"{reader.name} has no client ids, so no split can keep speakers apart\n{reader.without_clients}\n"
+        "or give split official to keep the splits that it came with, or split random: every report will then say that"
+        " speakers may be shared, and its figures flatter"
+    )

@@ -1,0 +1,91 @@
+"""The card of a corpus: how it was made, what it holds, and what was left out."""
+
+from collections import Counter, defaultdict
+
+import accent_plugin
+from accent_plugin.data import splits
+
+FORMAT_VERSION = 1
+
+
+# What a split is called in a DatasetDict.
+REASON_NAMES = {splits.TRAIN: "train", splits.VALID: "validation", splits.TEST: "test"}
+
+
+_EXAMPLES = 20
+
+
+_SPELLINGS_LISTED = 20
+
+
+def corpus_card_to_markdown(card):
+    """A card as Markdown: what it is, tables of clips and of what was left out."""
+    source = card["source"]
+    lines = [f"# {card['name']}", "", f"Made by {card['made_by']} from {source['name']} ({source['kind']}).", ""]
+    lines += ["| split | accent | clips | clients | hours |", "|---|---|---|---|---|"]
+    for split, by_accent in card["counts"].items():
+        for accent, n in by_accent.items():
+            hours = "unknown" if n["seconds"] is None else f"{n['seconds'] / 3600:.2f}"
+            lines.append(f"| {REASON_NAMES[split]} | {accent} | {n['clips']} | {n['clients']} | {hours} |")
+    disjoint = {True: "No client is in two splits.", False: "Split by clip: clients may be in several splits."}
+    lines += ["", disjoint.get(card["clients_disjoint"], "The source does not tell clients apart.")]
+    lines += [f"Note: {warning}." for warning in card["warnings"]]
+    lines += ["", "Left out:", "", "| reason | clips |", "|---|---|"]
+    lines += [f"| {reason} | {n} |" for reason, n in card["dropped"].items()] or ["| nothing | 0 |"]
+    lines += ["", "Values of the source that became each label:", "", "| label | values, with clips |", "|---|---|"]
+    for label, values in card["labels"].items():
+        shown = "; ".join(f"{_in_cell(value)} {n}" for value, n in values.items())
+        lines.append(f"| {label} | {shown} |")
+    given = ", ".join(
+        f"{key} {show_value(value)}" for key, value in card["arguments"].items() if value not in (None, {})
+    )
+    lines += ["", f"Arguments: {_in_cell(given)}.", ""]
+    return "\n".join(lines)
+
+
+def make_corpus_card(reader, parts, lost, choices, header, notes):
+    """Make the content of accent_plugin.json."""
+    spellings = defaultdict(Counter)
+    for rows in parts.values():
+        for row in rows:
+            spellings[row.accent][row.raw_accent] += 1
+    origin = header["source"].get("card", {})
+    disjoint = None if not reader.has_clients else choices.split != "random"
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": reader.name,
+        "synthetic": bool(origin.get("synthetic", False)),
+        "made_by": f"accent_plugin {accent_plugin.__version__}",
+        **header,
+        "clients_disjoint": disjoint,
+        "sentences_disjoint": choices.disjoint_sentences,
+        "counts": {split: _count(rows) for split, rows in parts.items()},
+        "dropped": {reason: n for reason, n in notes.dropped.most_common() if n},
+        "lost_sentences": lost,
+        "labels": {label: dict(spellings[label].most_common(_SPELLINGS_LISTED)) for label in sorted(spellings)},
+        "examples": notes.examples[:_EXAMPLES],
+        "warnings": notes.warnings,
+    }
+
+
+def _count(rows):
+    by_accent = defaultdict(list)
+    for row in rows:
+        by_accent[row.accent].append(row)
+    return {
+        accent: {
+            "clips": len(members),
+            "clients": len({row.client for row in members} - {""}),
+            "seconds": None if any(r.seconds is None for r in members) else round(sum(r.seconds for r in members), 2),
+        }
+        for accent, members in sorted(by_accent.items())
+    }
+
+
+def show_value(value):
+    """Show an argument as it is typed."""
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def _in_cell(text):
+    return str(text).replace("|", "\\|").replace("\n", " ") or "(empty)"

@@ -1,0 +1,105 @@
+"""What a corpus is asked to hold."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+
+from accent_plugin.data import labels, selection
+from accent_plugin.errors import ConfigError
+
+SPLIT_KINDS = ("client", "official", "random")
+
+
+@dataclass(frozen=True)
+class CorpusChoices:
+    """What is to be built; together with the source it decides every byte of the result.
+
+    Arguments
+    ---------
+    accents : str or sequence of str
+        "three", "sixteen", a text with commas, or labels; see ``labels.preset``.
+    mapping : dict or path
+        More spellings, ``{spelling: label}``, or a YAML file of them; see ``labels.read_mapping``.
+    compound : str
+        "drop" leaves clips with several accents out; "agree" takes those whose accents all map to one label.
+    split : str
+        "client": no client in two splits, by a seeded hash, so that a client keeps its split when the release grows;
+        "official": the splits of the source; "random": by clip, leaky, for corpora that do not tell clients apart.
+    seed : int
+        Decides splits and draws.
+    valid_fraction, test_fraction : float
+        Probability of a client to be in validation and in test.
+    max_clips_per_client : int or None
+        Cap.
+    min_up_votes, max_down_votes : int or None
+        Filters on the votes of Common Voice's listeners.
+    min_seconds, max_seconds : float or None
+        Filters on duration, for clips whose duration the source tells.
+    balance_gender : bool
+        In each accent and split as many clips of women as of men; those of unknown gender are left out.
+    disjoint_sentences : bool
+        Leave sentences of test out of train and validation, and those of validation out of train.
+    embed : bool
+        Copy the audio into the result; False refers to the files where they are.
+    """
+
+    accents: tuple[str, ...] | str = "three"
+    mapping: dict | str | None = None
+    compound: str = "drop"
+    split: str = "client"
+    seed: int = 1986
+    valid_fraction: float = 0.1
+    test_fraction: float = 0.1
+    max_clips_per_client: int | None = 30
+    min_up_votes: int | None = None
+    max_down_votes: int | None = None
+    min_seconds: float | None = None
+    max_seconds: float | None = None
+    balance_gender: bool = False
+    disjoint_sentences: bool = True
+    embed: bool = False
+
+    def __post_init__(self):
+        """Resolve accents and mapping, and refuse values that cannot be meant, all at once."""
+        mapping = labels.read_mapping(self.mapping) if isinstance(self.mapping, str | os.PathLike) else self.mapping
+        mapping = dict(mapping or {})
+        object.__setattr__(self, "mapping", mapping)
+        named, known = self.accents, set(labels.SPELLINGS) | set(mapping.values())
+        object.__setattr__(self, "accents", labels.preset(named))
+        if isinstance(named, str) and len(self.accents) == 1 and self.accents[0] not in known:
+            raise ConfigError(f"accents {named!r} is no preset; choose {', '.join(labels.PRESETS)}, or list labels")
+        cap, valid, test = self.max_clips_per_client, self.valid_fraction, self.test_fraction
+        shortest, longest = self.min_seconds or 0, self.max_seconds
+        whole = ("seed", "max_clips_per_client", "min_up_votes", "max_down_votes")
+        given = {name: getattr(self, name) for name in (*whole, "valid_fraction", "test_fraction")}
+        given |= {"min_seconds": shortest, "max_seconds": longest}
+        wrong = {
+            name: value
+            for name, value in given.items()
+            if isinstance(value, bool) or not isinstance(value, int | None if name in whole else int | float | None)
+        }
+        if wrong or self.seed is None:
+            raise ConfigError(
+                f"these must be numbers: {', '.join(f'{k} {v!r}' for k, v in wrong.items()) or 'seed None'}"
+            )
+        checks = (
+            (
+                self.compound in selection.COMPOUNDS,
+                f"compound {self.compound!r} is unknown; choose {' or '.join(selection.COMPOUNDS)}",
+            ),
+            (self.split in SPLIT_KINDS, f"split {self.split!r} is unknown; choose {', '.join(SPLIT_KINDS)}"),
+            (cap is None or cap >= 1, f"max_clips_per_client is {cap}; give 1 or more, or none for no cap"),
+            (0 < valid < 1, f"valid_fraction is {valid}; give more than 0 and less than 1"),
+            (0 < test < 1 - valid, f"test_fraction is {test}; give more than 0, and less than 1 with valid_fraction"),
+            (
+                shortest >= 0 and (longest is None or shortest < longest),
+                f"min_seconds {shortest} and max_seconds {longest} leave no clip",
+            ),
+        )
+        if problems := [text for right, text in checks if not right]:
+            raise ConfigError("\n".join(problems))
+
+    def as_json(self):
+        """Plain values, accents sorted: their order decides indices in the model, nothing here."""
+        return json.loads(json.dumps(dataclasses.asdict(self) | {"accents": sorted(self.accents)}))

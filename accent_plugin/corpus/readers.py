@@ -1,0 +1,403 @@
+"""Corpora of any kind as text of their clips: a Common Voice release, a table, folders, a DatasetDict, the Hub.
+
+A reader has ``kind`` and ``name`` for people, ``has_clients`` (whether it tells speakers apart), ``fingerprint()``
+(what identifies its contents), ``cells()`` (one dictionary per clip, see ``selection``), ``absent(rows)`` (which have
+no file), ``sound(row)`` (bytes of a file, or its path), and ``damaged`` and ``warnings``, filled by the former two.
+"""
+
+import csv
+import hashlib
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from accent_plugin.audio import codecs
+from accent_plugin.corpus import common_voice
+from accent_plugin.data import dataset_dict, selection
+from accent_plugin.errors import ConfigError, DataError
+
+_TABLE_COLUMNS = {
+    "path": ("path", "file", "filename", "file_name", "wav", "audio"),
+    "accent": dataset_dict.COLUMN_NAMES["accent"],
+    "client": (*dataset_dict.COLUMN_NAMES["client"], "speaker", "client"),
+    "sentence": ("sentence", "text", "transcript"),
+    "gender": ("gender", "sex"),
+    "age": ("age",),
+    "split": ("split",),
+    "seconds": ("seconds", "duration"),
+}
+
+
+_UNDERSTOOD = (
+    "understood are: a Common Voice release, a DatasetDict, a folder with one sub-folder of audio per accent, a CSV"
+    " file, a folder of Parquet files, the name of a data set on the Hub"
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read a source, where that is not to be found out.
+
+    Arguments
+    ---------
+    files : sequence of str or None
+        Tables of a Common Voice release to read.
+    client_pattern : str or None
+        For folders per accent: a regular expression whose first group, in a clip's path below the accent's folder, is
+        its speaker.
+    config : str or None
+        Configuration of a data set on the Hub.
+    path_column, accent_column, client_column, sentence_column, audio_column : str or None
+        Names of columns; None finds them.
+    """
+
+    files: tuple[str, ...] | None = None
+    client_pattern: str | None = None
+    config: str | None = None
+    path_column: str | None = None
+    accent_column: str | None = None
+    client_column: str | None = None
+    sentence_column: str | None = None
+    audio_column: str | None = None
+
+    def columns(self):
+        """Role -> name of the column, of those that are given."""
+        given = {role: getattr(self, f"{role}_column") for role in ("path", "accent", "client", "sentence", "audio")}
+        return {role: name for role, name in given.items() if name}
+
+
+_COLUMNS = tuple(field.name for field in fields(Reading) if field.name.endswith("_column"))
+
+
+def open_source(source, reading=None, official=False):
+    """Find out what a source is, and open it.
+
+    Arguments
+    ---------
+    source : str or Path
+        A path, or the name of a data set on the Hub. A reader is given back as it is.
+    reading : Reading, optional
+    official : bool
+        Read the official splits of a release; the splits of other sources are always given.
+
+    Returns
+    -------
+    object
+        A reader.
+
+    Raises
+    ------
+    DataError
+        When it is nothing that can be read.
+    ConfigError
+        When ``reading`` says something that means nothing for this source.
+    """
+    reading = reading or Reading()
+
+    def require_only(what, *allowed):
+        given = [field.name for field in fields(Reading) if getattr(reading, field.name)]
+        if useless := [name for name in given if name not in allowed]:
+            raise ConfigError(f"{', '.join(useless)} means nothing for {what}: leave it out")
+
+    if not isinstance(source, str | os.PathLike):
+        require_only(f"a reader of {source.kind}")
+        return source
+    path, columns = Path(source), reading.columns()
+    if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
+        require_only("a table", *_COLUMNS)
+        return Table(path, columns)
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            require_only("a DatasetDict", *_COLUMNS)
+            return Saved(path, columns)
+        if common_voice.is_release(path):
+            require_only("a Common Voice release", "files")
+            return common_voice.Release(path, reading.files, official)
+        if any(path.glob("*.parquet")) or any(path.glob("data/*.parquet")):
+            require_only("a folder of Parquet files", "config", *_COLUMNS)
+            return Hub(str(source), reading.config, columns)
+        if any(_sounds(child) for child in path.iterdir() if child.is_dir() and not _looks_like_release(child)):
+            require_only("folders per accent", "client_pattern")
+            return Folders(path, reading.client_pattern)
+    # A folder that is mistyped must not be looked for on the Hub: that takes half a minute to fail.
+    in_a_folder = str(path.parent) != "." and path.parent.exists()
+    if not path.exists() and not in_a_folder and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+        require_only("a data set on the Hub", "config", *_COLUMNS)
+        return Hub(str(source), reading.config, columns)
+    try:
+        return common_voice.Release(path, reading.files, official)
+    except DataError as error:
+        raise DataError(f"{error}\n{_UNDERSTOOD}") from None
+
+
+class Table:
+    """A CSV or TSV file with columns for path, accent and, if known, speaker; see ``open_source``."""
+
+    kind = "table"
+    without_clients = "if a column tells the speakers, name it in client_column"
+
+    def __init__(self, path, columns):
+        self.path, self.name = path.absolute(), path.stem
+        self.damaged, self.warnings = Counter(), []
+        try:
+            with self._open() as file:
+                header = file.readline()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path} is not UTF-8: {error}; save it as UTF-8") from None
+        self._delimiter = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
+        names = next(csv.reader([header], delimiter=self._delimiter), [])
+        self._columns = _find_columns(self.path, names, _TABLE_COLUMNS, columns, ("path", "accent"))
+        self.has_clients = self._columns["client"] is not None
+
+    def fingerprint(self):
+        """Name, size and digest of the file."""
+        content = hashlib.blake2b(self.path.read_bytes(), digest_size=16).hexdigest()
+        return {"kind": self.kind, "name": self.name, "files": {self.path.name: {"blake2b": content}}}
+
+    def cells(self):
+        """Yield what the table says of each clip."""
+        self.damaged.clear()
+        number = -1
+        with self._open() as file:
+            table = csv.DictReader(file, delimiter=self._delimiter, strict=True)
+            try:
+                for number, row in enumerate(table):
+                    if None in row or None in row.values():
+                        self.damaged[common_voice.WRONG_CELLS] += 1
+                        continue
+                    cells = {role: row[name].strip() if name else "" for role, name in self._columns.items()}
+                    if not cells["path"]:
+                        self.damaged[common_voice.NO_PATH] += 1
+                        continue
+                    yield cells | {"row": number, "seconds": common_voice.seconds_in(cells["seconds"])}
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise DataError(f"{self.path} is damaged near line {table.line_num}: {error}") from None
+        if common_voice.too_damaged(self.damaged, number + 1):
+            raise DataError(f"{self.path} is damaged: of {number + 1} rows {selection.in_words(self.damaged)}")
+
+    def absent(self, rows):
+        """Which rows have no file."""
+        return _without_file(self, rows)
+
+    def sound(self, row):
+        """Path of a clip; relative ones start at the table's folder."""
+        return str(self.path.parent / row.path)
+
+    def _open(self):
+        try:
+            with open(self.path, "rb") as file:
+                if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                    raise DataError(f"{self.path} is UTF-16; save it as UTF-8")
+            return open(self.path, newline="", encoding="utf-8-sig")
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror}") from None
+
+
+class Folders:
+    """A folder with one sub-folder of audio per accent, and in those one per speaker where speakers are known."""
+
+    kind = "folders per accent"
+    without_clients = "put each speaker's clips in a folder of their own, or tell speakers by client_pattern"
+
+    def __init__(self, folder, client_pattern=None):
+        self.folder = folder.absolute()
+        self.name = self.folder.name
+        self.damaged, self.warnings = Counter(), []
+        try:
+            self._pattern = re.compile(client_pattern) if client_pattern else None
+        except re.error as error:
+            raise ConfigError(f"client_pattern {client_pattern!r} is no regular expression: {error}") from None
+        if self._pattern and not self._pattern.groups:
+            raise ConfigError(f"client_pattern {client_pattern!r} has no group: put the speaker in parentheses")
+        self._files = sorted(
+            (child.name, path.relative_to(child).as_posix())
+            for child in self.folder.iterdir()
+            if child.is_dir() and not child.name.startswith(".")
+            for path in _sounds(child)
+        )
+        self.has_clients = any(self._client(*entry) for entry in self._files)
+        others = Counter(path.suffix.lower() or path.name for path in _files(self.folder))
+        for _, below in self._files:
+            others[Path(below).suffix.lower()] -= 1
+        if left := +others:
+            told = selection.in_words(left)
+            self.warnings.append(f"files that are no audio by their ending, or in no accent's folder: {told}")
+
+    def fingerprint(self):
+        """Digest of names, sizes and times of all files."""
+        found = [[*entry, *self._stat(entry)] for entry in self._files]
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "files": {"count": len(found), "blake2b": selection.digest(found)},
+        }
+
+    def cells(self):
+        """Yield what the folders say of each clip."""
+        for number, (accent, below) in enumerate(self._files):
+            yield {
+                "client": self._client(accent, below),
+                "path": f"{accent}/{below}",
+                "sentence": "",
+                "accent": accent,
+                "gender": "",
+                "age": "",
+                "split": "",
+                "row": number,
+            }
+
+    def absent(self, rows):
+        """Which rows have no file."""
+        return _without_file(self, rows)
+
+    def sound(self, row):
+        """Path of a clip."""
+        return str(self.folder / row.path)
+
+    def _client(self, accent, below):
+        """A speaker's name is his folder's; with the accent's before it, since speakers are often numbered in each."""
+        if self._pattern:
+            match = self._pattern.match(below)
+            return f"{accent}/{match[1]}" if match and match[1] else ""
+        return f"{accent}/{below.partition('/')[0]}" if "/" in below else ""
+
+    def _stat(self, entry):
+        found = self.folder.joinpath(*entry).stat()
+        return found.st_size, found.st_mtime_ns
+
+
+class _Datasets:
+    """Splits of a Hugging Face data set, opened without decoding anything."""
+
+    without_clients = "if a column tells the speakers, name it in client_column"
+
+    def __init__(self, loaded, where, columns):
+        self._loaded, self._where = loaded, where
+        self._columns = {
+            split: dataset_dict.find_columns(split, data, where, columns) for split, data in loaded.items()
+        }
+        self.has_clients = any(found["client"] for found in self._columns.values())
+        self.damaged = Counter()
+
+    def cells(self):
+        """Yield what the columns say of each clip."""
+        for split, data in self._loaded.items():
+            for number, cells in enumerate(dataset_dict.read_cells(data, self._columns[split])):
+                yield cells | {"split": split, "row": number}
+
+    def absent(self, rows):
+        """Which rows have no audio."""
+        return np.array([self._is_absent(self.sound(row)) for row in rows], bool)
+
+    def sound(self, row):
+        """Bytes of a clip, or its path where none are embedded."""
+        content = dataset_dict.audio_bytes_or_path(self._loaded[row.split], self._columns[row.split], row.row)
+        return content if isinstance(content, bytes) else str(self._where / content)
+
+    def content_of(self, row):
+        """Digest of a clip's audio."""
+        return dataset_dict.content_digest(self._loaded[row.split], self._columns[row.split], row.row)
+
+    @staticmethod
+    def _is_absent(content):
+        return not content if isinstance(content, bytes) else not os.path.isfile(content)
+
+
+class Saved(_Datasets):
+    """A DatasetDict on disk."""
+
+    kind = "DatasetDict"
+
+    def __init__(self, folder, columns):
+        self.folder = folder.absolute()
+        self._identity = dataset_dict.fingerprint(self.folder)
+        loaded, self.warnings = dataset_dict.open_splits(self.folder)
+        super().__init__(loaded, self.folder, columns)
+        self.name = self._identity["card"].get("name") or self.folder.name
+
+    def fingerprint(self):
+        """Names, sizes and times of its files, and the card of who made it."""
+        return {"kind": self.kind, "name": self.name, **self._identity}
+
+
+class Hub(_Datasets):
+    """A data set on the Hub, or a folder of Parquet files."""
+
+    kind = "data set of the Hub"
+
+    def __init__(self, name, config, columns):
+        import datasets
+
+        local = Path(name).is_dir()
+        try:
+            loaded = datasets.load_dataset(str(Path(name).absolute()) if local else name, config)
+        except Exception as error:
+            # Every way to fetch has exceptions of its own; all mean that there is no data.
+            where = "cannot be read" if local else "is no folder here, and cannot be loaded from the Hub"
+            raise DataError(
+                f"{name} {where}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+                "check the name and the connection; for gated data log in first: hf auth login"
+            ) from None
+        self.name, self.warnings = Path(name).name if local else name, []
+        self._identity = {split: data._fingerprint for split, data in loaded.items()}
+        loaded = {split: _undecoded(data) for split, data in loaded.items()}
+        super().__init__(loaded, Path(name) if local else Path(), columns)
+        self._config = config
+
+    def fingerprint(self):
+        """What ``datasets`` identifies each split by."""
+        return {"kind": self.kind, "name": self.name, "config": self._config, "splits": self._identity}
+
+
+def _undecoded(data):
+    from datasets import Audio
+
+    for name, kind in data.features.items():
+        if isinstance(kind, Audio):
+            data = data.cast_column(name, Audio(decode=False))
+    return data.with_format("arrow")
+
+
+def _find_columns(where, names, known, given, required):
+    found = {}
+    for role, candidates in known.items():
+        if role in given and given[role] not in names:
+            raise DataError(
+                f"{role}_column is '{given[role]}', which {where} does not have: columns are {', '.join(names)}"
+            )
+        found[role] = given.get(role) or next((name for name in candidates if name in names), None)
+        if role in required and not found[role]:
+            raise DataError(f"no {role} column in {where}: columns are {', '.join(names)}\npass --{role}_column NAME")
+    return found
+
+
+def _sounds(folder):
+    return [path for path in _files(folder) if path.suffix.lower() in codecs.SUFFIXES]
+
+
+def _files(folder):
+    """Files in and below a folder, also through links; not those that systems hide, such as macOS's ._a.wav."""
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        # A link may lead back to where it came from.
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(where, name) for name in names if not name.startswith(".") and Path(where, name).is_file())
+
+
+def _looks_like_release(folder):
+    return any(folder.glob("*.tsv"))
+
+
+def _without_file(reader, rows):
+    missing = np.array([not os.path.isfile(reader.sound(row)) for row in rows], bool)
+    if len(rows) and missing.all():
+        raise DataError(f"none of the {len(rows)} clips of {reader.name} is there, for example {reader.sound(rows[0])}")
+    return missing

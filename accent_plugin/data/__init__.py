@@ -1,0 +1,1 @@
+"""From a DatasetDict to 16 kHz clips and manifests."""

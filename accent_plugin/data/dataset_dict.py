@@ -1,0 +1,214 @@
+"""A DatasetDict on disk, as somebody else made it: its splits, columns and cells, and never its decoded audio.
+
+``datasets`` is imported only when rows are read: telling whether anything has changed needs file names and times alone.
+"""
+
+import hashlib
+import json
+
+from accent_plugin.data.splits import SPLITS, TRAIN
+from accent_plugin.errors import DataError, ManifestError
+
+CARD_JSON = "accent_plugin.json"
+
+
+_LISTING = "dataset_dict.json"
+
+
+_STATE = "state.json"
+
+
+_SPLIT_NAMES = {"train": "train", "validation": "valid", "valid": "valid", "dev": "valid", "test": "test"}
+
+
+COLUMN_NAMES = {
+    "audio": ("audio",),
+    "accent": ("accent", "accents", "label"),
+    "client": ("client_id", "speaker_id"),
+    "sentence": ("sentence",),
+    "gender": ("gender",),
+    "age": ("age",),
+    "path": ("path",),
+}
+
+
+def read_json(path, error=ManifestError, first_line=False):
+    """Content of a JSON file, or of the first line of a file of JSON lines."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.loads(file.readline() if first_line else file.read())
+        if not isinstance(value, dict):
+            raise ValueError("it holds no mapping")
+        return value
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror}") from None
+    except ValueError as problem:
+        raise error(f"{path} is damaged ({problem}): remove it, or make it again") from None
+
+
+def fingerprint(data_folder):
+    """What identifies the data without reading it: names, sizes and times of the files of each split.
+
+    Raises
+    ------
+    DataError
+        When there is no DatasetDict in the folder.
+    """
+    if not data_folder.is_dir():
+        raise DataError(
+            f"there is no folder {data_folder}\n"
+            "a DatasetDict saved with save_to_disk is wanted; to make one of a Common Voice release or of other clips:"
+            " accent-plugin prepare\nto try the built-in synthetic corpus instead: make demo"
+        )
+    listing = data_folder / _LISTING
+    if not listing.is_file():
+        if (data_folder / _STATE).is_file():
+            raise DataError(
+                f"{data_folder} holds a Dataset (or one split), not a DatasetDict\n"
+                "wrap it: datasets.DatasetDict(train=datasets.load_from_disk(OLD)).save_to_disk(NEW)\n"
+                "a single split is then split by client here"
+            )
+        raise DataError(
+            f"{data_folder} holds no DatasetDict: it has no dataset_dict.json\n"
+            "a DatasetDict saved with save_to_disk is wanted; to make one of a Common Voice release or of other clips:"
+            " accent-plugin prepare"
+        )
+    found = {}
+    for split in sorted(read_json(listing, DataError).get("splits", ())):
+        state = read_json(data_folder / split / _STATE, DataError)
+        stats = {path.name: path.stat() for path in sorted((data_folder / split).glob("*.arrow"))}
+        files = {name: [entry.st_size, entry.st_mtime_ns] for name, entry in stats.items()}
+        found[split] = {"fingerprint": state.get("_fingerprint"), "files": files}
+    if not found:
+        raise DataError(f"{listing} names no split: train, validation and test are expected, or one of them")
+    return {"splits": found, "card": card(data_folder)}
+
+
+def card(data_folder):
+    """What the maker of the data says about it, or nothing."""
+    path = data_folder / CARD_JSON
+    return read_json(path, DataError) if path.is_file() else {}
+
+
+def open_splits(data_folder, source_splits=None):
+    """Splits that are used, as name in the source -> Dataset in Arrow format, which decodes nothing; and warnings.
+
+    Raises
+    ------
+    DataError
+        When it cannot be read, or its splits are not those of training and testing.
+    """
+    loaded, asked = _load(data_folder), source_splits
+    if missing := [name for name in asked or () if name not in loaded and name not in map(canonical, loaded)]:
+        raise DataError(f"source_splits names {', '.join(missing)}; {data_folder} has {', '.join(loaded)}")
+    used = {name: data for name, data in loaded.items() if not asked or name in asked or canonical(name) in asked}
+    if len(used) > 1:
+        used = {name: data for name, data in used.items() if canonical(name) in SPLITS}
+        if len({canonical(name) for name in used}) < len(used) or TRAIN not in map(canonical, used):
+            raise DataError(
+                f"{data_folder} has the splits {', '.join(loaded)}: which of them are train, validation and test?\n"
+                "rename them, or name those to use in source_splits"
+            )
+    unused = [f"split '{name}' of the source was not used ({len(loaded[name])} clips)" for name in loaded.keys() - used]
+    # Once, not for each clip: it copies the features.
+    return {name: data.with_format("arrow") for name, data in used.items()}, sorted(unused)
+
+
+def open_all(data_folder):
+    """Every split, whatever its name, as name in the source -> Dataset in Arrow format, which decodes nothing.
+
+    Raises
+    ------
+    DataError
+        When it cannot be read.
+    """
+    return {name: data.with_format("arrow") for name, data in _load(data_folder).items()}
+
+
+def _load(data_folder):
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(data_folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{data_folder} cannot be read as a DatasetDict: {error}") from None
+
+
+def canonical(name):
+    """The name that a split has here."""
+    return _SPLIT_NAMES.get(name.lower(), name)
+
+
+def find_columns(split, data, data_folder, given):
+    """Role -> name of the column, None where there is none; ``given`` are those that the user names.
+
+    Raises
+    ------
+    DataError
+        When a column is missing or holds something else.
+    """
+    where, listed = data_folder / split, f"columns are {', '.join(data.column_names)}"
+    found = {}
+    for role, names in COLUMN_NAMES.items():
+        if given.get(role) and given[role] not in data.column_names:
+            raise ManifestError(f"{role}_column is '{given[role]}', which {where} does not have: {listed}")
+        found[role] = given.get(role) or next((name for name in names if name in data.column_names), None)
+    if not found["audio"]:
+        sounds = [name for name, kind in data.features.items() if type(kind).__name__ == "Audio"]
+        found["audio"] = sounds[0] if len(sounds) == 1 else None
+    for role in ("audio", "accent"):
+        if not found[role]:
+            raise ManifestError(
+                f"no {role} column in {where}: {listed}\npass --{role}_column NAME if yours is called differently"
+            )
+    kind = data.features.arrow_schema.field(found["audio"]).type
+    fields = {kind.field(i).name for i in range(kind.num_fields)}
+    if not ({"bytes", "path"} <= fields or str(kind) in ("string", "large_string")):
+        raise DataError(
+            f"column '{found['audio']}' of {where} holds {kind}, not audio: an Audio feature, {{bytes, path}} or paths"
+        )
+    accent = data.features[found["accent"]]
+    if getattr(accent, "names", None) is None and "int" in str(getattr(accent, "dtype", "")):
+        raise DataError(
+            f"column '{found['accent']}' of {where} holds numbers without names: cast it to ClassLabel(names=[...])"
+        )
+    return found
+
+
+def read_cells(data, columns):
+    """Yield the text of one row at a time, never its audio."""
+    import pyarrow.compute
+
+    names = {role: getattr(data.features[name], "names", None) for role, name in columns.items() if name}
+    for start in range(0, len(data), 1000):
+        table = data[start : start + 1000]
+        texts = {role: table[columns[role]].to_pylist() for role in names if role != "audio"}
+        cells = {role: [_text(value, names[role]) for value in column] for role, column in texts.items()}
+        if "path" not in cells:
+            sounds = table[columns["audio"]]
+            if "string" not in str(sounds.type)[:12]:
+                sounds = pyarrow.compute.struct_field(sounds, "path")
+            cells["path"] = [_text(value) for value in sounds.to_pylist()]
+        for i in range(len(table)):
+            yield {role: cells[role][i] if role in cells else "" for role in COLUMN_NAMES if role != "audio"}
+
+
+def _text(value, names=None):
+    if value is None or value != value or (names and value == -1):
+        return ""
+    if names:
+        return names[value]
+    return "|".join(map(_text, value)) if isinstance(value, list) else str(value).strip()
+
+
+def audio_bytes_or_path(data, columns, number):
+    """One clip's bytes, or its path where none are embedded."""
+    cell = data[number : number + 1][columns["audio"]][0].as_py()
+    cell = cell if isinstance(cell, dict) else {"bytes": None, "path": cell}
+    return cell["bytes"] if cell["bytes"] is not None else cell["path"] or b""
+
+
+def content_digest(data, columns, number):
+    """Digest of one clip's bytes, or of its path where none are embedded."""
+    content = audio_bytes_or_path(data, columns, number)
+    return hashlib.blake2b(content if isinstance(content, bytes) else content.encode()).hexdigest()

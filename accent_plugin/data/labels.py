@@ -1,0 +1,264 @@
+"""Raw accent text to canonical labels, and back.
+
+Canonical labels are Common Voice's old codes. Its releases since version 8 hold full names and free text instead, and
+one cell may list several accents, joined by ``,`` (also used inside names) or, in the latest releases, by ``|``.
+
+Example
+-------
+>>> parse("India and South Asia (India, Pakistan, Sri Lanka)").label
+'indian'
+>>> parse("England English|Scottish English")
+ParsedAccent(label=None, reason='compound accent', parts=('england', 'scotland'))
+"""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from accent_plugin.errors import ConfigError
+
+NO_ACCENT = "no accent"
+
+
+UNKNOWN_ACCENT = "unknown accent"
+
+
+COMPOUND_ACCENT = "compound accent"
+
+
+# "british" and "uk" are left out on purpose: they may mean any of four. "southatlandtic" is misspelt at its source.
+SPELLINGS = {
+    "us": ("United States English", "United States", "USA", "American", "American English", "US English", "en-US"),
+    "england": ("England English", "English (England)", "en-GB-england"),
+    "australia": ("Australian English", "Australian", "en-AU"),
+    "indian": ("India and South Asia (India, Pakistan, Sri Lanka)", "India", "Indian English", "en-IN"),
+    "canada": ("Canadian English", "Canadian", "en-CA"),
+    "african": (
+        "Southern African (South Africa, Zimbabwe, Namibia)",
+        "Southern African",
+        "South African",
+        "South African English",
+        "South Africa",
+        "en-ZA",
+    ),
+    "scotland": ("Scottish English", "Scottish", "Scots English", "en-scotland", "en-GB-scotland"),
+    "ireland": ("Irish English", "Irish", "en-IE"),
+    "northernireland": ("Northern Irish", "Northern Irish English", "Northern Ireland"),
+    "newzealand": ("New Zealand English", "New Zealand", "New Zealander", "en-NZ"),
+    "wales": ("Welsh English", "Welsh"),
+    "malaysia": ("Malaysian English", "Malaysian", "en-MY"),
+    "philippines": ("Filipino", "Philippino", "Filipino English", "Philippine English", "en-PH"),
+    "singapore": ("Singaporean English", "Singaporian English", "Singaporean", "Singapore English", "en-SG"),
+    "hongkong": ("Hong Kong English", "Hong Kong", "en-HK"),
+    "bermuda": (
+        "West Indies and Bermuda (Bahamas, Bermuda, Jamaica, Trinidad)",
+        "West Indies and Bermuda",
+    ),
+    "southatlandtic": (
+        "South Atlantic (Falkland Islands, Saint Helena)",
+        "South Atlantic",
+        "southatlantic",
+    ),
+}
+
+
+# "sixteen" are the classes of CommonAccent (Zuluaga-Gomez et al. 2023): Common Voice's old codes without "other".
+PRESETS = {
+    "three": ("us", "england", "australia"),
+    "sixteen": (
+        "african",
+        "australia",
+        "bermuda",
+        "canada",
+        "england",
+        "hongkong",
+        "indian",
+        "ireland",
+        "malaysia",
+        "newzealand",
+        "philippines",
+        "scotland",
+        "singapore",
+        "southatlandtic",
+        "us",
+        "wales",
+    ),
+}
+
+
+_GENDERS = {
+    "male": ("m", "male masculine"),
+    "female": ("f", "female feminine"),
+    "": ("nan", "none", "null", "na", "n/a", "do not wish to say"),
+}
+
+
+# What a table that went through pandas, or a cautious speaker, writes for "nothing".
+_NOTHING = {"", "nan", "none", "null", "na", "n/a"}
+
+
+@dataclass(frozen=True)
+class ParsedAccent:
+    """What one raw accent cell says.
+
+    Arguments
+    ---------
+    label : str or None
+        Canonical label; None where there is not exactly one.
+    reason : str or None
+        Why there is no label: "no accent", "unknown accent" or "compound accent".
+    parts : tuple
+        Label, or None where unknown, of each accent that the cell lists.
+    """
+
+    label: str | None
+    reason: str | None = None
+    parts: tuple[str | None, ...] = ()
+
+
+def normalise(text):
+    """Lower-case text with ``_``, ``-`` and runs of spaces made single spaces."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.sub(r"[\s_\-]+", " ", text).split())
+
+
+def parse(raw, extra=None):
+    """Find the canonical label of one raw accent cell.
+
+    A cell that lists several accents is compound even where all map to one label: ``parts`` lets the caller decide.
+
+    Arguments
+    ---------
+    raw : str or None
+        The cell as it stands in the data.
+    extra : dict, optional
+        More spellings, ``{spelling: label}``; they win over the built-in table.
+
+    Returns
+    -------
+    ParsedAccent
+
+    Example
+    -------
+    >>> parse(" united  states ENGLISH ").label
+    'us'
+    >>> parse("somewhere in Kent").reason
+    'unknown accent'
+    """
+    return _parse(raw or "", _frozen(extra))
+
+
+def inverse(label, extra=None):
+    """Every spelling that maps to a label, the label itself first, then as written in the tables."""
+    more = tuple(spelling for spelling, target in (extra or {}).items() if target == label)
+    known = (label, *SPELLINGS[label]) if label in SPELLINGS else ()
+    return tuple(dict.fromkeys(known + more))
+
+
+def preset(accents):
+    """Labels of a preset's name, of a text with commas, or of a sequence.
+
+    Raises
+    ------
+    ConfigError
+        When there is none, or one is there twice.
+
+    Example
+    -------
+    >>> preset("three")
+    ('us', 'england', 'australia')
+    >>> preset("us, scotland")
+    ('us', 'scotland')
+    """
+    if isinstance(accents, str):
+        accents = PRESETS.get(accents.strip()) or [name.strip() for name in accents.split(",")]
+    accents = tuple(accents)
+    if not accents or not all(isinstance(name, str) and name for name in accents) or len(set(accents)) < len(accents):
+        raise ConfigError(f"accents is {accents!r}; give distinct names, or one of {', '.join(PRESETS)}")
+    return accents
+
+
+@lru_cache(maxsize=1000)
+def gender(raw):
+    """The gender that a cell gives in any release's spelling: "male", "female", another as given, or ""."""
+    text = normalise(raw or "")
+    return next((name for name, spellings in _GENDERS.items() if text == name or text in spellings), raw)
+
+
+def read_mapping(path):
+    """Read a user's table of accents, which extends the built-in one.
+
+    Arguments
+    ---------
+    path : str or Path
+        YAML: ``spelling: label`` in each line, or ``label: [spelling, ...]``.
+
+    Returns
+    -------
+    dict
+        ``{spelling: label}``.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be read, holds something else, or gives a spelling two labels.
+    """
+    import yaml
+
+    try:
+        table = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    if not isinstance(table, dict) or not table:
+        raise ConfigError(f"{path} holds no table; write one line for each spelling, such as 'Geordie: england'")
+    mapping = {}
+    for key, value in table.items():
+        for spelling, label in [(key, value)] if not isinstance(value, list) else [(each, key) for each in value]:
+            if not isinstance(spelling, str) or not isinstance(label, str) or not spelling.strip() or not label.strip():
+                raise ConfigError(
+                    f"{path} maps {spelling!r} to {label!r}; both must be text (YAML reads a bare no or 1 as something"
+                    " else: put them in quotes)"
+                )
+            if mapping.setdefault(normalise(spelling), label) != label:
+                raise ConfigError(f"{path} maps '{spelling}' to {mapping[normalise(spelling)]} and to {label}")
+    return mapping
+
+
+@lru_cache(maxsize=100_000)
+def _parse(raw, extra):
+    table = _table(extra)
+    text = normalise(raw)
+    if text in _NOTHING:
+        return ParsedAccent(None, NO_ACCENT)
+    pieces = [text] if text in table else _pieces(text)
+    parts = tuple(table.get(piece) for piece in pieces)
+    if len(parts) == 1 and parts[0]:
+        return ParsedAccent(parts[0], None, parts)
+    if any(parts):
+        return ParsedAccent(None, COMPOUND_ACCENT, parts)
+    return ParsedAccent(None, UNKNOWN_ACCENT if parts else NO_ACCENT, parts)
+
+
+def _pieces(text):
+    """Cut at ``|``, else at commas outside parentheses; unbalanced parentheses count as none."""
+    if "|" in text:
+        pieces = text.split("|")
+    elif text.count("(") == text.count(")"):
+        pieces = re.split(r",(?![^()]*\))", text)
+    else:
+        pieces = text.split(",")
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _frozen(extra):
+    return tuple(sorted(extra.items())) if extra else ()
+
+
+@lru_cache(maxsize=16)
+def _table(extra):
+    table = {normalise(s): label for label, spellings in SPELLINGS.items() for s in (label, *spellings)}
+    return table | {normalise(spelling): label for spelling, label in extra}

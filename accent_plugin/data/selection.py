@@ -1,0 +1,265 @@
+"""From what tables say of clips to the clips that are used: pure functions that count what they leave out by reason.
+
+Whoever reads a corpus gives one dictionary of text per clip, never its audio, with the keys ``client``, ``path``,
+``sentence``, ``accent``, ``gender``, ``age`` ("" where unknown), ``split`` (its name at the source) and ``row``, and
+where the source has them ``variant``, ``up_votes``, ``down_votes`` and ``seconds``.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from accent_plugin.data import labels, splits
+from accent_plugin.errors import DataError
+
+OTHER_ACCENT = "other accent"
+
+
+NO_CLIENT = "no client id"
+
+
+CONTRADICTING = "contradicting accents"
+
+
+DUPLICATE = "duplicate"
+
+
+CLIENT_CAP = "client cap"
+
+
+BALANCE = "balance"
+
+
+NO_CLIENT_IDS = "no client ids: splits may share speakers"
+
+
+RANDOM_SPLIT = "split at random by clip: speakers are shared between splits, accuracies flatter"
+
+
+COMPOUNDS = ("drop", "agree")
+
+
+_SAME_TEXT = (
+    "\n(sentence in ...: where every speaker reads the same text, let splits share sentences: disjoint_sentences)"
+)
+
+
+_LISTED = 10
+
+
+_EXAMPLES_PER_REASON = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Row(splits.Item):
+    """An item, what else its source says of it, and where in the source its audio is."""
+
+    gender: str = ""
+    age: str = ""
+    split: str = ""
+    row: int = 0
+    path: str = ""
+    text: str = ""
+    raw_accent: str = ""
+    seconds: float | None = None
+
+
+class DropLog:
+    """What was left out and why, as it is found."""
+
+    def __init__(self):
+        self.dropped = Counter()
+        self.folds = defaultdict(Counter)
+        self.examples = []
+        self.warnings = []
+
+    def drop(self, reason, count=1, example=None, fold=None):
+        """Count clips under a reason, and keep the first few as examples."""
+        counts = self.dropped if fold is None else self.folds[fold]
+        counts[reason] += count
+        if example and counts[reason] <= 10 * _EXAMPLES_PER_REASON:
+            if sum(e["reason"] == reason for e in self.examples) < _EXAMPLES_PER_REASON:
+                self.examples.append({"reason": reason} | example)
+
+
+def select(table, accents, notes, where, *, mapping=None, compound="drop", content_of=None, precedence=None):
+    """Clips of the wanted accents, each once, without doubtful clients.
+
+    Arguments
+    ---------
+    table : iterable of dict
+        What the source says of each clip, see above.
+    accents : sequence of str
+        Labels to keep. Names outside ``labels`` are taken as they are.
+    notes : Notes
+        Receives what is left out.
+    where : object
+        What to call the source in messages.
+    mapping : dict, optional
+        More spellings, ``{spelling: label}``.
+    compound : str
+        "drop" leaves a clip with several accents out; "agree" takes it where all map to one label.
+    content_of : callable, optional
+        Row -> digest of its audio; tells clips apart that have the same client, path and sentence, or no name.
+    precedence : callable, optional
+        Row -> sort key; of rows that repeat one another, the smallest stays. None keeps the first.
+
+    Returns
+    -------
+    tuple
+        Rows, and whether the source tells clients apart.
+
+    Raises
+    ------
+    DataError
+        When the source has no clip of a wanted accent.
+    """
+    extra = {accent: accent for accent in accents} | (mapping or {})
+    parsed, raw, found, accents_of = {}, Counter(), Counter(), defaultdict(set)
+    candidates, nameless = [], set()
+    for cells in table:
+        key = cells["accent"], cells.get("variant", "")
+        raw[key] += 1
+        if key not in parsed:
+            parsed[key] = read_accent(*key, extra, compound)
+        accent = parsed[key]
+        if accent.label is None:
+            message = f"the accent is given as '{shown(key)}'"
+            notes.drop(accent.reason, example={"id": f"{cells['split']}:{cells['row']}", "message": message})
+            continue
+        found[accent.label] += 1
+        # Interned, because a release has millions of rows and thousands of clients.
+        client = sys.intern(cells["client"])
+        if client:
+            accents_of[client].add(accent.label)
+        if accent.label not in accents:
+            notes.drop(OTHER_ACCENT)
+            continue
+        row = Row(
+            id=digest([client, cells["path"], cells["sentence"]]),
+            accent=accent.label,
+            client=client,
+            sentence=splits.normalise_sentence(cells["sentence"]),
+            gender=sys.intern(labels.gender(cells["gender"])),
+            age=sys.intern(cells["age"]),
+            split=cells["split"],
+            row=cells["row"],
+            path=cells["path"],
+            text=cells["sentence"],
+            raw_accent=sys.intern(shown(key)),
+            seconds=cells.get("seconds"),
+        )
+        candidates.append(row)
+        if not row.path and not row.text:
+            nameless.add(row.id)
+    _require_accents(where, accents, found, raw, parsed)
+    return _without_doubtful(candidates, nameless, accents_of, notes, content_of, precedence), bool(accents_of)
+
+
+def read_accent(accent, variant="", extra=None, compound="drop"):
+    """Parse an accent cell; a variant fills in where it is empty, and makes it compound where it says another."""
+    parsed = labels.parse(accent, extra)
+    if variant:
+        second = labels.parse(variant, extra)
+        if parsed.reason == labels.NO_ACCENT:
+            parsed = second
+        elif second.label and second.label not in parsed.parts:
+            parsed = labels.ParsedAccent(None, labels.COMPOUND_ACCENT, (*parsed.parts, second.label))
+    if parsed.reason == labels.COMPOUND_ACCENT and compound == "agree" and len(set(parsed.parts)) == 1:
+        parsed = labels.ParsedAccent(parsed.parts[0], None, parsed.parts)
+    return parsed
+
+
+def require_filled(parts, accents, wanted, reasons, where="", remedy=""):
+    """Refuse a split without a clip of one of the accents.
+
+    Arguments
+    ---------
+    parts : dict
+        Split -> rows.
+    accents : sequence of str
+    wanted : sequence of str
+        Splits that must be filled.
+    reasons : Counter
+        What was left out, for the message.
+    where : str
+        " of fold 2" or nothing.
+    remedy : str
+        One more line, of what the caller knows to help.
+
+    Raises
+    ------
+    DataError
+        Naming all of them.
+    """
+    empty = {name: sorted(set(accents) - {row.accent for row in parts[name]}) for name in wanted}
+    if any(empty.values()):
+        raise DataError(
+            "; ".join(f"split {name}{where} has no clip of {', '.join(a)}" for name, a in empty.items() if a)
+            + f"\nleft out were: {in_words(reasons) or 'none'}"
+            + "\nleave the accent out, add data, or loosen the choice that took them"
+            + (f"\n{remedy}" if remedy else "")
+            + (_SAME_TEXT if any(reason.startswith("sentence in") for reason in reasons if reasons[reason]) else "")
+        )
+
+
+def in_words(counts):
+    """Counts by reason on one line, the largest first."""
+    return ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items(), key=lambda e: (-e[1], e[0])) if n)
+
+
+def digest(value):
+    """Twenty hexadecimal digits that stand for plain JSON values."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def _without_doubtful(candidates, nameless, accents_of, notes, content_of, precedence):
+    same_name = Counter(row.id for row in candidates)
+    rows = {}
+    for row in candidates:
+        if accents_of and not row.client:
+            notes.drop(NO_CLIENT)
+            continue
+        if row.client and len(accents_of[row.client]) > 1:
+            named = " and ".join(sorted(accents_of[row.client]))
+            notes.drop(CONTRADICTING, example={"id": row.client, "message": f"this client has clips of {named}"})
+            continue
+        if content_of and (same_name[row.id] > 1 or row.id in nameless):
+            row = dataclasses.replace(row, id=digest([row.id, content_of(row)]))
+        if row.id in rows:
+            message = f"row {row.row} of {row.split or 'the table'} repeats another"
+            notes.drop(DUPLICATE, example={"id": row.id, "message": message})
+            row = min(rows[row.id], row, key=precedence) if precedence else rows[row.id]
+        rows[row.id] = row
+    return list(rows.values())
+
+
+def _require_accents(where, accents, found, raw, parsed):
+    """Refuse when the source has no clip of an accent that is asked for."""
+    missing = [accent for accent in accents if not found[accent]]
+    if not missing:
+        return
+    has = in_words(found) or "none that is known"
+    lines = []
+    for accent in missing:
+        close = difflib.get_close_matches(accent, found, 1) or [labels.parse(accent).label]
+        hint = f" (did you mean '{close[0]}'?)" if close[0] in found else ""
+        lines.append(f"no clip of '{accent}' in {where}; it has {has}{hint}")
+    if raw:
+        lines.append("its most frequent values, and what they map to:")
+        for key, count in raw.most_common(_LISTED):
+            lines.append(f"  '{shown(key)}' {count} -> {parsed[key].label or parsed[key].reason}")
+    if raw and not any(accent or variant for accent, variant in raw):
+        lines.append("no row has an accent: Common Voice 12 has none for English; take another release")
+    raise DataError("\n".join(lines))
+
+
+def shown(key):
+    """One text for an accent cell and its variant."""
+    accent, variant = key
+    return accent if not variant else f"{accent} (variant: {variant})" if accent else variant

@@ -1,0 +1,326 @@
+"""Pretrained speech encoders whose output for a clip does not depend on the batch it is in.
+
+Three things make the usual lobes give a clip other frames when it is padded: normalising the padded waveform or
+spectrogram, a normalisation over time in the first convolutions, and padding that leaks through later convolutions.
+Here each is computed from the clip's own samples and frames, with the parameters and state-dict keys of Hugging Face's
+models, so that for one unpadded clip the output is Hugging Face's (for Whisper a clip of 30 s, to which Hugging Face
+pads every clip). A family enters `FAMILIES` only with a test of that.
+"""
+
+import difflib
+import functools
+import json
+import logging
+import re
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel
+
+from accent_plugin.encoder import lora
+from accent_plugin.encoder.fast_dropout import use_cpu_kernels
+from accent_plugin.encoder.masking import sample_counts, valid_frames
+from accent_plugin.encoder.sources import NOT_ARCHITECTURE, quiet_transformers
+from accent_plugin.errors import EncoderError
+
+logger = logging.getLogger(__name__)
+
+
+# Of Hugging Face's Wav2Vec2FeatureExtractor, so that a clip is normalised exactly as there.
+_NORMALISATION_FLOOR = 1e-7
+
+
+# Of the names of the encoder's tensors in a bundle: an AccentModel holds them so.
+_IN_BUNDLE = "wav2vec2.model."
+
+
+class InvariantEncoder:
+    """What all encoders share; a family says how many frames there are, which parts it has, and how to encode.
+
+    It names the key of its number of layers in `_DEPTH` and changes the loaded model in `_adapt`.
+
+    Mixed into a SpeechBrain lobe. The forward pass returns frames and a mask instead of frames alone. While `detached`
+    is set, no gradient enters the pretrained model: it stands still without being frozen for good.
+    """
+
+    detached = False
+    # Layers with adapters; there are none yet when the parent's constructor sets the mode.
+    _adapted = ()
+
+    def __init__(
+        self,
+        source,
+        save_path,
+        freeze=False,
+        freeze_feature_extractor=True,
+        freeze_layers=0,
+        num_layers=None,
+        weighted_layers=None,
+        standardise_layers=False,
+        config_overrides=None,
+        weights=True,
+        weights_file=None,
+        lora_rank=None,
+        lora_alpha=None,
+        lora_dropout=0.0,
+        gradient_checkpointing=False,
+        **kwargs,
+    ):
+        if freeze and lora_rank is not None:
+            raise EncoderError("freeze trains nothing of the encoder, lora_rank adapters in it: give one of them")
+        # The parent calls override_config while it is being built, so these come before it.
+        self._num_layers, self._config_overrides = num_layers, config_overrides or {}
+        self._weights = weights
+        with quiet_transformers():
+            super().__init__(source, save_path, **kwargs)
+        use_cpu_kernels(self.model, attention=kwargs.get("attn_implementation") is None)
+        self._adapt(source)
+        if weights_file is not None:
+            # Before adapters are put in, which give weights other names.
+            self._take_weights(weights_file)
+        self._freeze_for_good(freeze, freeze_feature_extractor, freeze_layers, adapted=lora_rank is not None)
+        if lora_rank is not None:
+            blocks = self.layers[freeze_layers:]
+            self._adapted = lora.inject(blocks, self.config.model_type, lora_rank, lora_alpha, lora_dropout)
+        if gradient_checkpointing:
+            for block in self.layers:
+                block.forward = functools.partial(self._checkpointed, block.forward)
+        self._prepare_sum(weighted_layers, standardise_layers)
+        self.train(self.training)
+
+    def override_config(self, config):
+        """Apply the overrides before the model is built: dropout values are baked in at construction."""
+        return _overridden(config, self._config_overrides, self._num_layers, self._DEPTH)
+
+    def _freeze_for_good(self, freeze, freeze_feature_extractor, freeze_layers, adapted):
+        depth = len(self.layers)
+        if not 0 <= freeze_layers <= depth:
+            raise EncoderError(f"freeze_layers is {freeze_layers}, but this encoder has {depth} layers")
+        # Whether no gradient enters the model at all: to adapters it has to pass through frozen layers.
+        self.freeze = freeze
+        self.feature_encoder_is_frozen = freeze or adapted or freeze_feature_extractor or freeze_layers > 0
+        if freeze or adapted:
+            self._frozen_parts = [self.model]
+        else:
+            self._frozen_parts = [self.feature_encoder] if self.feature_encoder_is_frozen else []
+            if freeze_layers:
+                self._frozen_parts += [*self.projection, *self.layers[:freeze_layers]]
+        for part in self._frozen_parts:
+            part.requires_grad_(False)
+
+    def _prepare_sum(self, weighted_layers, standardise_layers):
+        depth = len(self.layers)
+        if weighted_layers == "all":
+            weighted_layers = list(range(depth + 1))
+        self.weighted_layers = weighted_layers
+        self.standardise_layers = standardise_layers
+        if weighted_layers is not None:
+            wrong = [layer for layer in weighted_layers if not 0 <= layer <= depth]
+            if wrong or not weighted_layers:
+                raise EncoderError(
+                    f"weighted_layers is {weighted_layers}; this encoder has states 0 (before the first layer) "
+                    f"to {depth}"
+                )
+            # The name and form of Hugging Face's use_weighted_layer_sum: softmax over one number per state.
+            self.layer_weights = nn.Parameter(torch.zeros(len(weighted_layers)))
+
+    @property
+    def width(self):
+        """Features of a frame."""
+        return self.model.config.hidden_size
+
+    def train(self, mode=True):
+        """Set the mode; frozen parts stay in evaluation mode, or dropout would make them drift.
+
+        Adapters follow the mode: in training their own dropout acts, that of the frozen encoder around them does not.
+        """
+        super().train(mode)
+        for part in getattr(self, "_frozen_parts", ()):
+            part.eval()
+        for layer in self._adapted:
+            layer.train(mode)
+        return self
+
+    def merge_adapters(self):
+        """Make adapters, where there are any, part of the encoder's weights, in place and for good."""
+        if self._adapted:
+            lora.merge(self.model)
+        self._adapted = ()
+
+    def forward(self, wavs, wav_lens=None):
+        """Encode waveforms.
+
+        Arguments
+        ---------
+        wavs : (batch, samples) torch.Tensor
+            16 kHz, padded at the end; what stands in the padding has no influence.
+        wav_lens : (batch,) torch.Tensor
+            Length of each clip as a share of the longest; None where nothing is padded.
+
+        Returns
+        -------
+        frames : (batch, frames, features) torch.Tensor
+        valid : (batch, frames) torch.Tensor
+            True where a frame belongs to the clip.
+        """
+        states, valid = self.used_states(wavs, wav_lens)
+        return self.combine(states), valid
+
+    def used_states(self, wavs, wav_lens=None):
+        """Encode waveforms up to the learned sum of layers, where there is one.
+
+        Returns
+        -------
+        states : list of (batch, frames, features) torch.Tensor
+            What `combine` takes: the states that are summed, standardised where they are to be; or the last one alone.
+        valid : (batch, frames) torch.Tensor
+        """
+        if self.weighted_layers is None:
+            state, valid = self._run(wavs, wav_lens, all_states=False)
+            return [state], valid
+        states, valid = self._run(wavs, wav_lens, all_states=True)
+        chosen = [states[layer] for layer in self.weighted_layers]
+        if self.standardise_layers:
+            chosen = [nn.functional.layer_norm(state, state.shape[-1:]) for state in chosen]
+        return chosen, valid
+
+    def combine(self, states):
+        """Sum states with the learned weights: list of (batch, frames, features) torch.Tensor -> one such."""
+        if self.weighted_layers is None:
+            return states[0]
+        weights = torch.softmax(self.layer_weights, dim=0)
+        return sum(weight * state for weight, state in zip(weights, states, strict=True))
+
+    def hidden_states(self, wavs, wav_lens=None):
+        """Encode waveforms and keep every layer.
+
+        Returns
+        -------
+        states : tuple of (batch, frames, features) torch.Tensor
+            State 0 enters the first layer; state k leaves layer k.
+        valid : (batch, frames) torch.Tensor
+        """
+        return self._run(wavs, wav_lens, all_states=True)
+
+    def _run(self, wavs, wav_lens, all_states):
+        counts = sample_counts(wavs, wav_lens)
+        wavs = self._own_scale(wavs, counts)
+        short = self.minimum_samples - wavs.shape[1]
+        if short > 0:
+            wavs = nn.functional.pad(wavs, (0, short))
+        # A clip too short for the convolutions counts as if silence followed it, alone and in a batch.
+        counts = counts.clamp(min=self.minimum_samples)
+        # Where nothing is padded the model runs unmasked, so that the result is Hugging Face's to the last bit.
+        padded = wav_lens is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.freeze or self.detached)):
+            output = self._encode(wavs, counts, padded, all_states)
+        valid = valid_frames(self.frame_counts(counts), output.last_hidden_state.shape[1])
+        return output.hidden_states if all_states else output.last_hidden_state, valid
+
+    def _checkpointed(self, forward, *arguments, **keywords):
+        """A block, which in training keeps only what enters it; the backward pass computes the rest again.
+
+        Not Hugging Face's switch: it leaves out layers in evaluation mode, as those around adapters are, and takes in
+        the convolutions, whose masks are gone by the time of the backward pass.
+        """
+        if self.training and torch.is_grad_enabled():
+            return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+        return forward(*arguments, **keywords)
+
+    def _own_scale(self, wavs, counts):
+        """Clear the padding and, where the encoder was trained so, bring each clip to zero mean and unit variance."""
+        with torch.autocast(wavs.device.type, enabled=False):
+            mask = valid_frames(counts, wavs.shape[1])
+            wavs = wavs.float().masked_fill(~mask, 0.0)
+            if not self.normalize_wav:
+                return wavs
+            counts = counts.unsqueeze(1)
+            mean = wavs.sum(dim=1, keepdim=True) / counts
+            centred = (wavs - mean).masked_fill(~mask, 0.0)
+            variance = centred.square().sum(dim=1, keepdim=True) / counts
+            return centred / torch.sqrt(variance + _NORMALISATION_FLOOR)
+
+    def _from_pretrained(self, source, save_path, cache_dir, device=None, **kwargs):
+        """Load from a local folder and insist on whole weights: the stock lobe draws missing ones at random."""
+        if not self._weights:
+            self.model = self._without_weights(**kwargs)
+            return
+        try:
+            model, info = AutoModel.from_pretrained(
+                source, config=self.config, dtype=torch.float32, output_loading_info=True, **kwargs
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise EncoderError(f"the encoder in {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        missing = [key for key in info["missing_keys"] if not self._may_be_missing(key)]
+        if missing:
+            raise EncoderError(
+                f"the weights in {source} lack {len(missing)} tensors of the encoder, {missing[0]} for one; "
+                "the folder holds another model or a damaged file"
+            )
+        self.model = model
+
+    def _without_weights(self, **kwargs):
+        """The model as its configuration describes it, for weights that are loaded later."""
+        return AutoModel.from_config(self.config, **kwargs)
+
+    def _take_weights(self, path):
+        """Load the encoder's weights of a bundle: all that there are, but for blocks that `num_layers` leaves out."""
+        state = self.model.state_dict()
+        try:
+            with safe_open(path, framework="pt") as file, torch.no_grad():
+                names = {key.removeprefix(_IN_BUNDLE): key for key in file.keys() if key.startswith(_IN_BUNDLE)}  # noqa: SIM118
+                self._require_keys(path, state.keys(), names.keys())
+                for name, value in state.items():
+                    if name in names:
+                        value.copy_(file.get_tensor(names[name]))
+                        if not torch.isfinite(value).all():
+                            raise EncoderError(f"{path} has NaN or infinity in {names[name]}: nothing can come of it")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = str(error).splitlines()[0]
+            raise EncoderError(f"the encoder's weights in {path} cannot be taken: {problem}") from error
+
+    def _require_keys(self, path, expected, found):
+        # SpecAugment's vector is there or not as the configuration's mask_time_prob is, which may be overridden.
+        differing = {key for key in expected ^ found if not key.endswith("masked_spec_embed")}
+        if missing := sorted(differing & expected):
+            raise EncoderError(f"{path} lacks {len(missing)} tensors of the encoder, {missing[0]} for one")
+        blocks = {key: int(match[1]) for key in differing if (match := re.match(r"(?:encoder\.)?layers\.(\d+)\.", key))}
+        if extra := sorted(key for key in differing if blocks.get(key, -1) < len(self.layers)):
+            raise EncoderError(f"{path} has {len(extra)} tensors that the encoder has not, {extra[0]} for one")
+
+    def describe(self):
+        """What `build_encoder` needs to build this encoder again, as plain JSON without paths."""
+        config, preprocessor = (json.loads(part.to_json_string()) for part in (self.config, self.feature_extractor))
+        return {
+            "family": self.config.model_type,
+            "config": {key: value for key, value in config.items() if key not in NOT_ARCHITECTURE},
+            "preprocessor": {key: value for key, value in preprocessor.items() if key not in NOT_ARCHITECTURE},
+            "weighted_layers": self.weighted_layers,
+            "standardise_layers": self.standardise_layers,
+        }
+
+    def _may_be_missing(self, key):
+        # Drawn at random by Hugging Face where SpecAugment was never used; never used here either.
+        return key.endswith("masked_spec_embed")
+
+
+def _overridden(config, overrides, num_layers, depth_key):
+    for key, value in overrides.items():
+        if not hasattr(config, key):
+            close = difflib.get_close_matches(key, list(config.to_dict()), n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise EncoderError(f"config_overrides has {key!r}, which a {config.model_type} model does not have{hint}")
+        setattr(config, key, value)
+    for key in ("layerdrop", "encoder_layerdrop"):
+        if hasattr(config, key) and key not in overrides:
+            # Dropped layers get no gradient, which distributed training takes for an error, and cost small runs some
+            # accuracy.
+            setattr(config, key, 0.0)
+    if num_layers is not None:
+        depth = getattr(config, depth_key)
+        if not 1 <= num_layers <= depth:
+            raise EncoderError(f"num_layers is {num_layers}, but this encoder has {depth} layers")
+        setattr(config, depth_key, num_layers)
+    return config

@@ -1,0 +1,231 @@
+"""wav2vec 2.0's convolutions on the waveform; where they are not trained, as matrix products.
+
+torch keeps (channels, time) and copies each layer's input and output into another layout and back, which on a CPU takes
+longer than the arithmetic. Here the channels of a frame lie next to each other from the first layer to the last, so
+that the windows of a convolution with stride s are rows of memory as they stand: s frames a row, and as many products
+as the kernel is strides long.
+
+On a CPU a clip goes through all layers in blocks that stay in the cache, and its padding is left out. The group
+normalisation of the first layer needs the mean and the variance of its output over time. Both follow from the mean and
+the covariance of the ten samples under the kernel, so the normalisation is folded into the clip's own kernel.
+
+On other devices all clips go through a layer at once. The normalisation is folded into the clips' kernels as well, but
+the variance is that of a first product, which needs no float64. cuDNN would prepare each new length of a batch anew.
+"""
+
+import torch
+from torch import nn
+
+from accent_plugin import devices
+
+# Frames of output computed at a time, 2 s: larger blocks leave the cache, smaller ones make poor matrices.
+_BLOCK_FRAMES = 100
+
+
+# Numbers of 16 bits in 16 bytes.
+_ALIGNED = 8
+
+
+class WaveformConvolutions(nn.Module):
+    """Takes the place of Hugging Face's feature encoder (wav2vec 2.0, HuBERT, WavLM, data2vec); same state-dict keys.
+
+    Arguments
+    ---------
+    conv_layers : torch.nn.ModuleList
+        Of Hugging Face's model.
+    config : transformers.PretrainedConfig
+    """
+
+    # Samples of each clip, set by the encoder around each pass; None where nothing is padded.
+    counts = None
+    # False runs torch's convolutions on every device, to compare.
+    as_products = True
+
+    def __init__(self, conv_layers, config):
+        super().__init__()
+        self.conv_layers = conv_layers
+        norms = [getattr(layer, "layer_norm", None) for layer in conv_layers]
+        # A norm over single channels can be folded, one over several cannot; no known model has such.
+        channelwise = all(norm.num_groups == norm.num_channels for norm in norms if isinstance(norm, nn.GroupNorm))
+        self._has_products = config.feat_extract_activation == "gelu" and channelwise
+        self._matrices = {}
+
+    def forward(self, wavs):
+        """Convolve.
+
+        Arguments
+        ---------
+        wavs : (batch, samples) torch.Tensor
+            16 kHz.
+
+        Returns
+        -------
+        (batch, channels, frames) torch.Tensor
+            What stands in padded frames is finite and meaningless.
+        """
+        learning = torch.is_grad_enabled() and (wavs.requires_grad or any(p.requires_grad for p in self.parameters()))
+        if learning or torch.compiler.is_compiling() or not (self._has_products and self.as_products):
+            hidden = wavs[:, None]
+            for layer in self.conv_layers:
+                hidden = layer(hidden)
+            return hidden
+        device = wavs.device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        kind = torch.get_autocast_dtype(device) if casts else torch.float32
+        if not devices.takes_cpu_path(wavs):
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return self._convolve_batch(wavs.float(), kind).transpose(1, 2)
+        counts = [wavs.shape[1]] * len(wavs) if self.counts is None else self.counts.tolist()
+        frames = self._span(wavs.shape[1])
+        output = torch.zeros(len(wavs), frames, self.conv_layers[-1].conv.out_channels, dtype=kind)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for clip, count, row in zip(wavs.float(), counts, output, strict=True):
+                self._convolve(clip[:count], row[: self._span(count)])
+        return output.transpose(1, 2)
+
+    def _convolve_batch(self, wavs, kind):
+        """(batch, frames, channels) of (batch, samples), all clips at once, without looking at a value."""
+        first, *later = self.conv_layers
+        hidden = self._convolve_first(wavs, kind)
+        for layer, (products, bias) in zip([first, *later], [(None, None), *self._later_kernels(kind)], strict=True):
+            if products is not None:
+                hidden = _slide_batch(hidden, products, bias, layer.conv.stride[0])
+            norm = getattr(layer, "layer_norm", None)
+            if isinstance(norm, nn.LayerNorm):
+                own = norm.normalized_shape, norm.weight.to(kind), norm.bias.to(kind), norm.eps
+                hidden = nn.functional.layer_norm(hidden, *own)
+            torch.ops.aten.gelu_(hidden)
+        return hidden
+
+    def _convolve_first(self, wavs, kind):
+        """The first layer of a batch, its group normalisation included: (batch, frames, channels).
+
+        Windows that are centred, and zero in the padding, give products whose mean is zero and whose norm is the
+        standard deviation. A second product with scaled kernels takes less time than to scale the first one.
+        """
+        layer = self.conv_layers[0]
+        norm = getattr(layer, "layer_norm", None)
+        kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
+        windows, weight = wavs.unfold(1, kernel, stride), layer.conv.weight.squeeze(1)
+        # With zeros, as tensor cores want rows of a multiple of 16 bytes.
+        wider = (0, -kernel % _ALIGNED)
+        weight = nn.functional.pad(weight, wider)
+        if not isinstance(norm, nn.GroupNorm):
+            bias = None if layer.conv.bias is None else layer.conv.bias.to(kind)
+            return nn.functional.linear(nn.functional.pad(windows, wider).to(kind), weight.to(kind), bias)
+        counts = torch.full((len(wavs),), wavs.shape[1], device=wavs.device) if self.counts is None else self.counts
+        counts = ((counts - kernel) // stride + 1).view(-1, 1, 1)
+        padding = torch.arange(windows.shape[1], device=wavs.device).view(1, -1, 1) >= counts
+        mean = windows.masked_fill(padding, 0.0).sum(dim=1, keepdim=True) / counts
+        centred = nn.functional.pad((windows - mean).masked_fill_(padding, 0.0), wider).to(kind)
+        deviation = torch.linalg.vector_norm(centred @ weight.T.to(kind), dim=1, keepdim=True, dtype=torch.float32)
+        scale = norm.weight * torch.rsqrt(deviation.square() / counts + norm.eps)
+        # The convolution's own bias, where it has one, is taken away again by the normalisation.
+        return torch.baddbmm(norm.bias.to(kind), centred, (weight.T * scale).to(kind))
+
+    def _span(self, samples):
+        """Frames of so many samples."""
+        for layer in self.conv_layers:
+            samples = (samples - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
+        return samples
+
+    def _convolve(self, clip, output):
+        """Fill the (frames, channels) of a (samples,) clip, block by block."""
+        hop, reach = 1, 1
+        for layer in reversed(self.conv_layers):
+            kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
+            reach, hop = (reach - 1) * stride + kernel, hop * stride
+        first = self._first_kernel(clip, output.dtype)
+        for start in range(0, len(output), _BLOCK_FRAMES):
+            rows = output[start : start + _BLOCK_FRAMES]
+            samples = clip[start * hop : (start + len(rows) - 1) * hop + reach].to(output.dtype)
+            hidden = samples.unsqueeze(1)
+            kernels = first + self._later_kernels(output.dtype)
+            for layer, (products, bias) in zip(self.conv_layers, kernels, strict=True):
+                hidden = _slide(hidden, products, bias, layer.conv.stride[0])
+                norm = getattr(layer, "layer_norm", None)
+                if isinstance(norm, nn.LayerNorm):
+                    hidden = nn.functional.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+                # In place: a new piece of memory costs more than the function.
+                torch.ops.aten.gelu_(hidden)
+            rows.copy_(hidden)
+
+    def _first_kernel(self, clip, kind):
+        """[(products, bias)] of the first layer, with the clip's normalisation folded in where there is one."""
+        layer = self.conv_layers[0]
+        norm = getattr(layer, "layer_norm", None)
+        if not isinstance(norm, nn.GroupNorm):
+            return [_products(layer.conv, kind)]
+        kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
+        windows = clip.unfold(0, kernel, stride).double()
+        mean = windows.mean(dim=0)
+        centred = windows - mean
+        weight = layer.conv.weight.squeeze(1).double()
+        covariance = centred.T @ centred / len(windows)
+        variance = (weight @ covariance * weight).sum(dim=1)
+        scale = norm.weight * torch.rsqrt(variance + norm.eps)
+        # The convolution's own bias, where it has one, is taken away again by the normalisation.
+        bias = norm.bias - scale * (weight @ mean)
+        return [([(weight * scale.unsqueeze(1)).to(kind)], bias.to(kind))]
+
+    def _later_kernels(self, kind):
+        """[(products, bias)] of the other layers; kept, in the form that the products need, while they stand still."""
+        convolutions = [layer.conv for layer in self.conv_layers][1:]
+        parameters = [parameter for conv in convolutions for parameter in conv.parameters()]
+        if any(parameter.requires_grad for parameter in parameters):
+            return [_products(conv, kind) for conv in convolutions]
+        state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
+        if self._matrices.get(kind, (None,))[0] != state:
+            self._matrices[kind] = state, [_products(conv, kind) for conv in convolutions]
+        return self._matrices[kind][1]
+
+
+def _products(conv, kind):
+    """A convolution's weight as matrices (channels out, stride times channels in), one for each stride of the kernel,
+    and its bias."""
+    weight = conv.weight.detach().to(kind).permute(0, 2, 1)
+    stride = conv.stride[0]
+    parts = [weight[:, at : at + stride].flatten(1) for at in range(0, weight.shape[1], stride)]
+    return parts, None if conv.bias is None else conv.bias.detach().to(kind)
+
+
+def _slide(frames, products, bias, stride):
+    """Convolve (frames, channels) with matrices of `_products`."""
+    channels = frames.shape[1]
+    width = sum(part.shape[1] for part in products)
+    count = (frames.numel() - width) // (stride * channels) + 1
+    output = None
+    for number, part in enumerate(products):
+        # Rows begin a stride apart and are no longer than that, but for the first layer's.
+        rows = frames.as_strided(
+            (count, part.shape[1]), (stride * channels, 1), frames.storage_offset() + number * stride * channels
+        )
+        if output is not None:
+            output.addmm_(rows, part.T)
+        elif bias is None:
+            output = rows @ part.T
+        else:
+            output = torch.addmm(bias, rows, part.T)
+    return output
+
+
+def _slide_batch(frames, products, bias, stride):
+    """Convolve (batch, frames, channels), which lie in a row, with matrices of `_products`."""
+    batch, length, channels = frames.shape
+    kernel = sum(part.shape[1] for part in products) // channels
+    count = (length - kernel) // stride + 1
+    output = None
+    for number, part in enumerate(products):
+        rows = frames.as_strided(
+            (batch, count, part.shape[1]),
+            (length * channels, stride * channels, 1),
+            frames.storage_offset() + number * stride * channels,
+        )
+        kernels = part.T.expand(batch, -1, -1)
+        if output is not None:
+            output.baddbmm_(rows, kernels)
+        elif bias is None:
+            output = torch.bmm(rows, kernels)
+        else:
+            output = torch.baddbmm(bias, rows, kernels)
+    return output

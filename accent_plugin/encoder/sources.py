@@ -1,0 +1,103 @@
+"""Where an encoder comes from: a local folder or the Hub."""
+
+import contextlib
+import warnings
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from accent_plugin.errors import EncoderError
+
+# Of a configuration: what says where it came from, or how to call the model, not what it is.
+NOT_ARCHITECTURE = (
+    *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map"),
+    *("return_dict", "output_hidden_states", "output_attentions"),
+)
+
+
+def find_source(source):
+    """Check that an encoder's source is a usable folder or a well-formed Hub name, without loading anything.
+
+    Raises
+    ------
+    EncoderError
+        If it is neither.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise EncoderError(f"the encoder's folder {source} has no config.json; give a Hugging Face model folder")
+        if not (folder / "preprocessor_config.json").is_file():
+            raise EncoderError(f"the encoder's folder {source} has no preprocessor_config.json beside its config.json")
+        if not (list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))):
+            raise EncoderError(f"the encoder's folder {source} has no weights (*.safetensors or *.bin)")
+        return folder
+    looks_local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1 or folder.exists()
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        looks_local = True
+    if looks_local:
+        raise EncoderError(f"there is no folder {source}; give a Hugging Face model folder, or a name on the Hub")
+    return None
+
+
+def local_folder(source, save_path=None):
+    """The folder of an encoder's source; what is a name on the Hub is downloaded to `save_path`.
+
+    Raises
+    ------
+    EncoderError
+        If it is neither a usable folder nor to be had from the Hub.
+    """
+    folder = find_source(source)
+    if folder is not None:
+        return folder
+    try:
+        return Path(
+            snapshot_download(
+                source, cache_dir=save_path, allow_patterns=["*.json", "*.safetensors", "pytorch_model*.bin"]
+            )
+        )
+    except Exception as error:
+        # huggingface_hub raises a family of its own, httpx's and OSError for what is one thing to a user.
+        raise EncoderError(
+            f"{source} is neither a local folder nor to be had from the Hugging Face Hub "
+            f"({type(error).__name__}); without a network, give a folder that holds it, "
+            f"or fetch it first where there is one: hf download {source}"
+        ) from error
+
+
+def read_config(folder):
+    """Hugging Face's configuration of a model's folder; no code of it is run.
+
+    Raises
+    ------
+    EncoderError
+        If it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise EncoderError(f"{folder / 'config.json'} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """Keep back Hugging Face's loading report and SpeechBrain's use of a deprecated call; errors still come through."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,201 @@
+"""Probabilities that mean what they say: one temperature, and what answering only the surest clips costs.
+
+Conventions
+-----------
+* Temperature scaling (Guo et al., 2017): the probabilities are softmax(scores / T), with one T for all clips. T above 1
+  makes a model less sure, below 1 surer. No answer changes, nor that of a speaker, as means of scores are scaled too.
+* T minimises the mean negative log-likelihood over clips. Every clip counts once: accents are not weighed, so that the
+  probabilities fit the mixture of accents they were fitted on.
+* Fit on validation: T that has seen the test's answers makes the test's calibration look better than it is. Figures
+  "after" and the curve of `describe` are of the clips that T was fitted on, and so a little too good.
+* Log-probabilities are floored at -700, as in `accent_plugin.evaluation.evaluate`.
+"""
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+
+from accent_plugin.errors import ReportError
+from accent_plugin.evaluation.predictions import FLOOR
+from accent_plugin.evaluation.scores import expected_calibration_error
+from accent_plugin.evaluation.selective import risk_coverage
+
+BOUNDS = (0.05, 20.0)  # of the temperature
+
+
+def _checked(log_probabilities, truth):
+    """Return both as arrays, the rows normalised, or say what is wrong with them."""
+    scores, truth = np.asarray(log_probabilities, dtype=np.float64), np.asarray(truth)
+    if scores.ndim != 2 or scores.shape[1] < 2 or not len(scores):
+        raise ReportError(
+            f"log_probabilities has shape {scores.shape}; calibration needs (clips, classes) of at least one clip and "
+            "two classes: is the validation split empty?"
+        )
+    if truth.shape != (len(scores),) or not np.issubdtype(truth.dtype, np.integer):
+        raise ReportError(f"truth is {truth.dtype} of shape {truth.shape}; {len(scores)} clips need as many integers")
+    outside = np.flatnonzero((truth < 0) | (truth >= scores.shape[1]))
+    if outside.size:
+        raise ReportError(
+            f"clip {outside[0]} has true accent {truth[outside[0]]}; indices go from 0 to {scores.shape[1] - 1}"
+        )
+    bad = np.flatnonzero(~(scores < np.inf).all(axis=1) | ~np.isfinite(scores).any(axis=1))
+    if bad.size:
+        raise ReportError(
+            f"{bad.size} of {len(scores)} clips have log-probabilities that are not numbers; the first is clip "
+            f"{bad[0]} with {scores[bad[0]].tolist()}: did training diverge?"
+        )
+    return np.maximum(log_softmax(scores, axis=1), FLOOR), truth
+
+
+def _loss(log_probabilities, truth):
+    return float(-np.take_along_axis(log_probabilities, truth[:, None], axis=1).mean())
+
+
+def fit_temperature(log_probabilities, truth):
+    """Find the temperature that makes the true accents likeliest (Guo et al., 2017).
+
+    The log-likelihood is concave in 1 / T, so that it has one top, and a bounded search on log T finds it. Two cases
+    have none: without a wrong clip T would fall to 0, and nothing says how sure is too sure, so that the model is left
+    as it is, at 1; where chance does better than the model, T rises to its upper bound.
+
+    Arguments
+    ---------
+    log_probabilities : (clips, classes) array
+        Of clips that the model was not trained on. Logits do as well.
+    truth : (clips,) array of int
+
+    Returns
+    -------
+    temperature : float
+        From 0.05 to 20.
+
+    Raises
+    ------
+    ReportError
+        When there are no clips, fewer than two classes, or the arrays contradict each other.
+
+    Example
+    -------
+    >>> sure = np.log([[0.99, 0.01]] * 4)  # and right three times in four: log 99 / log 3
+    >>> round(fit_temperature(sure, [0, 0, 0, 1]), 3)
+    4.183
+    """
+    log_probabilities, truth = _checked(log_probabilities, truth)
+    return _fit(log_probabilities, truth)
+
+
+def _fit(log_probabilities, truth):
+    if (log_probabilities.argmax(axis=1) == truth).all():
+        return 1.0
+
+    def loss(temperature):
+        return _loss(log_softmax(log_probabilities / temperature, axis=1), truth)
+
+    search = minimize_scalar(
+        lambda x: loss(np.exp(x)), bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-7}
+    )
+    # It comes near its bounds without reaching them.
+    return float(min(*BOUNDS, np.exp(search.x), key=loss))
+
+
+def apply_temperature(log_probabilities, temperature):
+    """Scale log-probabilities and normalise them again.
+
+    Arguments
+    ---------
+    log_probabilities : (..., classes) array
+    temperature : float
+        Above 0; 1 changes nothing.
+
+    Returns
+    -------
+    log_probabilities : (..., classes) np.ndarray
+
+    Raises
+    ------
+    ReportError
+        When the temperature is not a positive number.
+
+    Example
+    -------
+    >>> np.exp(apply_temperature(np.log([0.8, 0.2]), 2)).round(3)
+    array([0.667, 0.333])
+    """
+    if not 0 < temperature < np.inf:
+        raise ReportError(f"the temperature is {temperature}; it must be a positive number, 1 to change nothing")
+    scores = np.maximum(np.asarray(log_probabilities, dtype=np.float64), FLOOR)
+    return log_softmax(scores / temperature, axis=-1)
+
+
+def risk_coverage_curve(log_probabilities, truth):
+    """Trace the share of wrong answers against the share of clips answered (Geifman and El-Yaniv, 2017).
+
+    Arguments
+    ---------
+    log_probabilities : (clips, classes) array
+    truth : (clips,) array of int
+
+    Returns
+    -------
+    curve : accent_plugin.evaluation.selective.Curve
+
+    Raises
+    ------
+    ReportError
+        As for `fit_temperature`.
+
+    Example
+    -------
+    >>> curve = risk_coverage(np.log([[0.9, 0.1], [0.6, 0.4]]), [0, 1])
+    >>> curve.coverage, curve.risk, curve.area
+    ((0.5, 1.0), (0.0, 0.5), 0.25)
+    """
+    return _curve(*_checked(log_probabilities, truth))
+
+
+def _curve(log_probabilities, truth):
+    return risk_coverage(np.exp(log_probabilities.max(axis=1)), log_probabilities.argmax(axis=1) == truth)
+
+
+def describe_calibration(log_probabilities, truth):
+    """Fit a temperature, and say what it did: what a bundle keeps of its calibration.
+
+    Arguments
+    ---------
+    log_probabilities : (clips, classes) array
+        Of the validation split.
+    truth : (clips,) array of int
+
+    Returns
+    -------
+    calibration : dict
+        "temperature", "clips", "log_loss" and "expected_calibration_error" (each {"before", "after"}), and "curve"
+        {"threshold", "coverage", "risk"} of the calibrated probabilities; numbers and lists, fit for JSON.
+
+    Raises
+    ------
+    ReportError
+        As for `fit_temperature`.
+
+    Example
+    -------
+    >>> calibration = describe(np.log([[0.99, 0.01]] * 4), [0, 0, 0, 1])
+    >>> {when: round(error, 3) for when, error in calibration["expected_calibration_error"].items()}
+    {'before': 0.24, 'after': 0.0}
+    """
+    before, truth = _checked(log_probabilities, truth)
+    temperature = _fit(before, truth)
+    both = {"before": before, "after": apply_temperature(before, temperature)}
+    curve = _curve(both["after"], truth)
+    return {
+        "temperature": temperature,
+        "clips": len(truth),
+        "log_loss": {name: _loss(log_probabilities, truth) for name, log_probabilities in both.items()},
+        "expected_calibration_error": {
+            name: expected_calibration_error(np.exp(log_probabilities), truth)
+            for name, log_probabilities in both.items()
+        },
+        "curve": {
+            "threshold": list(curve.threshold), "coverage": list(curve.coverage), "risk": list(curve.risk)
+        },
+    }  # fmt: skip

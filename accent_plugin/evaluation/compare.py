@@ -1,0 +1,191 @@
+"""Compare models on the same clips, summarise runs, and measure out-of-set detection."""
+
+import numpy as np
+
+from accent_plugin.errors import ReportError
+from accent_plugin.evaluation.bootstrap import ClipStatistics, ResamplingUnits, bootstrap_interval, headline_figures
+from accent_plugin.evaluation.evaluate import speaker_rows
+from accent_plugin.evaluation.predictions import ScoredClips
+from accent_plugin.evaluation.scores import BINS, auroc
+
+FIGURES = ("accuracy", "unweighted_average_recall", "macro_f1", "log_loss", "expected_calibration_error")
+
+
+CONFIDENT = (0.5, 0.8, 0.9)  # probabilities from which an answer to out-of-set speech is counted as given
+
+
+def compare_models(a, b, draws=1000, seed=0):
+    """Compare two models on the same clips; a positive difference means that b has the larger figure.
+
+    Arguments
+    ---------
+    a, b : Predictions
+        Of the same clips with the same truth; clips and labels may come in another order.
+    draws, seed : int
+        Of the bootstrap. Both models are resampled by the same draws, so that what the speakers have in common cancels.
+
+    Returns
+    -------
+    comparison : dict
+        "clip" and "speaker": {figure: {"a", "b", "difference": {"value", "low", "high", "n"}}} ("speaker" is None
+        without client ids); "changed": the speakers with another answer; "clips", "speakers", "notes".
+
+    Raises
+    ------
+    ReportError
+        When the clips, labels, truth or speakers differ.
+    """
+    b = _aligned(a, b)
+    units = ResamplingUnits(a)
+    truth = a.truth[units.order]
+    items = [ClipStatistics(p.log_probabilities[units.order], truth, units.unit) for p in (a, b)]
+    if units.names is not None:
+        own = np.arange(len(units))
+        items += [ClipStatistics(units.speaker_log_probabilities(p), units.accent, own) for p in (a, b)]
+    totals = units.resample(lambda *ends: np.hstack([i.statistics(*ends) for i in items]), draws, seed)
+    width = len(a.labels) + 1 + BINS
+    figures = [headline_figures(totals[..., i * width : (i + 1) * width]) for i in range(len(items))]
+
+    def differences(x, y):
+        return {
+            name: {
+                "a": float(x[name][0]),
+                "b": float(y[name][0]),
+                "difference": bootstrap_interval(y[name] - x[name], len(units)),
+            }
+            for name in FIGURES
+        }
+
+    pairs = zip(speaker_rows(a), speaker_rows(b), strict=True)
+    return {
+        "clip": differences(*figures[:2]),
+        "speaker": differences(*figures[2:]) if units.names is not None else None,
+        "changed": [
+            {
+                "client_id": x["client_id"],
+                "accent": x["accent"],
+                "clips": x["clips"],
+                **{
+                    k: {key: s[key] for key in ("answer", "probability", "share_right")}
+                    for k, s in (("a", x), ("b", y))
+                },
+            }
+            for x, y in pairs
+            if x["answer"] != y["answer"]
+        ],
+        "clips": len(a.ids),
+        "speakers": len(units) if units.names is not None else None,
+        "notes": [] if units.names is not None else ["No client ids: intervals resample clips, and are too narrow."],
+    }
+
+
+def _aligned(a, b):
+    """Return b with its clips and labels in a's order."""
+    if sorted(a.labels) != sorted(b.labels):
+        raise ReportError(f"predictions for different labels cannot be compared: {list(a.labels)} and {list(b.labels)}")
+    where = {clip: i for i, clip in enumerate(b.ids)}
+    missing = [clip for clip in a.ids if clip not in where]
+    if missing or len(a.ids) != len(b.ids):
+        extra = sorted(set(b.ids).difference(a.ids))
+        raise ReportError(
+            f"only predictions of the same clips can be compared: {len(missing)} of {len(a.ids)} are missing from the "
+            f"second (first: {missing[:1]}), {len(extra)} are only there (first: {extra[:1]})"
+        )
+    order = np.array([where[clip] for clip in a.ids])
+    columns = [b.labels.index(label) for label in a.labels]
+    truth = np.argsort(columns)[b.truth[order]]
+    if (truth != a.truth).any():
+        clip = np.flatnonzero(truth != a.truth)[0]
+        names = f"{a.labels[a.truth[clip]]} and {a.labels[truth[clip]]}"
+        raise ReportError(f"clip {a.ids[clip]!r} has two true accents, {names}: these are not the same data")
+    clients = None if b.client_ids is None else tuple(b.client_ids[i] for i in order)
+    if clients != a.client_ids:
+        raise ReportError("the client ids of the two sets of predictions differ: these are not the same data")
+    return ScoredClips(
+        a.ids, clients, truth, b.log_probabilities[order][:, columns], a.labels, a.seconds, a.gender, a.age
+    )
+
+
+def summarise_runs(runs, names=None):
+    """Average the headline figures of several runs, such as seeds.
+
+    Arguments
+    ---------
+    runs : list of dict
+        As `evaluate` or metrics.json gives them.
+    names : list of str, or None
+        Of the runs; "1", "2", ... by default.
+
+    Returns
+    -------
+    summary : dict
+        "runs": names; "clip" and "speaker": {figure: {"mean", "standard_deviation" (n - 1; None for one run),
+        "values"}}; "speaker" is None where a run has none.
+    """
+    if not runs:
+        raise ReportError("no runs to summarise")
+    names = [str(i + 1) for i in range(len(runs))] if names is None else [str(name) for name in names]
+    if len(names) != len(runs):
+        raise ReportError(f"{len(runs)} runs, but {len(names)} names")
+    summary: dict = {"runs": names}
+    for level in ("clip", "speaker"):
+        summary[level] = None
+        if all(run[level] for run in runs):
+            values = {name: [run[level][name]["value"] for run in runs] for name in FIGURES}
+            summary[level] = {
+                name: {
+                    "mean": float(np.mean(v)),
+                    "standard_deviation": float(np.std(v, ddof=1)) if len(v) > 1 else None,
+                    "values": v,
+                }
+                for name, v in values.items()
+            }
+    return summary
+
+
+def out_of_set_scores(predictions_in, log_probabilities_out, accents_out):
+    """Measure how well the largest probability tells speech of the known accents from that of others.
+
+    Arguments
+    ---------
+    predictions_in : Predictions
+        Of speech of the known accents.
+    log_probabilities_out : (clips, classes) np.ndarray
+        The same model's answers to other speech.
+    accents_out : sequence of str
+        True accent of each of those clips.
+
+    Returns
+    -------
+    result : dict
+        "in_set", "overall" and each of "accents": {"clips", "auroc" (not for in_set), "confident": share answered with
+        a probability of at least 0.5, 0.8, 0.9, "answers": share of each answer}.
+    """
+    out = np.asarray(log_probabilities_out, dtype=np.float64)
+    accents = np.asarray(list(map(str, accents_out)))
+    classes = len(predictions_in.labels)
+    if out.ndim != 2 or out.shape != (len(accents), classes) or not len(accents):
+        raise ReportError(
+            f"out-of-set log-probabilities have shape {out.shape}; {len(accents)} clips, {classes} classes"
+        )
+    if not (np.abs(np.exp(out).sum(axis=1) - 1) < 1e-3).all():
+        raise ReportError("out-of-set probabilities do not sum to 1")
+    inside = predictions_in.log_probabilities.max(axis=1)
+
+    def describe(log_probabilities):
+        top, answers = np.exp(log_probabilities.max(axis=1)), log_probabilities.argmax(axis=1)
+        share = np.bincount(answers, minlength=classes) / len(top)
+        return {
+            "clips": len(top),
+            "confident": {str(c): float((top >= c).mean()) for c in CONFIDENT},
+            "answers": dict(zip(predictions_in.labels, share.tolist(), strict=True)),
+        }
+
+    def rejected(rows):
+        return {**describe(rows), "auroc": auroc(inside, rows.max(axis=1))}
+
+    return {
+        "in_set": describe(predictions_in.log_probabilities),
+        "overall": rejected(out),
+        "accents": {accent: rejected(out[accents == accent]) for accent in sorted(set(accents.tolist()))},
+    }

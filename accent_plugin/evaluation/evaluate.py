@@ -1,0 +1,265 @@
+"""How good a set of predictions is, and how sure of that one can be: arrays in, a report out.
+
+Conventions
+-----------
+* A confusion matrix has the truth in its rows and the answers in its columns. The answer is the largest probability,
+  the first one on a tie.
+* By clip, every clip counts once. By speaker, every speaker counts once: his log-probabilities are the means over his
+  clips, made to sum to one again. A client id that has clips of two accents is one speaker in each of them.
+* An accent that no clip has is left out of every average and named under ``absent_accents``; answering with it is still
+  an error. An accent that is never the answer has precision 0 and F1 0.
+* Log-loss is in nats. Log-probabilities are floored at -700, so that one impossible answer cannot make it infinite.
+* Expected calibration error: 15 equal-width bins [k/15, (k+1)/15) of the largest probability, 1 in the last one; the
+  mean over clips of the distance between a bin's accuracy and its mean probability (Guo et al., 2017). Few clips make
+  it too large, and a resample of few clips larger still: its interval may lie above it.
+* Risk and coverage: only clips whose largest probability reaches a threshold are answered; coverage is their share,
+  risk the share of wrong answers among them, and clips of equal probability are answered together. The area under the
+  curve is the mean over clips of the risk at the clip's own probability (AURC of Geifman and El-Yaniv, 2017; of several
+  clips with the same probability each counts with the risk of all). Its interval comes from tenths of the clips by
+  probability, moved so that it belongs to the exact value.
+* Intervals are 95 % percentile intervals of a bootstrap that draws speakers with replacement within each accent and
+  keeps all clips of a speaker together, since clips of one speaker are right or wrong together. Without client ids it
+  draws clips, which is too narrow, and a note says so. ``n`` is the number of units drawn for the figure.
+* A bootstrap cannot see what did not happen: with no error at all the interval has no width.
+* A group's unweighted average recall is over the accents that it has. A group of fewer than 5 speakers is ``small``:
+  too few to read anything into.
+* Same predictions, same bytes out, in whatever order the clips come; an accent's draws do not depend on the others.
+"""
+
+from collections import Counter
+
+import numpy as np
+
+from accent_plugin.evaluation.bootstrap import (
+    ClipStatistics,
+    ResamplingUnits,
+    bootstrap_interval,
+    grouped_sums,
+    headline_figures,
+)
+from accent_plugin.evaluation.scores import BINS, f1s, precisions, recalls, safe_ratio
+from accent_plugin.evaluation.selective import COVERAGE_TENTHS, CoverageTenths, risk_coverage
+
+SMALL = 5  # speakers; a cell with fewer is marked
+
+
+UNKNOWN = "unknown"
+
+
+_AGES = ("teens", "twenties", "thirties", "forties", "fifties", "sixties", "seventies", "eighties", "nineties")
+
+
+_GENDERS = {"m": "male", "f": "female", "male_masculine": "male", "female_feminine": "female"}
+
+
+_DURATIONS = ((3.0, "under 3 s"), (5.0, "3 to 5 s"), (8.0, "5 to 8 s"), (np.inf, "8 s and over"))
+
+
+_MOST_GROUPS = 12  # somebody's free-text column must not become a thousand groups
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def _age(text):
+    text = text.lower().replace("fourties", "forties")
+    try:
+        return _AGES[min(max(int(float(text)) // 10 - 1, 0), len(_AGES) - 1)] if float(text) > 0 else UNKNOWN
+    except ValueError:
+        return text or UNKNOWN
+
+
+def _gender(text):
+    return _GENDERS.get(text.lower(), text.lower()) or UNKNOWN
+
+
+def _groups(p):
+    """Yield the name of each kind of group, its values in reading order, and the index of every clip's value."""
+    for kind, column, band in (("gender", p.gender, _gender), ("age", p.age, _age)):
+        texts = Counter(column)
+        bands, counts = {text: band(text) for text in texts}, Counter()
+        for text, count in texts.items():
+            counts[bands[text]] += count
+        order = sorted(counts.items(), key=lambda item: (item[0] != UNKNOWN, -item[1], item[0]))
+        common = [name for name, _ in order[:_MOST_GROUPS]]
+        values = sorted(common, key=lambda c: (c == UNKNOWN, _AGES.index(c) if c in _AGES else -1, c))
+        index = {text: values.index(name) if name in values else len(values) for text, name in bands.items()}
+        if len(counts) > len(values):
+            values.append(f"{len(counts) - len(values)} others")
+        yield (
+            kind,
+            [] if values == [UNKNOWN] else values,
+            np.fromiter((index[text] for text in column), dtype=np.int64, count=len(column)),
+        )
+    yield "duration", [name for _, name in _DURATIONS], np.digitize(p.seconds, [bound for bound, _ in _DURATIONS[:-1]])
+
+
+# ---- what callers use ------------------------------------------------------------------------------------------------
+
+
+def evaluate(predictions, draws=1000, seed=0):
+    """Compute every figure of a report, with its interval.
+
+    Arguments
+    ---------
+    predictions : Predictions
+    draws : int
+        Bootstrap samples.
+    seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    metrics : dict
+        "clip", "speaker" (None without client ids), "per_accent", "confusion", "risk_coverage" (by clip: "threshold",
+        "coverage", "risk", "area", and "surest": what accuracy the surest 50, 80 and 90 % of clips have), "groups",
+        "absent_accents", "notes"; every figure is {"value", "low", "high", "n"}, and nothing in it is NaN.
+
+    Example
+    -------
+    >>> p = Predictions(("a", "b"), ("x", "y"), [0, 1], np.log([[0.9, 0.1], [0.6, 0.4]]), ("us", "england"), [4, 5])
+    >>> evaluate(p)["clip"]["accuracy"]
+    {'value': 0.5, 'low': 0.5, 'high': 0.5, 'n': 2}
+    """
+    p, labels, classes = predictions, predictions.labels, len(predictions.labels)
+    units = ResamplingUnits(p)
+    truth = p.truth[units.order]
+    items = [ClipStatistics(p.log_probabilities[units.order], truth, units.unit)]
+    if units.names is not None:
+        items.append(ClipStatistics(units.speaker_log_probabilities(p), units.accent, np.arange(len(units))))
+    groups = [(kind, values, cell[units.order]) for kind, values, cell in _groups(p)]
+    tenths = CoverageTenths(items[0])
+
+    def statistics(first, last):
+        a, b = np.searchsorted(units.unit, [first, last])
+        unit, size = units.unit[a:b] - first, last - first
+        parts = [*(i.statistics(first, last) for i in items), tenths.statistics(first, last)]
+        for _, values, cell in groups:
+            parts.append(grouped_sums(unit, size, cell[a:b], max(1, len(values))))
+            parts.append(grouped_sums(unit, size, cell[a:b], max(1, len(values)), items[0].right[a:b]))
+        return np.hstack(parts)
+
+    totals = units.resample(statistics, draws, seed)
+    width = classes + 1 + BINS
+    clips, *speakers = (totals[..., i * width : (i + 1) * width] for i in range(len(items)))
+    rest = totals[..., len(items) * width :]
+    sure, rest = rest[..., : 2 * COVERAGE_TENTHS], rest[..., 2 * COVERAGE_TENTHS :]
+    metrics = {
+        "clip": {name: bootstrap_interval(v, len(units)) for name, v in headline_figures(clips).items()},
+        "speaker": {n: bootstrap_interval(v, len(units)) for n, v in headline_figures(speakers[0]).items()}
+        if speakers
+        else None,
+        "per_accent": _per_accent(clips[..., :classes], units, labels),
+        "confusion": {
+            "labels": list(labels),
+            "clips": clips[0, :, :classes].astype(int).tolist(),
+            "speakers": speakers[0][0, :, :classes].astype(int).tolist() if speakers else None,
+        },
+        "risk_coverage": tenths.figures(sure, risk_coverage(items[0].top, items[0].right), len(units)),
+        "groups": {},
+        "absent_accents": [labels[a] for a in np.flatnonzero(units.per_accent == 0)],
+    }
+    for kind, values, cell in groups:
+        size = max(1, len(values))
+        total, right, rest = rest[..., :size], rest[..., size : 2 * size], rest[..., 2 * size :]
+        metrics["groups"][kind] = {}
+        for g, value in enumerate(values):
+            count = int(total[0, :, g].sum())
+            if count:
+                n = len(np.unique(units.unit[cell == g]))
+                present = (total[..., g] > 0).sum(axis=-1)
+                recall = safe_ratio(right[..., g], total[..., g]).sum(axis=-1)
+                average = np.divide(recall, present, out=np.full(recall.shape, np.nan), where=present > 0)
+                metrics["groups"][kind][value] = {
+                    "unweighted_average_recall": bootstrap_interval(average, n),
+                    "clips": count,
+                    "speakers": n if speakers else None,
+                    "small": n < SMALL,
+                }
+    metrics["notes"] = _notes(p, units, metrics)
+    return metrics
+
+
+def _per_accent(confusion, units, labels):
+    figures = {"precision": precisions(confusion), "recall": recalls(confusion), "f1": f1s(confusion)}
+    return {
+        label: {
+            # Only the accent's own speakers move its recall; everybody's answers move the other two.
+            **{
+                k: bootstrap_interval(v[:, a], units.per_accent[a] if k == "recall" else len(units))
+                for k, v in figures.items()
+            },
+            "clips": int(confusion[0, a].sum()),
+            "speakers": int(units.per_accent[a]) if units.names is not None else None,
+        }
+        for a, label in enumerate(labels)
+        if units.per_accent[a]
+    }
+
+
+def _notes(p, units, metrics):
+    """Say what a reader must know before believing the figures."""
+    notes, present = [], np.flatnonzero(units.per_accent)
+    if metrics["absent_accents"]:
+        names = ", ".join(metrics["absent_accents"])
+        notes.append(f"No clip of {names} is in these data: left out of every average.")
+    if units.names is None:
+        notes.append(
+            "No client ids: intervals resample clips, not speakers, and are too narrow; nothing is counted by speaker."
+        )
+        return notes
+    unnamed = sum(not c for c in p.client_ids)
+    if unnamed:
+        notes.append(f"{unnamed} clips have no client id; each counts as a speaker of its own.")
+    if len(set(p.client_ids) - {""}) + unnamed < len(units):
+        notes.append(
+            "Some client ids have clips of more than one accent; each counts as one speaker in every accent it has."
+        )
+    few = [f"{p.labels[a]} ({units.per_accent[a]})" for a in present if units.per_accent[a] < SMALL]
+    if few:
+        notes.append(f"Fewer than {SMALL} speakers of {', '.join(few)}: these intervals are too narrow to rely on.")
+    for level in ("clip", "speaker"):
+        if metrics[level]["accuracy"]["value"] == 1:
+            bound = 1 - 0.05 ** (1 / len(units))
+            notes.append(
+                f"No error by {level}, so the bootstrap shows no width; with {len(units)} speakers, up to {bound:.0%} "
+                "of speakers wrong would still be consistent with this (exact one-sided 95 % bound)."
+            )
+    return notes
+
+
+def speaker_rows(predictions):
+    """List every speaker with his clips' answers and his own.
+
+    Arguments
+    ---------
+    predictions : Predictions
+        With client ids.
+
+    Returns
+    -------
+    rows : list of dict
+        "client_id", "accent", "answer", "probability" (of the answer), "right", "clips", "clips_right", "share_right"
+        and "answers" (clips per answer, in the order of the labels), sorted by accent and client id. Empty without
+        client ids.
+    """
+    p, units = predictions, ResamplingUnits(predictions)
+    if units.names is None:
+        return []
+    log_probabilities = units.speaker_log_probabilities(p)
+    answer, probability = log_probabilities.argmax(axis=1), np.exp(log_probabilities.max(axis=1))
+    answers = grouped_sums(units.unit, len(units), p.predicted[units.order], len(p.labels))
+    return [
+        {
+            "client_id": name,
+            "accent": p.labels[a],
+            "answer": p.labels[answer[u]],
+            "probability": float(probability[u]),
+            "right": bool(answer[u] == a),
+            "clips": int(answers[u].sum()),
+            "clips_right": int(answers[u, a]),
+            "share_right": float(answers[u, a] / answers[u].sum()),
+            "answers": answers[u].tolist(),
+        }
+        for u, (name, a) in enumerate(zip(units.names, units.accent, strict=True))
+    ]

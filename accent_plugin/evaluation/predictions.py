@@ -1,0 +1,161 @@
+"""Scores of clips with a known accent: the input of every figure."""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from accent_plugin.errors import ReportError
+
+FLOOR = -700.0  # of log-probabilities; exp of it is still a normal double
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredClips:
+    """What a model said about clips whose accent is known.
+
+    Arguments
+    ---------
+    ids : tuple of str
+        One name per clip, no two the same.
+    client_ids : tuple of str, or None
+        Speaker of each clip; None (or all empty) where the data do not say. A clip with an empty one is a speaker
+        of its own.
+    truth : (clips,) np.ndarray of int
+        Index of the true accent in `labels`.
+    log_probabilities : (clips, classes) np.ndarray
+        Natural logarithms; each row's probabilities sum to one.
+    labels : tuple of str
+        Accents in index order.
+    seconds : (clips,) np.ndarray
+        Length of each clip.
+    gender, age : tuple of str
+        As the data have them; empty where unknown.
+
+    Raises
+    ------
+    ReportError
+        When there is nothing to evaluate or the arrays contradict each other.
+
+    Example
+    -------
+    >>> p = Predictions(("a", "b"), ("x", "y"), [0, 1], np.log([[0.9, 0.1], [0.6, 0.4]]), ("us", "england"), [4, 5])
+    >>> p.predicted
+    array([0, 0])
+    """
+
+    ids: tuple
+    client_ids: tuple | None
+    truth: np.ndarray
+    log_probabilities: np.ndarray
+    labels: tuple
+    seconds: np.ndarray
+    gender: tuple | None = None
+    age: tuple | None = None
+
+    def __post_init__(self):  # noqa: D105
+        def put(name, value):
+            object.__setattr__(self, name, value)
+
+        put("ids", tuple(map(str, self.ids)))
+        put("labels", tuple(map(str, self.labels)))
+        for name in ("gender", "age"):
+            put(name, ("",) * len(self.ids) if getattr(self, name) is None else tuple(map(_text, getattr(self, name))))
+        if self.client_ids is not None:
+            clients = tuple(map(_text, self.client_ids))
+            put("client_ids", clients if any(clients) or not clients else None)
+        put("truth", np.asarray(self.truth))
+        put("seconds", np.asarray(self.seconds, dtype=np.float64))
+        put("log_probabilities", np.asarray(self.log_probabilities, dtype=np.float64))
+        self._check()
+        put("truth", self.truth.astype(np.int64))
+        put("log_probabilities", np.maximum(self.log_probabilities, FLOOR))
+
+    def _check(self):
+        clips, classes = len(self.ids), len(self.labels)
+        if clips == 0:
+            raise ReportError("no predictions to evaluate: the list of clips is empty; is the test split empty?")
+        if len(set(self.labels)) < classes or classes < 2:
+            raise ReportError(f"labels must be two or more different accents, not {list(self.labels)}")
+        columns = {"client_ids": self.client_ids, "truth": self.truth, "log_probabilities": self.log_probabilities,
+                   "seconds": self.seconds, "gender": self.gender, "age": self.age}  # fmt: skip
+        wrong = {name: len(c) for name, c in columns.items() if c is not None and (np.ndim(c) < 1 or len(c) != clips)}
+        if wrong:
+            raise ReportError(f"{clips} ids, but {', '.join(f'{n} {name}' for name, n in wrong.items())}")
+        if self.log_probabilities.shape != (clips, classes):
+            shape = tuple(self.log_probabilities.shape)
+            raise ReportError(
+                f"log_probabilities has shape {shape}; {clips} clips and {classes} labels need {(clips, classes)}"
+            )
+        if len(set(self.ids)) < clips:
+            twice = next(i for i, times in Counter(self.ids).items() if times > 1)
+            raise ReportError(f"clip {twice!r} is there twice; every clip may be predicted once")
+        if not (np.issubdtype(self.truth.dtype, np.integer) and self.truth.ndim == 1):
+            raise ReportError(f"truth must be a list of integers, not {self.truth.dtype} of shape {self.truth.shape}")
+        outside = np.flatnonzero((self.truth < 0) | (self.truth >= classes))
+        if outside.size:
+            clip = outside[0]
+            raise ReportError(
+                f"clip {self.ids[clip]!r} has true accent {self.truth[clip]}; indices go from 0 to {classes - 1}"
+            )
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = np.exp(self.log_probabilities).sum(axis=1)
+        bad = np.flatnonzero(~(np.abs(sums - 1) < 1e-3))
+        if bad.size:
+            clip = bad[0]
+            raise ReportError(
+                f"{bad.size} of {clips} clips have probabilities that do not sum to 1; the first is {self.ids[clip]!r} "
+                f"with log-probabilities {self.log_probabilities[clip].tolist()}: did training diverge, or are these "
+                "logits?"
+            )
+        if not (np.isfinite(self.seconds) & (self.seconds >= 0)).all():
+            clip = np.flatnonzero(~(np.isfinite(self.seconds) & (self.seconds >= 0)))[0]
+            raise ReportError(f"clip {self.ids[clip]!r} is {self.seconds[clip]} seconds long")
+
+    @property
+    def probabilities(self):
+        """(clips, classes) np.ndarray: the probabilities themselves."""
+        return np.exp(self.log_probabilities)
+
+    @property
+    def predicted(self):
+        """(clips,) np.ndarray: index of each clip's answer."""
+        return self.log_probabilities.argmax(axis=1)
+
+
+def _text(value):
+    """Return a cell of a table as text; None and NaN are empty."""
+    return "" if value is None or value != value else str(value).strip()
+
+
+def pool_clips(parts):
+    """Put the predictions of several folds together, as if one model had made them.
+
+    Arguments
+    ---------
+    parts : list of Predictions
+        No clip in two of them, the same labels in all.
+
+    Returns
+    -------
+    predictions : Predictions
+    """
+    if not parts:
+        raise ReportError("no predictions to pool")
+    if len({p.labels for p in parts}) > 1:
+        raise ReportError(f"predictions for different labels cannot be pooled: {sorted({p.labels for p in parts})}")
+
+    def chained(name):
+        return tuple(chain.from_iterable(getattr(p, name) for p in parts))
+
+    return ScoredClips(
+        ids=chained("ids"),
+        client_ids=None if any(p.client_ids is None for p in parts) else chained("client_ids"),
+        truth=np.concatenate([p.truth for p in parts]),
+        log_probabilities=np.concatenate([p.log_probabilities for p in parts]),
+        labels=parts[0].labels,
+        seconds=np.concatenate([p.seconds for p in parts]),
+        gender=chained("gender"),
+        age=chained("age"),
+    )

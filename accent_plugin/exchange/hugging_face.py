@@ -1,0 +1,459 @@
+"""A bundle -> a classifier of Hugging Face's transformers, and back.
+
+transformers has one form of audio classifier for the wav2vec 2.0 family: encoder (its last state, or a weighted sum of
+all), linear projector, mean over frames, linear layer. What a bundle has besides is folded into these where that is
+exact (whitening, a sum over some layers, no projector) and refused where it is not. Either way both models are given
+the same noise before anything is handed on: log-probabilities of a clip alone must agree to 1e-5.
+
+A checkpoint's weights are read from its .safetensors, or, where it has none, from its .bin files, which transformers
+opens with torch's weights_only loader: no code of a checkpoint is run. As with encoders, all weights must be there.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import (
+    AutoFeatureExtractor,
+    Data2VecAudioForSequenceClassification,
+    HubertForSequenceClassification,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
+    WavLMForSequenceClassification,
+)
+
+import accent_plugin
+from accent_plugin import files
+from accent_plugin.audio.samples import SAMPLE_RATE
+from accent_plugin.bundle import config as bundle_config
+from accent_plugin.bundle.load import load_bundle, make_bundle
+from accent_plugin.bundle.modules import Embedding, Head
+from accent_plugin.bundle.write import make_config, write_bundle
+from accent_plugin.data import labels
+from accent_plugin.encoder.factory import build_encoder
+from accent_plugin.encoder.sources import NOT_ARCHITECTURE, local_folder, quiet_transformers, read_config
+from accent_plugin.errors import EncoderError, ExchangeError
+from accent_plugin.model import AccentModel
+
+logger = logging.getLogger(__name__)
+
+
+# Hugging Face's model_type -> its audio classifier.
+CLASSIFIERS = {
+    "wav2vec2": Wav2Vec2ForSequenceClassification,
+    "hubert": HubertForSequenceClassification,
+    "wavlm": WavLMForSequenceClassification,
+    "data2vec-audio": Data2VecAudioForSequenceClassification,
+}
+
+
+_ENCODER = "wav2vec2.model."
+
+
+LAYER_WEIGHTS = "wav2vec2.layer_weights"
+
+
+# Name in an AccentModel -> name in a classifier of transformers; the encoder's have a prefix of their own.
+_HEAD = {
+    LAYER_WEIGHTS: "layer_weights",
+    "projector.0.weight": "projector.weight",
+    "projector.0.bias": "projector.bias",
+    "classifier.weight": "classifier.weight",
+    "classifier.bias": "classifier.bias",
+}
+
+
+# Of a classifier's configuration: what is not about its encoder.
+_NOT_ENCODER = {
+    *NOT_ARCHITECTURE,
+    *("id2label", "label2id", "problem_type", "classifier_proj_size", "use_weighted_layer_sum"),
+}
+
+
+# Where transformers looks for weights, in its order.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+# All that a folder written for transformers holds.
+_FILES = (bundle_config.CONFIG_FILE, "preprocessor_config.json", _WEIGHTS[0], bundle_config.CARD_FILE)
+
+
+# A softmax over numbers of which one is 0 or more gives exactly 0 to this.
+_NEVER = -1e4
+
+
+_TOLERANCE = 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- from Hugging Face
+
+
+def from_hugging_face(source, mapping=None):
+    """Read a classifier of transformers as a bundle, in memory.
+
+    Arguments
+    ---------
+    source : str or Path
+        Folder of a checkpoint (config.json, preprocessor_config.json, weights), or its name on the Hub.
+    mapping : dict
+        Name of a class in the checkpoint -> label, as `accent_plugin.data.labels.read_mapping` reads them; known
+        spellings of accents need none.
+
+    Returns
+    -------
+    accent_plugin.bundle.load.Bundle
+        Without calibration; "weights" of its configuration are name, size and SHA-256 of the checkpoint's file.
+
+    Raises
+    ------
+    EncoderError
+        When there is no such checkpoint, or the Hub cannot be reached.
+    ExchangeError
+        When it is no such classifier, lacks weights or has others, or a class has no label of its own.
+    """
+    checkpoint = read_classifier(source)
+    found = _labels(source, checkpoint.names, mapping or {})
+    name = _short_name(source)
+    config = make_config(
+        checkpoint.model,
+        found,
+        encoder_name=name,
+        pooling="mean",
+        weights=checkpoint_identity(checkpoint.folder),
+        imported_from=name,
+    )
+    return make_bundle(checkpoint.model, config)
+
+
+def import_hugging_face(source, out, mapping=None):
+    """Write a classifier of transformers as a bundle; arguments and errors as of `from_hugging_face`.
+
+    Arguments
+    ---------
+    out : str or Path
+        Replaced when it holds a bundle already.
+
+    Returns
+    -------
+    Path
+    """
+    found = from_hugging_face(source, mapping)
+    name = found.config["imported_from"]
+    return write_bundle(out, found.model, found.config["labels"], encoder_name=name, pooling="mean", imported_from=name)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A classifier of transformers as a model of ours, and what it calls its classes, in order."""
+
+    folder: Path
+    model: AccentModel
+    names: list
+
+
+def read_classifier(source):
+    """Load a classifier of transformers as an `AccentModel`."""
+    folder = local_folder(source)
+    config = read_config(folder)
+    if problems := list(_misfits(config)):
+        raise ExchangeError(f"{source} is no classifier that can be taken over:\n" + _lines(problems))
+    extractor = _read_extractor(folder)
+    classifier = _load_classifier(folder, config)
+    try:
+        model = _accent_model(classifier, extractor)
+    except EncoderError as error:
+        raise ExchangeError(f"{source} cannot be taken over: {error}") from error
+    _compare(model, classifier, extractor)
+    return _Checkpoint(folder, model, [str(config.id2label[row]) for row in range(config.num_labels)])
+
+
+def _misfits(config):
+    """What a configuration asks for that a bundle cannot hold."""
+    known = [kind.__name__ for kind in CLASSIFIERS.values()]
+    wanted = getattr(CLASSIFIERS.get(config.model_type), "__name__", None)
+    if wanted is None or wanted not in (config.architectures or []):
+        found = ", ".join(config.architectures or []) or f"a {config.model_type} without a class"
+        yield f"it is {found}; understood are {', '.join(known)}"
+    if config.problem_type in ("regression", "multi_label_classification") or config.num_labels < 2:
+        yield f"it does not choose one of several classes ({config.problem_type or 'one class'})"
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        yield f"id2label numbers its classes {sorted(config.id2label)}, not from 0 on"
+    if getattr(config, "conv_pos_batch_norm", False):
+        yield "its positional convolution has a batch normalisation, which is not supported"
+
+
+def _read_extractor(folder):
+    """The checkpoint's preprocessing, with nothing in it but what is used."""
+    try:
+        found = AutoFeatureExtractor.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = str(error).splitlines()[0]
+        raise ExchangeError(f"preprocessor_config.json in {folder} cannot be read: {problem}") from error
+    if not isinstance(found, Wav2Vec2FeatureExtractor) or (found.sampling_rate, found.feature_size) != (SAMPLE_RATE, 1):
+        raise ExchangeError(
+            f"preprocessor_config.json in {folder} is of a {type(found).__name__} at {found.sampling_rate} Hz with "
+            f"{found.feature_size} feature(s); understood is a Wav2Vec2FeatureExtractor at {SAMPLE_RATE} Hz with 1"
+        )
+    return _extractor(found.do_normalize, found.return_attention_mask)
+
+
+def _extractor(do_normalize, return_attention_mask):
+    return Wav2Vec2FeatureExtractor(
+        feature_size=1,
+        sampling_rate=SAMPLE_RATE,
+        padding_value=0.0,
+        do_normalize=bool(do_normalize),
+        return_attention_mask=bool(return_attention_mask),
+    )
+
+
+def _load_classifier(folder, config):
+    """Load all weights of a checkpoint: by itself transformers draws missing ones at random, and drops others."""
+    if (folder / "adapter_config.json").is_file():
+        raise ExchangeError(
+            f"{folder} holds adapters of PEFT beside the model: merge them (merge_and_unload) and save it"
+        )
+    try:
+        with quiet_transformers():
+            classifier, info = CLASSIFIERS[config.model_type].from_pretrained(
+                str(folder), config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            )
+    except Exception as error:
+        # OSError, ValueError, RuntimeError, UnpicklingError and others for what is one thing to a user.
+        problem = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExchangeError(f"the weights in {folder} cannot be loaded: {problem}") from error
+    # The vector of SpecAugment is drawn at random where it was never used; it is not used here either.
+    vector = f"{classifier.base_model_prefix}.masked_spec_embed"
+    if missing := sorted(set(info["missing_keys"]) - {vector}):
+        raise ExchangeError(
+            f"the weights in {folder} lack {len(missing)} tensors of the classifier, {missing[0]} for one"
+        )
+    if extra := sorted(info["unexpected_keys"]):
+        raise ExchangeError(f"the weights in {folder} have {len(extra)} tensors too many, {extra[0]} for one")
+    if vector in info["missing_keys"]:
+        # Not at random, so that the same checkpoint gives the same bundle.
+        torch.nn.init.zeros_(classifier.base_model.masked_spec_embed)
+    return classifier.eval()
+
+
+def _accent_model(classifier, extractor):
+    """A model of ours with the weights of a classifier."""
+    config = classifier.config
+    # Keys of another version of transformers change nothing in this one.
+    known = type(config)().to_dict().keys() - _NOT_ENCODER
+    layers = list(range(config.num_hidden_layers + 1)) if config.use_weighted_layer_sum else None
+    description = {
+        "family": config.model_type,
+        "config": {key: value for key, value in config.to_dict().items() if key in known},
+        "preprocessor": json.loads(extractor.to_json_string()),
+        "weighted_layers": layers,
+        "standardise_layers": False,
+    }
+    model = AccentModel(
+        build_encoder(description),
+        [None] * config.num_labels,
+        pooling="mean",
+        projector_size=config.classifier_proj_size,
+    )
+    theirs = classifier.state_dict()
+    state = {_ENCODER + key: value for key, value in classifier.base_model.state_dict().items()}
+    model.load_state_dict(state | {ours: theirs[name] for ours, name in _HEAD.items() if name in theirs})
+    return model.eval()
+
+
+def _labels(source, names, mapping):
+    """One label for each name, or an error with the mapping to write."""
+    mapping = {labels.normalise(name): label for name, label in mapping.items()}
+    found = [mapping.get(labels.normalise(name)) or labels.parse(name, mapping).label for name in names]
+    unknown = [name for name, label in zip(names, found, strict=True) if label is None]
+    twice = sorted({label for label in found if label is not None and found.count(label) > 1})
+    if not unknown and not twice:
+        return found
+    problems = [f"no accent is known for {', '.join(unknown)}"] if unknown else []
+    problems += [
+        f"{label} would be {' and '.join(name for name, one in zip(names, found, strict=True) if one == label)}"
+        for label in twice
+    ]
+    wanted = {name: label or "ACCENT" for name, label in zip(names, found, strict=True)}
+    table = yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True).strip()
+    raise ExchangeError(
+        f"{source} calls its classes {', '.join(names)}:\n{_lines(problems)}\n"
+        f"give each its own accent in a file, and the file as --labels map.yaml:\n{_lines(table.splitlines())}"
+    )
+
+
+def checkpoint_identity(folder):
+    """Name, size in bytes and SHA-256 of a checkpoint's weights, as of one file where they are in several."""
+    name = next(name for name in _WEIGHTS if (folder / name).is_file())
+    files = [folder / name]
+    if name.endswith(".index.json"):
+        index = json.loads(files[0].read_text(encoding="utf-8"))
+        files = [folder / part for part in sorted(set(index["weight_map"].values()))]
+    if len(files) == 1:
+        return bundle_config.weights_identity(files[0])
+    parts = [bundle_config.weights_identity(file) for file in files]
+    digest = hashlib.sha256("".join(part["sha256"] for part in parts).encode()).hexdigest()
+    return {"file": name, "bytes": sum(part["bytes"] for part in parts), "sha256": digest}
+
+
+def _short_name(source):
+    # The folder's name alone: a bundle travels, a local path should not.
+    return Path(source).resolve().name if Path(source).is_dir() else str(source)
+
+
+# ------------------------------------------------------------------------------------------------ to Hugging Face
+
+
+def to_hugging_face(folder, out):
+    """Write a bundle as a classifier of transformers, load it back, and compare.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Of the bundle.
+    out : str or Path
+        Replaced when it holds what this function wrote before, and nothing else.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    BundleError
+        When the bundle is not whole, or the folder holds something else.
+    ExchangeError
+        When transformers has no such model, or what was written gives other scores.
+    """
+    found = load_bundle(folder)
+    if problems := list(_obstacles(found.config["model"])):
+        raise ExchangeError(
+            f"{folder} cannot be written for transformers:\n{_lines(problems)}\n"
+            "train a model without these, or give the bundle itself away: accent-plugin push"
+        )
+    out = Path(out).absolute()
+    bundle_config.require_replaceable(out, _FILES, _is_own)
+    with files.atomic_folder(out, _FILES) as temporary:
+        _write(temporary, found, Path(folder))
+        _compare(found.model, _load_classifier(temporary, read_config(temporary)), _read_extractor(temporary))
+    return out
+
+
+def _obstacles(described):
+    """What a bundle's model has that a classifier of transformers cannot have."""
+    family = described["encoder"]["family"]
+    if family == "whisper":
+        yield "its encoder is Whisper, of which transformers' classifier hears every clip padded to 30 s"
+    elif family not in CLASSIFIERS:
+        yield f"its encoder is of the family {family}, for which transformers has no audio classifier"
+    if described["pooling"] != "mean":
+        yield f"its pooling is {described['pooling']}; transformers' is mean"
+    if described["projector_activation"]:
+        yield "projector_activation is True; transformers has nothing between projector and pooling"
+    if described["encoder"]["standardise_layers"]:
+        yield "standardise_layers is True; transformers sums layers as they are"
+    if described["speeds"] != [1.0]:
+        yield f"test_speeds is {described['speeds']}; transformers hears a clip once, as it is"
+
+
+def _is_own(folder):
+    if not bundle_config.is_hugging_face(folder):
+        return False
+    config = json.loads((folder / bundle_config.CONFIG_FILE).read_text(encoding="utf-8"))
+    return str(config.get("made_by")).startswith("accent_plugin ")
+
+
+def _write(folder, found, source):
+    # Imported here, since it draws in what makes reports, which loading needs not.
+    from accent_plugin.bundle import model_card
+
+    model, encoder = found.model, found.model.wav2vec2
+    with quiet_transformers():
+        _classifier(model, found.config).save_pretrained(folder)
+        # As Hugging Face advises: encoders with a group normalisation were trained without a mask.
+        has_mask = getattr(encoder.config, "feat_extract_norm", "layer") == "layer"
+        _extractor(encoder.normalize_wav, has_mask).save_pretrained(folder)
+    # safetensors lets nobody else read what it writes, whatever the umask says.
+    shutil.copymode(folder / bundle_config.CONFIG_FILE, folder / _WEIGHTS[0])
+    card = source / model_card.CARD_FILE
+    text = card.read_text(encoding="utf-8") if card.is_file() else model_card.render(found.config)
+    (folder / model_card.CARD_FILE).write_text(model_card.for_transformers(text), encoding="utf-8")
+
+
+def _classifier(model, config):
+    """The classifier of transformers that gives a model's scores."""
+    names, described = config["labels"], config["model"]["encoder"]
+    head = _head(model)
+    kind = CLASSIFIERS[described["family"]]
+    values = described["config"] | {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: row for row, name in enumerate(names)},
+        "classifier_proj_size": len(head["projector.weight"]),
+        "use_weighted_layer_sum": "layer_weights" in head,
+        "made_by": f"accent_plugin {accent_plugin.__version__}",
+    }
+    classifier = kind(kind.config_class(**values))
+    encoder = model.wav2vec2.model.state_dict()
+    prefix = classifier.base_model_prefix
+    classifier.load_state_dict({f"{prefix}.{key}": value for key, value in encoder.items()} | head)
+    return classifier.eval()
+
+
+def _head(model):
+    """Tensors of a classifier's head: names of transformers -> values; float64 until what was folded is there."""
+    width = model.wav2vec2.width
+    weight, bias = torch.eye(width).double(), torch.zeros(width).double()
+    if model.projector is not None:
+        weight, bias = (value.detach().double() for value in model.projector[0].parameters())
+    rows = model.classifier.weight.detach().double()
+    if model.whitening is not None:
+        # The mean of frames less a vector is the mean of frames, less the vector: so the projector can take it off.
+        bias = bias - model.whitening.mean.double()
+        rows = rows @ model.whitening.transform.double().T
+    head = {
+        "projector.weight": weight,
+        "projector.bias": bias,
+        "classifier.weight": rows,
+        "classifier.bias": model.classifier.bias.detach(),
+    }
+    if model.wav2vec2.weighted_layers is not None:
+        head["layer_weights"] = _all_layer_weights(model.wav2vec2)
+    return {name: value.float().contiguous() for name, value in head.items()}
+
+
+def _all_layer_weights(encoder):
+    """One number for each state of the encoder whose softmax is the weight that it has in the sum, 0 for most."""
+    found = torch.full((len(encoder.layers) + 1,), _NEVER, dtype=torch.double)
+    chosen = torch.log_softmax(encoder.layer_weights.detach().double(), dim=0)
+    layers = torch.tensor(encoder.weighted_layers)
+    for layer in set(encoder.weighted_layers):
+        found[layer] = torch.logsumexp(chosen[layers == layer], dim=0)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ both
+
+
+def _compare(ours, theirs, extractor):
+    """Both must give the same scores of noise, clip by clip, each with its own preprocessing."""
+    noise = 0.1 * torch.randn(2, 2 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0)) + 0.01
+    with torch.inference_mode():
+        for wave in noise:
+            inputs = extractor(wave.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt")
+            expected = torch.log_softmax(theirs(**inputs).logits, dim=-1)
+            found = Head(ours)(Embedding(ours)(wave[None])).squeeze(1)
+            # Not "difference > tolerance": that would let NaN pass. Relative to scores that are far from 0.
+            if not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
+                raise ExchangeError(
+                    f"transformers and this package give other scores with the same weights (by "
+                    f"{(found - expected).abs().max().item():.1e}): report it"
+                )
+
+
+def _lines(texts):
+    return "\n".join(f"  {text}" for text in texts)

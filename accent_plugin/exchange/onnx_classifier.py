@@ -1,0 +1,118 @@
+"""Classify with ONNX Runtime, where neither torch nor SpeechBrain is installed.
+
+The folder is what `accent-plugin export BUNDLE --to onnx` writes: config.json as in a bundle, and model.onnx, a graph
+from padded waveforms and their lengths to log-probabilities, with everything in between in it. Its numbers do not
+depend on what a clip is padded with.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from scipy.special import log_softmax
+
+from accent_plugin.audio.augment import change_speed
+from accent_plugin.bundle import config as bundle_config
+from accent_plugin.errors import BundleError, ConfigError
+from accent_plugin.inference.base import InferenceOptions, RecordingClassifier
+
+# What a session calls the inputs and the output of the graph.
+WAVES, LENGTHS, LOG_PROBABILITIES = "waves", "lengths", "log_probabilities"
+
+
+class OnnxAccentClassifier(RecordingClassifier):
+    """`accent_plugin.inference.AccentClassifier` on ONNX Runtime: the same methods, records and options.
+
+    Make it with `from_bundle`. May be used by several threads.
+
+    Arguments
+    ---------
+    session : onnxruntime.InferenceSession
+    config : dict
+        The content of config.json.
+    **options
+        Of `accent_plugin.inference.base.InferenceOptions`.
+
+    Raises
+    ------
+    ConfigError
+        With all the options that are wrong.
+    """
+
+    def __init__(self, session, config, **options):
+        chosen = InferenceOptions(**options)
+        if problems := list(chosen.problems()):
+            raise ConfigError("\n".join(problems))
+        self._set_up(config, chosen)
+        self._session = session
+        self._speeds = config["model"]["speeds"]
+        self._least = config["onnx"]["minimum_samples"]
+
+    @classmethod
+    def from_bundle(cls, folder, threads=None, providers=("CPUExecutionProvider",), **options):
+        """Load an exported folder; nothing in it is run but the graph.
+
+        Arguments
+        ---------
+        folder : str or Path
+            As ``accent-plugin export --to onnx`` writes it.
+        threads : int
+            Of ONNX Runtime; None for one per core.
+        providers : sequence of str
+            Of ONNX Runtime, such as "CUDAExecutionProvider", the preferred one first.
+        **options
+            Of `accent_plugin.inference.base.InferenceOptions`: `window_seconds`, `min_probability`, ...
+
+        Raises
+        ------
+        BundleError
+            When the folder is missing, damaged, or holds something else.
+        ConfigError
+            When an option is wrong, or ONNX Runtime is not installed.
+        """
+        folder = Path(folder).absolute()
+        config = bundle_config.read(folder)
+        graph = folder / bundle_config.ONNX_FILE
+        if config["weights"]["file"] != bundle_config.ONNX_FILE:
+            raise BundleError(
+                f"{folder} was not exported to ONNX: accent-plugin export {folder.name} --to onnx --out FOLDER"
+            )
+        bundle_config.require_size(graph, config)
+        bundle_config.require_identity(graph, config)
+        return cls(_session(graph, threads, providers), config, **options)
+
+    def _log_probabilities(self, waves):
+        copies = [self._at_speed(waves, speed) for speed in self._speeds]
+        return log_softmax(np.mean(copies, axis=0), axis=1)
+
+    def _at_speed(self, waves, speed):
+        """Log-probabilities (batch, classes) of (samples,) arrays played faster by `speed`."""
+        waves = waves if speed == 1 else [change_speed(wave, speed) for wave in waves]
+        lengths = np.array([len(wave) for wave in waves], dtype=np.int64)
+        padded = np.zeros((len(waves), max(self._least, *lengths)), dtype=np.float32)
+        for row, wave in zip(padded, waves, strict=True):
+            row[: len(wave)] = wave
+        scores = self._session.run([LOG_PROBABILITIES], {WAVES: padded, LENGTHS: lengths})[0]
+        return scores.astype(np.float64)
+
+
+def _session(graph, threads, providers):
+    # It would tell its maker what it runs on; whoever wants that says so.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ConfigError("ONNX Runtime is not installed: pip install onnxruntime") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    # Errors alone: a model of another exporter's version is not worth a page of warnings.
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
+    except Exception as error:
+        # ONNX Runtime has a dozen exceptions of its own, without a common parent.
+        raise BundleError(f"{graph} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}") from None
+    names = {each.name for each in (*session.get_inputs(), *session.get_outputs())}
+    if names != {WAVES, LENGTHS, LOG_PROBABILITIES}:
+        raise BundleError(f"{graph} has inputs and outputs {', '.join(sorted(names))}, which no export has")
+    return session

@@ -1,0 +1,156 @@
+"""Start training from a trained classifier: a bundle, or a folder of Hugging Face."""
+
+from pathlib import Path
+
+import torch
+
+from accent_plugin.bundle import config as bundle_config
+from accent_plugin.bundle.load import load_bundle
+from accent_plugin.data import labels
+from accent_plugin.encoder import factory
+from accent_plugin.encoder.sources import find_source, read_config
+from accent_plugin.errors import EncoderError
+from accent_plugin.exchange.hugging_face import LAYER_WEIGHTS, checkpoint_identity, read_classifier
+
+
+def make_encoder(source, save_path=None, from_bundle=None, **options):
+    """Load an encoder as `accent_plugin.encoder.factory.make_encoder` does, or take that of a trained classifier.
+
+    Arguments
+    ---------
+    source, save_path, **options
+        As there.
+    from_bundle : str
+        Folder of a bundle, or of a Hugging Face classifier, whose encoder is taken instead of `source`; None for none.
+
+    Returns
+    -------
+    accent_plugin.encoder.base.InvariantEncoder
+
+    Raises
+    ------
+    EncoderError
+        As there, or if the folder is neither.
+    BundleError
+        If the bundle is damaged.
+    """
+    if from_bundle is None:
+        return factory.make_encoder(source, save_path, **options)
+    find_start(from_bundle)
+    if not bundle_config.is_bundle(from_bundle):
+        return factory.make_encoder(from_bundle, save_path, **options)
+    folder = Path(from_bundle)
+    config, path = bundle_config.read(folder), folder / bundle_config.WEIGHTS_FILE
+    bundle_config.require_identity(path, config)
+    return factory.build_from_description(config["model"]["encoder"], weights_file=path, **options)
+
+
+def find_start(folder):
+    """Check that a folder is a bundle, or a Hugging Face classifier, without loading anything.
+
+    Raises
+    ------
+    EncoderError
+        If it is neither.
+    BundleError
+        If it is a bundle and not whole.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise EncoderError(f"there is no folder {folder}; give a bundle, or the folder of a Hugging Face classifier")
+    if not bundle_config.is_bundle(folder):
+        find_source(folder)
+        found = read_config(folder).architectures or ["model without a class"]
+        if not found[0].endswith("ForSequenceClassification"):
+            raise EncoderError(f"{folder} holds a {found[0]}, no classifier: give it as wav2vec2_hub")
+        return
+    config = bundle_config.read(folder)
+    if config["weights"]["file"] != bundle_config.WEIGHTS_FILE:
+        raise EncoderError(f"{folder} was exported to {config['weights']['file']}, which cannot be trained")
+    bundle_config.require_size(folder / bundle_config.WEIGHTS_FILE, config)
+
+
+def start_identity(folder):
+    """Twelve digits that stand for the weights of a classifier of either kind, as in reports."""
+    found = (
+        bundle_config.read(folder)["weights"] if bundle_config.is_bundle(folder) else checkpoint_identity(Path(folder))
+    )
+    return found["sha256"][:12]
+
+
+# ------------------------------------------------------------------------------------------------- start of training
+
+
+def initialise_head(model, accents, folder):
+    """Let the head of a model begin with the weights of a trained one; the encoder has been made from it.
+
+    Tensors are taken where their names and shapes are the same. Rows of the classifier go by label; a sum over layers
+    must be over the same ones; a whitening must be of the same features, and a classifier of features that are whitened
+    alike. The temperature of a bundle is in its classifier's weights.
+
+    Arguments
+    ---------
+    model : AccentModel
+        Changed in place.
+    accents : sequence of str
+        Its classes.
+    folder : str or Path
+        A bundle, or a Hugging Face classifier; of the latter, classes of unknown names are left behind.
+
+    Returns
+    -------
+    taken, new : list of str
+        What begins with the other model's weights, and what begins anew.
+    """
+    source, known = _trained(folder)
+    taken, new = [], []
+
+    def take(part, prefix, allowed=True):
+        own = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
+        other = {key: value for key, value in source.state_dict().items() if key.startswith(prefix)}
+        if not own:
+            return
+        alike = {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in other.items()}
+        (taken if allowed and alike else new).append(part)
+        if allowed and alike:
+            for key, value in own.items():
+                value.copy_(other[key])
+
+    with torch.no_grad():
+        take("layer weights", LAYER_WEIGHTS, model.wav2vec2.weighted_layers == source.wav2vec2.weighted_layers)
+        take("projector", "projector.")
+        take("pooling", "pooling.")
+        take("whitening", "whitening.", not new and _features(model) == _features(source))
+        whitened_alike = "whitening" in taken or (model.whitening is None and source.whitening is None)
+        rows = [accent for accent in accents if accent in known]
+        if whitened_alike and rows and model.classifier.in_features == source.classifier.in_features:
+            _take_rows(model.classifier, accents, source.classifier, known)
+            taken.append(f"classifier of {', '.join(rows)}")
+            accents = [accent for accent in accents if accent not in known]
+        if accents:
+            new.append(f"classifier of {', '.join(accents)}")
+    return taken, new
+
+
+def _trained(folder):
+    """The model of a bundle or a Hugging Face classifier, and label -> row of its classifier."""
+    if bundle_config.is_bundle(folder):
+        found = load_bundle(folder)
+        return found.model, {label: row for row, label in enumerate(found.config["labels"])}
+    checkpoint = read_classifier(folder)
+    found = [labels.parse(name).label or name for name in checkpoint.names]
+    return checkpoint.model, {label: row for row, label in enumerate(found) if found.count(label) == 1}
+
+
+def _features(model):
+    """What makes the pooled features of two models comparable."""
+    encoder, projector = model.wav2vec2, model.projector
+    shape = None if projector is None else len(projector)
+    return len(encoder.layers), encoder.weighted_layers, encoder.standardise_layers, shape, type(model.pooling)
+
+
+def _take_rows(classifier, accents, source, known):
+    for row, accent in enumerate(accents):
+        if accent in known:
+            classifier.weight[row] = source.weight[known[accent]]
+            classifier.bias[row] = source.bias[known[accent]]

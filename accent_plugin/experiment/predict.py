@@ -1,0 +1,86 @@
+"""Apply a trained model to the clips of a split, and fit its temperature."""
+
+import functools
+import logging
+
+import numpy as np
+from scipy.special import log_softmax
+
+from accent_plugin.evaluation import calibration
+from accent_plugin.evaluation.predictions import ScoredClips
+from accent_plugin.training.loaders import ChainedChanges, change_clip_speed, whole_clips
+
+logger = logging.getLogger(__name__)
+
+
+def predict(brain, clips, loading, speeds=(1.0,), degrade=None, temperature=1.0):
+    """Apply the best epoch's model to clips.
+
+    Arguments
+    ---------
+    brain : AccentBrain
+    clips : sequence of accent_plugin.data.manifests.Clip
+    loading : LoadingOptions
+    speeds : sequence of float
+        Speed factors; log-probabilities are averaged over the copies of a clip.
+    degrade : callable
+        Of `accent_plugin.audio.degradations.DEGRADATIONS`; None takes the clips as they are.
+    temperature : float
+        Of `calibrate`.
+
+    Returns
+    -------
+    clips : list of accent_plugin.data.manifests.Clip
+        In their order; with `--debug` only some batches are seen.
+    log_probabilities : (clips, classes) np.ndarray
+        Means over the copies of a clip, normalised anew.
+    """
+    copies = []
+    for speed in speeds:
+        changes = [degrade] if degrade else []
+        changes += [functools.partial(change_clip_speed, speed=speed)] if speed != 1 else []
+        ids, log_probabilities = brain.predict(
+            whole_clips(clips, loading, ChainedChanges(changes) if changes else None)
+        )
+        copies.append(dict(zip(ids, log_probabilities, strict=True)))
+    seen = [clip for clip in clips if all(clip.id in copy for copy in copies)]
+    mean = np.mean([[copy[clip.id] for clip in seen] for copy in copies], axis=0)
+    return seen, calibration.apply_temperature(log_softmax(mean, axis=1), temperature)
+
+
+def calibrate(brain, loaders, loading, speeds):
+    """Fit the temperature of the best epoch's model, and what its probabilities are worth, on validation.
+
+    Arguments
+    ---------
+    brain : AccentBrain
+    loaders : dict
+        As `make_loaders` gives it.
+    loading : LoadingOptions
+    speeds : list of float
+        As in `predict`.
+
+    Returns
+    -------
+    dict
+        As `accent_plugin.evaluation.calibration.describe_calibration` gives it.
+    """
+    predictions = as_predictions(*predict(brain, loaders["valid"].dataset.clips, loading, speeds), loading.accents)
+    found = calibration.describe_calibration(predictions.log_probabilities, predictions.truth)
+    logger.info("temperature %.3f, fitted on %d clips of validation", found["temperature"], found["clips"])
+    return found
+
+
+def as_predictions(clips, log_probabilities, accents):
+    """`accent_plugin.evaluation.predictions.ScoredClips` of clips whose accents are among `accents`."""
+    clients = [clip.client_id for clip in clips]
+    return ScoredClips(
+        ids=tuple(clip.id for clip in clips),
+        client_ids=tuple(clients) if any(clients) else None,
+        truth=np.array([accents.index(clip.accent) for clip in clips]),
+        log_probabilities=log_probabilities,
+        labels=tuple(accents),
+        seconds=np.array([clip.duration for clip in clips]),
+        gender=tuple(clip.gender for clip in clips),
+        age=tuple(clip.age for clip in clips),
+    )

@@ -1,0 +1,284 @@
+"""Check all hyperparameters before anything is built: every problem of a run is named at once, within seconds.
+
+Only plain values are checked. They are read from the YAML's text with its references resolved, so that no object is
+made and no file written.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+from pathlib import Path
+
+import yaml
+from hyperpyyaml import resolve_references
+from speechbrain.utils.run_opts import RunOptions
+
+from accent_plugin.data.manifests import load_prepared
+from accent_plugin.data.prepare import check_preparation, default_prepared_folder
+from accent_plugin.errors import AccentPluginError, ConfigError
+from accent_plugin.experiment.cross_checks import contradictions
+from accent_plugin.experiment.hyperparameters import CHOICES, KEYS, PATHS, wrong_values
+
+# Groups of hyperparameters in the YAML, each a mapping.
+_GROUPS = ("preparation", "evaluation")
+
+
+_PREPARATION = CHOICES - {"seed"} | {"data_seed", "skip_prep", "prepared_folder", "data_folder"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A checked configuration.
+
+    Attributes
+    ----------
+    hparams_file : str
+    run_opts : speechbrain.utils.run_opts.RunOptions
+    overrides : dict
+        For `load_hyperpyyaml`: what the command line changed, and every path made absolute.
+    root : Path
+        Where default paths start.
+    """
+
+    hparams_file: str
+    run_opts: RunOptions
+    overrides: dict
+    root: Path
+
+    @functools.cached_property
+    def values(self):
+        """Every plain value of the YAML after the overrides."""
+        values = _plain(_read_yaml(self.hparams_file), self.overrides)
+        return values | {key: getattr(self.run_opts, key) for key in _SHARED & self.run_opts.overridden_args}
+
+    def but(self, **changes):
+        """The same configuration with some values changed, and what refers to them."""
+        return dataclasses.replace(self, overrides={**self.overrides, **changes})
+
+    def splits(self):
+        """This configuration, or one for each way to split where both are asked for."""
+        if self.values["split"] != "both":
+            return [self]
+        return [self.but(split=kind, **self._below(kind)) for kind in ("speaker", "random")]
+
+    def _below(self, name):
+        """Folders of a part of a run that has several."""
+        folders = {"output_folder": str(Path(self.values["output_folder"]) / name)}
+        if self.values["prepared_folder"] is not None:
+            folders["prepared_folder"] = str(Path(self.values["prepared_folder"]) / name)
+        return folders
+
+    def located(self, preparation):
+        """Arguments of the recipe's preparation, with the folder that they stand for where none was given."""
+        choices = {field: value for field, value in preparation.items() if field in CHOICES}
+        prepared_folder = preparation["prepared_folder"]
+        if prepared_folder is None and not preparation["skip_prep"]:
+            prepared_folder = self.root / "data" / "prepared"
+            # Where there are no such data, that is said when they are looked for.
+            with contextlib.suppress(AccentPluginError):
+                prepared_folder = default_prepared_folder(preparation["data_folder"], prepared_folder, **choices)
+        return preparation | {"prepared_folder": prepared_folder}
+
+    def outsiders(self):
+        """The same for speech of accents that are not among the classes; None where none is asked for."""
+        if self.values["out_of_set"] is None:
+            return None
+        folder = self.values["out_of_set_folder"] or self.values["data_folder"]
+        changes = {"accents": self.values["out_of_set"], "split": "all", "balance": "none", "n_folds": 0}
+        folders = {"data_folder": folder, "prepared_folder": None, "skip_prep": False}
+        return self.located(self.values["preparation"] | changes | folders)
+
+
+# Run options of SpeechBrain that have their default in the YAML.
+_SHARED = {"eval_precision", "grad_accumulation_factor", "max_grad_norm", "ckpt_interval_minutes"}
+
+
+def read_settings(argv, root, look_at_data=True):
+    """Read a command line and the YAML it names, and check all of it.
+
+    Arguments
+    ---------
+    argv : list of str
+        A YAML's path, then `--key value` for hyperparameters and SpeechBrain's run options.
+    root : Path
+        Where default paths start.
+    look_at_data : bool
+        Also check what only the data can tell, such as whether they have the accents; nothing is decoded.
+
+    Returns
+    -------
+    Settings
+
+    Raises
+    ------
+    ConfigError
+        With every problem, each on a line of its own.
+    """
+    hparams_file, own, others = _split(argv)
+    text = _read_yaml(hparams_file)
+    known = _plain(text, {})
+    run_opts, stray = _run_options(hparams_file, others)
+    problems = [_unknown(word, known) for word in stray]
+    overrides = {}
+    for key, words in own.items():
+        if key not in known or key not in KEYS:
+            problems.append(_unknown(f"--{key}", known))
+        elif not words:
+            problems.append(f"--{key} was given without a value")
+        else:
+            overrides[key] = _value(key, " ".join(words))
+    for key in PATHS:
+        # An empty one is no folder, and not the working directory either.
+        if isinstance(overrides.get(key), str) and overrides[key].strip():
+            overrides[key] = str(Path.cwd() / Path(overrides[key]).expanduser())
+    defaults = _plain(text, overrides)
+    for key in PATHS:
+        # One after the other: a path that refers to one before it becomes absolute with it, and is left alone.
+        default = defaults.get(key)
+        if isinstance(default, str) and default.strip() and not Path(default).is_absolute():
+            overrides[key] = str(root / default)
+            defaults = _plain(text, overrides)
+    if overrides.get("seeds") and "output_folder" not in own:
+        # One folder per seed below it, where a single run with that seed would be.
+        overrides["output_folder"] = str(Path(overrides["output_folder"]).parent)
+    if run_opts.ckpt_interval_steps and "ckpt_interval_minutes" not in run_opts.overridden_args:
+        # SpeechBrain takes one or the other, and minutes have their default in the YAML.
+        overrides["ckpt_interval_minutes"] = 0
+    settings = Settings(hparams_file, run_opts, overrides, Path(root))
+    wrong = wrong_values(settings.values)
+    problems += wrong.values()
+    if not wrong:
+        problems += contradictions(settings.values, run_opts)
+    if look_at_data and not wrong.keys() & {*_PREPARATION, "preparation"}:
+        problems += _trouble_with_data(settings)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = "\n".join(problems).replace("\n", "\n  ")
+        raise ConfigError(f"{count} in {hparams_file} and its command line\n  {lines}")
+    return settings
+
+
+def _trouble_with_data(settings):
+    problems = []
+    for one in settings.splits():
+        problems += _refusals(one.located(one.values["preparation"]))
+    if settings.values["out_of_set"] is not None and not problems:
+        problems += _refusals(settings.outsiders())
+    return problems
+
+
+def _refusals(wanted):
+    """What `accent_plugin.data.prepare` has against arguments of a preparation."""
+    wanted = dict(wanted)
+    del wanted["workers"]
+    try:
+        if not wanted.pop("skip_prep"):
+            check_preparation(**wanted)
+        elif wanted["prepared_folder"] is not None:
+            load_prepared(wanted["prepared_folder"])
+    except AccentPluginError as error:
+        return [str(error)]
+    return []
+
+
+def _split(argv):
+    """The YAML's path, words of each `--key` of ours, and SpeechBrain's options."""
+    options = {field.name: field.default for field in dataclasses.fields(RunOptions)}
+    if not argv or argv[0].startswith("--"):
+        raise ConfigError("the first argument is a YAML of hyperparameters: train.py hparams/wav2vec2_base.yaml")
+    own, others, place = {}, [], 1
+    while place < len(argv):
+        word = argv[place]
+        place += 1
+        words = []
+        if word.startswith("--") and "=" in word:
+            word, value = word.split("=", 1)
+            words = [value]
+        else:
+            while word.startswith("--") and place < len(argv) and not argv[place].startswith("--"):
+                words.append(argv[place])
+                place += 1
+        name = word.removeprefix("--")
+        if not word.startswith("--"):
+            others.append(word)
+        elif name not in options or name == "precision":
+            # SpeechBrain's own option does not know "auto".
+            own[name] = words
+        elif options[name] is False and words and words[0].lower() in ("true", "false"):
+            others += [word] * (words[0].lower() == "true") + words[1:]
+        else:
+            others += [word, *words]
+    return argv[0], own, others
+
+
+def _run_options(hparams_file, words):
+    try:
+        _, run_opts, rest = RunOptions.from_command_line_args([hparams_file, *words])
+    except SystemExit as error:
+        # argparse has already said on stderr which option is wrong.
+        raise ConfigError("a run option of SpeechBrain has a wrong value, see above") from error
+    return run_opts, rest.split()
+
+
+def _read_yaml(hparams_file):
+    try:
+        return Path(hparams_file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the hyperparameters {hparams_file} cannot be read: {error.strerror}") from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads values and leaves out what a tag would build."""
+
+
+_PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _plain(text, overrides):
+    """Plain values of the YAML, references resolved and nothing built."""
+    try:
+        resolved = resolve_references(text, overrides).getvalue()
+        values = yaml.load(resolved, Loader=_PlainLoader)
+    except Exception as error:
+        # ruamel, PyYAML and HyperPyYAML each raise their own.
+        raise ConfigError(f"the YAML cannot be read: {error}") from error
+    return _values(values)
+
+
+def _values(mapping):
+    # A hyperparameter that is handed on in a group has its own name there, too.
+    return {key: _values(value) if key in _GROUPS else _value(key, value) for key, value in mapping.items()}
+
+
+def _value(key, value):
+    """What a text stands for; 1e-5 is a number to people, and a text to YAML 1.1."""
+    if isinstance(value, str):
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+        if key in _TEXTS:
+            return None if parsed is None and value in ("null", "~", "None") else value
+        value = None if parsed == "None" else parsed
+    if isinstance(value, str) and key in KEYS:
+        try:
+            return [int(part) for part in value.split(",")] if key == "seeds" else float(value)
+        except ValueError:
+            return value
+    if key == "seeds" and isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    return value
+
+
+# Folders and names stay as they were typed, though YAML might see a number in them.
+_TEXTS = {"name", "wav2vec2_hub", "accent_column", "client_column", "sentence_column", "audio_column", *PATHS}
+
+
+def _unknown(word, known):
+    name = word.removeprefix("--")
+    close = difflib.get_close_matches(name, [key for key in known if key in KEYS] + list(_OPTION_NAMES), n=1)
+    return f"{word!r} is no hyperparameter or run option" + (f" (did you mean --{close[0]}?)" if close else "")
+
+
+_OPTION_NAMES = tuple(field.name for field in dataclasses.fields(RunOptions))

@@ -1,0 +1,88 @@
+"""Files that are whole or absent, folders with one writer at a time, and what to do when the system refuses."""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+
+from accent_plugin.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A file under a temporary name that takes its own when it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writable_folder(folder, argument):
+    """Make ``folder``, and turn what the system says of it into what to do; ``argument`` is how the user gave it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        remedy = f"choose another {argument}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "make room and run the same command again: what is finished is kept"
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}\n{remedy}") from error
+
+
+@contextlib.contextmanager
+def atomic_folder(folder, files):
+    """A folder under a temporary name that takes the place of ``folder`` when it is whole.
+
+    Of what stood there only the files called ``files`` are deleted, and only when the new folder is in place.
+    """
+    folder = folder.resolve()
+    temporary, aside = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        with writable_folder(temporary, "folder"):
+            yield temporary
+            _take_place(temporary, folder, aside)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for name in files:
+            (aside / name).unlink(missing_ok=True)
+        aside.rmdir()
+    if aside.exists():
+        logger.warning("%s has been replaced; what else it held is in %s", folder, aside)
+
+
+def _take_place(new, folder, aside):
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        new.rename(folder)
+    except OSError:
+        if aside.exists():
+            aside.rename(folder)
+        raise
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Let one process at a time work in ``folder``; the lock goes with the process."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process works in %s: waiting for it", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): do not run two processes in it at once", folder, error)
+        yield

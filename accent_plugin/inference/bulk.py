@@ -1,0 +1,267 @@
+"""Many files through a classifier, into a table, CSV or JSON lines that a second run goes on with."""
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+from accent_plugin.audio import codecs
+from accent_plugin.errors import ConfigError, DataError
+from accent_plugin.inference.records import Failure, printable
+
+logger = logging.getLogger(__name__)
+
+
+FORMATS = ("table", "jsonl", "csv")
+
+
+# What decides an answer besides the file.
+_SETTINGS = ("threshold", "window_seconds", "hop_seconds")
+
+
+_FIELDS = ("source", "model", "accent", "decision", "probability", "seconds", "reliable", "error", *_SETTINGS)
+
+
+# A record of JSON lines begins like this.
+_BEGINNING = b'{"source": '
+
+
+def find(paths):
+    """Yield files as they are given, and for a folder every audio file in and below it, sorted, but for hidden ones.
+
+    A path that does not exist is yielded too: it fails by name, like a file that cannot be read.
+    """
+    for path in paths:
+        if not os.path.isdir(path):
+            yield str(path)
+            continue
+        found = sorted(str(file) for file in Path(path).rglob("*") if _is_sound(file, path))
+        if not found:
+            raise DataError(f"{path} holds no audio file ({', '.join(codecs.SUFFIXES)})")
+        yield from found
+
+
+def _is_sound(file, folder):
+    """Whether a path found in a folder is to be classified; macOS leaves a hidden `._x.mp3` beside each x.mp3."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in codecs.SUFFIXES and not hidden and not file.is_dir()
+
+
+def run(classifier, sources, format, output=None, progress=True, **reading):
+    """Classify files and write one answer each.
+
+    Arguments
+    ---------
+    classifier : accent_plugin.inference.base.RecordingClassifier
+    sources : iterable of str
+        Paths; one that comes again is answered once.
+    format : str
+        One of `FORMATS`.
+    output : str or Path
+        None writes to stdout. What an interrupted run wrote is kept, and its files are not classified again.
+    progress : bool
+        Whether to draw a progress bar on stderr.
+    **reading
+        Of `AccentClassifier.predict_files`.
+
+    Returns
+    -------
+    tuple of int
+        Files classified and files that failed, those of an interrupted run among them.
+
+    Raises
+    ------
+    DataError
+        When ``output`` cannot be written, or holds answers of another model or with other options, or something else.
+    """
+    from tqdm import tqdm
+
+    sources = list(dict.fromkeys(sources))
+    writer = _Writer(format, classifier, "utf-8" if output else sys.stdout.encoding or "utf-8")
+    answered = writer.go_on(Path(output)) if output else {}
+    waiting = [source for source in sources if source not in answered]
+    if answered:
+        logger.info("%d of %d files are in %s already", len(sources) - len(waiting), len(sources), output)
+    failed = sum(answered.get(source, False) for source in sources)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(_open(output)) if output else sys.stdout
+        if not output or not os.path.getsize(output):
+            file.write(writer.header())
+        answers = stack.enter_context(contextlib.closing(classifier.predict_files(waiting, **reading)))
+        shown = progress and sys.stderr.isatty()
+        for source, answer in zip(
+            waiting, tqdm(answers, total=len(waiting), unit="file", disable=not shown), strict=True
+        ):
+            if isinstance(answer, Failure):
+                failed += 1
+                print(printable(f"{source}: {answer}"), file=sys.stderr)
+            file.write(writer.line(source, answer))
+            file.flush()
+    return len(sources) - failed, failed
+
+
+def make_record(classifier, source, answer):
+    """An answer as plain values, in the order in which they are written.
+
+    Arguments
+    ---------
+    classifier : accent_plugin.inference.base.RecordingClassifier
+    source : str
+    answer : Prediction or Failure
+
+    Returns
+    -------
+    dict
+        With "windows" where there are several.
+    """
+    record: dict = dict.fromkeys((*_FIELDS, "probabilities")) | {"source": source, "model": classifier.identity}
+    record |= _settings(classifier)
+    if isinstance(answer, Failure):
+        return record | {"error": f"{answer.reason}: {answer.message}"}
+    named = ("accent", "decision", "probability", "seconds", "reliable")
+    record |= {name: getattr(answer, name) for name in named}
+    for name in ("probability", "seconds"):
+        record[name] = round(record[name], 6)
+    record["probabilities"] = {label: round(p, 6) for label, p in answer.probabilities.items()}
+    if len(answer.windows) > 1:
+        record["windows"] = [_window(window) for window in answer.windows]
+    return record
+
+
+def _settings(classifier):
+    settings = {name: getattr(classifier, name) for name in _SETTINGS}
+    return {name: None if value is None else float(value) for name, value in settings.items()}
+
+
+def _open(output):
+    try:
+        # A name that is not UTF-8 is written as the bytes that it has.
+        return open(output, "a", newline="", encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise DataError(
+            f"{output} cannot be written: {error.strerror}\nmake its folder first, or choose another --output"
+        ) from None
+
+
+class _Writer:
+    """Answers as text, and text back as answers."""
+
+    def __init__(self, format, classifier, encoding):
+        if format not in FORMATS:
+            raise ConfigError(f"format {format!r} is unknown; choose {', '.join(FORMATS)}")
+        self._format, self._labels, self._encoding = format, classifier.labels, encoding
+        self._classifier, self._settings = classifier, _settings(classifier)
+        self._model = classifier.identity
+        self._columns = (*_FIELDS, *(f"p_{label}" for label in self._labels))
+
+    def header(self):
+        return self._row(self._columns) if self._format == "csv" else ""
+
+    def line(self, source, answer):
+        record = make_record(self._classifier, source, answer)
+        if self._format != "jsonl":
+            record.pop("windows", None)
+        if self._format == "jsonl":
+            return self._json(record)
+        if self._format == "csv":
+            flat = record | {f"p_{label}": p for label, p in (record.pop("probabilities") or {}).items()}
+            return self._row(["" if flat.get(name) is None else flat[name] for name in self._columns])
+        if record["error"]:
+            return f"-  failed: {printable(record['error'])}  {printable(source)}\n"
+        doubt = "" if record["reliable"] else "  (unreliable: under 1 s of speech)"
+        abstained = "" if record["decision"] else "  (abstains)"
+        width = max(len(printable(label)) for label in self._labels)
+        accent = f"{printable(record['accent']):<{width}}"
+        return f"{record['probability']:.2f}  {accent}  {printable(source)}{doubt}{abstained}\n"
+
+    def go_on(self, path):
+        """Source -> whether it failed, of what ``path`` holds; a line that was cut is taken off."""
+        content = path.read_bytes() if path.is_file() else b""
+        if not content:
+            return {}
+        if self._format == "table":
+            raise DataError(
+                f"{path} is there already, and a table cannot be gone on with: choose --format jsonl or csv"
+            )
+        end = _end_of_records(content, quotes=self._format == "csv")
+        try:
+            records = self._read(content[:end], content[end:])
+            answered = {record["source"]: bool(record["error"]) for record in records}
+            self._require_same(path, records)
+        except (ValueError, KeyError, TypeError, RecursionError, csv.Error):
+            raise DataError(
+                f"{path} is no output of accent-plugin classify as {self._format}: choose another"
+            ) from None
+        if end < len(content):
+            os.truncate(path, end)
+        return answered
+
+    def _read(self, whole, rest):
+        """Records of whole lines, where the rest is one of ours that was cut."""
+        if self._format == "jsonl":
+            if not rest.startswith(_BEGINNING) and not _BEGINNING.startswith(rest):
+                raise ValueError("the last line is somebody else's")
+            # Not splitlines, which splits at U+2028 and the like, too.
+            return [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
+        header = self.header().encode("utf-8")
+        if not whole.startswith(header) and (whole or not header.startswith(rest)):
+            raise ValueError("other columns")
+        text = whole.decode("utf-8", "surrogateescape")
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))[1:]
+        records = [dict(zip(self._columns, row, strict=True)) for row in rows]
+        return [record | {name: _number(record[name]) for name in _SETTINGS} for record in records]
+
+    def _require_same(self, path, records):
+        for record in records:
+            if record["model"] != self._model:
+                raise DataError(f"{path} holds answers of another model: choose another output, or remove it")
+            for name, ours in self._settings.items():
+                theirs = record[name]
+                if theirs != ours:
+                    raise DataError(
+                        f"{path} holds answers with {name} {theirs}, not {ours}: give the same options, choose another "
+                        "output, or remove it"
+                    )
+
+    def _json(self, record):
+        text = json.dumps(record, ensure_ascii=False)
+        try:
+            text.encode(self._encoding)
+        except UnicodeEncodeError:
+            # A name that is not UTF-8, or not of the terminal's encoding: as escapes it reads back the same.
+            text = json.dumps(record)
+        return text + "\n"
+
+    @staticmethod
+    def _row(cells):
+        line = io.StringIO(newline="")
+        # With "\n" as its line's end, the writer would leave a "\r" in a name without quotes.
+        csv.writer(line).writerow(cells)
+        return line.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _end_of_records(content, quotes):
+    """How many bytes are whole records; a line end between quotes belongs to a name."""
+    if not quotes:
+        return content.rfind(b"\n") + 1
+    end, inside = 0, False
+    for mark in re.finditer(rb'["\n]', content):
+        if mark[0] == b'"':
+            inside = not inside
+        elif not inside:
+            end = mark.end()
+    return end
+
+
+def _number(text):
+    return float(text) if text else None
+
+
+def _window(window):
+    scores = window.probabilities and {label: round(p, 6) for label, p in window.probabilities.items()}
+    return {"start": window.start, "end": window.end, "probabilities": scores}

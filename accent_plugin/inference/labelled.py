@@ -1,0 +1,242 @@
+"""Any bundle on anybody's labelled speech: the report that training writes, and the paired comparison of two."""
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from accent_plugin.data import dataset_dict, labels, splits
+from accent_plugin.data.manifests import Clip, read_manifest
+from accent_plugin.errors import DataError
+from accent_plugin.evaluation.predictions import ScoredClips
+from accent_plugin.inference.records import Failure, printable
+from accent_plugin.report.comparisons import COMPARISON_FILES
+from accent_plugin.report.write import METRICS_FILE, remove_report, write_report
+
+logger = logging.getLogger(__name__)
+
+
+# Nothing is cut into windows, as in the report that training writes.
+WHOLE_CLIPS = {"window_seconds": 600.0, "hop_seconds": 300.0}
+
+
+# Columns of a DatasetDict that may be called differently.
+ROLES = ("audio", "accent", "client", "gender", "age")
+
+
+# What a report says of how it came about, where it came about here.
+_COMMAND = "accent-plugin evaluate"
+
+
+_PACKAGES = ("accent_plugin", "speechbrain", "transformers", "torch", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A clip, its label, and a function that gives its sound: bytes, or a path."""
+
+    clip: Clip
+    accent: str
+    sound: Callable
+
+
+def read_labelled(data, accents, *, mapping=None, split=None, preferred=splits.TEST, columns=None):
+    """Labelled clips of a DatasetDict or a manifest.
+
+    Arguments
+    ---------
+    data : str or Path
+        Folder of a DatasetDict, or a CSV manifest of the recipe.
+    accents : sequence of str
+        The classes that can be told apart; clips of others are left out.
+    mapping : dict
+        More spellings, ``{spelling: label}``.
+    split : str
+        Of a DatasetDict; None takes the preferred one, or all where it has none of that kind.
+    preferred : str
+        Of `accent_plugin.data.splits.SPLITS`.
+    columns : dict
+        Of a DatasetDict, one of `ROLES` -> its column; None, or what has None, is found.
+
+    Returns
+    -------
+    rows : list of Labelled
+        None of them holds audio.
+    left_out : collections.Counter
+        Reason -> clips.
+
+    Raises
+    ------
+    DataError
+        When there is nothing to evaluate on, or a column is not there.
+    """
+    columns = {role: name for role, name in (columns or {}).items() if name}
+    data, extra = Path(data), {accent: accent for accent in accents} | (mapping or {})
+    rows, left_out = [], Counter()
+    found = _of_manifest(data, columns) if data.is_file() else _of_dataset(data, split, preferred, columns)
+    for clip, sound in found:
+        parsed = labels.parse(clip.accent, extra)
+        if parsed.label not in accents:
+            left_out[parsed.reason or "other accent"] += 1
+            continue
+        rows.append(Labelled(clip, parsed.label, sound))
+    if not rows:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in left_out.most_common()) or "it has no clips"
+        raise DataError(f"no clip of {data} has one of the accents {', '.join(accents)}: {reasons}")
+    return rows, left_out
+
+
+def evaluate_model(classifier, rows, progress=True, **reading):
+    """Predictions of a classifier for the rows of `read`.
+
+    Returns
+    -------
+    predictions : accent_plugin.evaluation.predictions.ScoredClips
+    failures : collections.Counter
+        Reason -> clips that could not be classified.
+    """
+    from tqdm import tqdm
+
+    answers = classifier.predict_files((row.sound() for row in rows), **reading)
+    seen, scores, failures = [], [], Counter()
+    for row, answer in zip(rows, tqdm(answers, total=len(rows), unit="clip", disable=not progress), strict=True):
+        if isinstance(answer, Failure):
+            failures[answer.reason] += 1
+            logger.warning("%s", printable(f"{row.clip.id}: {answer}"))
+        else:
+            seen.append((row.clip, row.accent, answer.seconds))
+            scores.append([answer.probabilities[label] for label in classifier.labels])
+    if not seen:
+        raise DataError("no clip could be classified: " + ", ".join(f"{reason} {n}" for reason, n in failures.items()))
+    clients = [clip.client_id for clip, _, _ in seen]
+    with np.errstate(divide="ignore"):
+        log_probabilities = np.log(np.array(scores, dtype=np.float64))
+    predictions = ScoredClips(
+        ids=tuple(clip.id for clip, _, _ in seen),
+        client_ids=tuple(clients) if any(clients) else None,
+        truth=np.array([classifier.labels.index(accent) for _, accent, _ in seen]),
+        log_probabilities=np.maximum(log_probabilities, -700.0),
+        labels=tuple(classifier.labels),
+        seconds=np.array([seconds for _, _, seconds in seen]),
+        gender=tuple(labels.gender(clip.gender) for clip, _, _ in seen),
+        age=tuple(clip.age for clip, _, _ in seen),
+    )
+    return predictions, failures
+
+
+def evaluate_both(first, second):
+    """Predictions of two classifiers, but for the clips that only one of them could classify."""
+    alone = set(first.ids) ^ set(second.ids)
+    if alone:
+        logger.warning("clips that only one of the two could classify, left out of the comparison: %d", len(alone))
+    return _without(first, alone), _without(second, alone)
+
+
+def _without(predictions, ids):
+    kept = np.array([id not in ids for id in predictions.ids], dtype=bool)
+    texts = {name: getattr(predictions, name) for name in ("ids", "client_ids", "gender", "age")}
+    arrays = {name: getattr(predictions, name)[kept] for name in ("truth", "log_probabilities", "seconds")}
+    texts = {name: values and tuple(np.array(values, dtype=object)[kept]) for name, values in texts.items()}
+    return replace(predictions, **texts, **arrays)
+
+
+def remove_earlier(folder):
+    """Remove what earlier evaluations wrote to a folder, of one bundle or two; files of others stay."""
+    parts = [folder_of(folder, number) for number in (1, 2)]
+    if all(map(_is_ours, parts)):
+        for name in COMPARISON_FILES:
+            (Path(folder) / name).unlink(missing_ok=True)
+    for part in filter(_is_ours, (Path(folder), *parts)):
+        remove_report(part)
+    for part in parts:
+        # It may hold what is not ours, or not be there.
+        with contextlib.suppress(OSError):
+            part.rmdir()
+
+
+def folder_of(folder, number):
+    """Where the report of the first or second of two bundles goes."""
+    return Path(folder) / f"model_{number}"
+
+
+def _is_ours(folder):
+    """Whether a folder's report was written by an evaluation, not in training."""
+    try:
+        metrics_of = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+        return metrics_of["command"].startswith(_COMMAND)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def write_evaluation(folder, classifier, predictions, data, left_out, command=_COMMAND):
+    """Write the report of a bundle on other data; returns the content of metrics.json."""
+    card = dataset_dict.card(Path(data)) if Path(data).is_dir() else {}
+    encoder = classifier.config["model"]["encoder"]
+    return write_report(
+        folder,
+        predictions,
+        data={
+            "name": card.get("name") or Path(data).name,
+            "synthetic": bool(card.get("synthetic", False)),
+            # Whether the model has heard these speakers is not known here.
+            "speakers_disjoint": None,
+            "left_out": dict(left_out),
+        },
+        model={"bundle": classifier.identity, "encoder": encoder["name"], "family": encoder["family"]},
+        versions=versions(),
+        command=command,
+        notes=["whether the model has heard these speakers in training is not known to the evaluation"],
+    )
+
+
+def versions():
+    """Versions that matter when a result is to be repeated, without importing the packages."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def _of_manifest(path, columns):
+    if columns:
+        given = ", ".join(f"{role}_column" for role in columns)
+        raise DataError(f"{path} is a manifest, whose columns have their names: leave {given} out")
+    for clip in read_manifest(path):
+        yield clip, functools.partial(str, clip.wav)
+
+
+def _of_dataset(folder, split, preferred, given):
+    dataset_dict.fingerprint(folder)
+    loaded = dataset_dict.open_all(folder)
+    if split is not None and split not in loaded:
+        raise DataError(f"{folder} has no split '{split}'; it has {', '.join(loaded)}")
+    chosen = [name for name in loaded if name == split or (split is None and dataset_dict.canonical(name) == preferred)]
+    for name in chosen or loaded:
+        data = loaded[name]
+        columns = dataset_dict.find_columns(name, data, folder, given)
+        for number, cells in enumerate(dataset_dict.read_cells(data, columns)):
+            clip = Clip(
+                id=f"{name}:{number}",
+                duration=0.0,
+                wav="",
+                accent=cells["accent"],
+                client_id=cells["client"],
+                gender=cells["gender"],
+                age=cells["age"],
+            )
+            yield clip, functools.partial(_sound, folder, data, columns, number)
+
+
+def _sound(folder, data, columns, number):
+    content = dataset_dict.audio_bytes_or_path(data, columns, number)
+    return content if isinstance(content, bytes) else str(folder / content)

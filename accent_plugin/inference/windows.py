@@ -1,0 +1,152 @@
+"""A recording heard block by block: its windows, and which of them hold speech, by their energy.
+
+Levels are in dB of full scale (a frame's variance, so that a constant offset has none). A window in which there is
+hardly any speech does not count, unless that is so of all; then the most powerful one does.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from accent_plugin.audio.levels import FRAME_SAMPLES, STEP_SAMPLES, frame_levels
+
+# Quieter than any speech that was recorded on purpose.
+_FLOOR_DB = -60.0
+
+
+_RANGE_DB = 40.0
+
+
+# The loudest frames are a recording's loudest half second, so that a click is not taken for its speech.
+_LOUDEST_FRAMES = 50
+
+
+_LOUDEST_SHARE = 10
+
+
+# Least share of a window's frames that has to be speech: half a second of ten.
+_SPEECH_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class WindowJob:
+    """A window to be scored: its recording, where it starts, and its (samples,)."""
+
+    recording: "RecordingWindows"
+    start: int
+    samples: np.ndarray
+
+
+@dataclass(frozen=True)
+class WindowOutcome:
+    """All that is known of a recording at its end, in samples; `counted` are the starts of windows that count."""
+
+    samples: int
+    speech_samples: int
+    spans: tuple
+    counted: tuple
+    scores: dict
+
+
+class RecordingWindows:
+    """One recording while it is heard, block by block; holds little more than a window and a block of samples.
+
+    The gate's threshold follows the loudest frames so far. It can only rise, so a window without speech by it will be
+    without speech in the end, and is never scored; which of the others count is decided in the end, by the whole
+    recording. So the answer does not depend on the blocks.
+    """
+
+    def __init__(self, window, hop):
+        self._window, self._hop = window, hop
+        self._samples = 0
+        self._spans = []
+        self._next = 0
+        self._held, self._held_from = np.zeros(0, np.float32), 0
+        self._unframed = np.zeros(0, np.float32)
+        self._levels = np.zeros(0, np.float32)
+        self._loudest = np.zeros(0, np.float32)
+        # Its power and the job, once there was a window.
+        self._strongest: tuple = ()
+        self.scores = {}
+        # The `AudioError` of a window that the network could not take.
+        self.refused = None
+
+    def feed(self, block, last=False):
+        """Take the next (samples,) and give the jobs of windows that may count."""
+        self._samples += len(block)
+        self._held = _joined(self._held, block)
+        self._measure(block, last)
+        starts = []
+        while self._samples > self._next + self._window:
+            starts.append(self._next)
+            self._next += self._hop
+        if last:
+            starts.append(max(0, self._samples - self._window))
+        # Of less than five seconds the loudest frames may still become quieter ones.
+        settled = last or len(self._levels) >= _LOUDEST_FRAMES * _LOUDEST_SHARE
+        threshold = self._threshold() if settled else _FLOOR_DB
+        jobs = []
+        for start in starts:
+            end = min(start + self._window, self._samples)
+            self._spans.append((start, end))
+            job = WindowJob(self, start, self._held[start - self._held_from : end - self._held_from])
+            if self._has_speech((start, end), threshold):
+                jobs.append(job)
+            levels = self._levels_in((start, end))
+            power = float(np.mean(10 ** (levels.astype(np.float64) / 10))) if len(levels) else 0.0
+            if not self._strongest or power > self._strongest[0]:
+                self._strongest = (power, WindowJob(self, start, job.samples.copy()))
+        if starts:
+            # The last window may begin as early as just after the one before it.
+            self._held, self._held_from = self._held[starts[-1] - self._held_from :], starts[-1]
+        strongest = self._strongest
+        if last and not any(self._has_speech(span, threshold) for span in self._spans):
+            jobs = [] if strongest[1].start in self.scores else [strongest[1]]
+        return jobs
+
+    def outcome(self):
+        """What counts, now that all of it was heard and scored."""
+        threshold = self._threshold()
+        counted = [start for start, end in self._spans if self._has_speech((start, end), threshold)]
+        # A frame stands for the 10 ms until the next one, so that a recording full of speech has its own length of it.
+        shares = np.minimum(STEP_SAMPLES, self._samples - STEP_SAMPLES * np.arange(len(self._levels)))
+        return WindowOutcome(
+            samples=self._samples,
+            speech_samples=int(shares[self._levels >= threshold].sum()),
+            spans=tuple(self._spans),
+            counted=tuple(counted or [self._strongest[1].start]),
+            scores=self.scores,
+        )
+
+    def _measure(self, block, last):
+        waiting = _joined(self._unframed, block)
+        frames = (
+            -(-len(waiting) // STEP_SAMPLES) if last else max(0, (len(waiting) - FRAME_SAMPLES) // STEP_SAMPLES + 1)
+        )
+        levels = frame_levels(waiting, frames)
+        # Copied, because a view would keep the whole block.
+        self._unframed = waiting[frames * STEP_SAMPLES :].copy()
+        self._levels = _joined(self._levels, levels)
+        loudest = _joined(self._loudest, levels)
+        self._loudest = np.sort(loudest)[::-1][:_LOUDEST_FRAMES]
+
+    def _threshold(self):
+        """Level in dB from which on a frame is speech, by all that was heard."""
+        loudest = self._loudest[: max(1, min(_LOUDEST_FRAMES, len(self._levels) // _LOUDEST_SHARE))]
+        return max(_FLOOR_DB, float(loudest[-1]) - _RANGE_DB)
+
+    def _levels_in(self, span):
+        """Levels of the whole frames inside a stretch (start, end) of samples."""
+        start, end = span
+        return self._levels[-(-start // STEP_SAMPLES) : max(0, (end - FRAME_SAMPLES) // STEP_SAMPLES + 1)]
+
+    def _has_speech(self, span, threshold):
+        levels = self._levels_in(span)
+        return len(levels) > 0 and float(np.mean(levels >= threshold)) >= _SPEECH_SHARE
+
+
+def _joined(first, second):
+    """Two arrays as one; copied only where both hold something."""
+    if not len(first):
+        return second
+    return np.concatenate([first, second]) if len(second) else first

@@ -1,0 +1,1 @@
+"""Figures and text as Markdown, HTML, PNG and CSV."""

@@ -1,0 +1,109 @@
+"""Reports on several runs: comparison, summary of seeds, leaky against honest splits."""
+
+from pathlib import Path
+
+from accent_plugin.report.markdown import to_markdown
+from accent_plugin.report.text import LEAKY, MOST_ROWS, NAMES, count_in_words, format_figure
+from accent_plugin.report.write import write_json, write_text
+
+LEAK_FILE = "leak.md"
+
+
+COMPARISON_FILES = ("comparison.json", "comparison.md")
+
+
+def write_comparison(folder, a_name, b_name, comparison):
+    """Write comparison.json and comparison.md.
+
+    Arguments
+    ---------
+    folder : str or Path
+    a_name, b_name : str
+    comparison : dict
+        From `accent_plugin.evaluation.compare.compare_models`.
+    """
+    figures, text = (Path(folder) / name for name in COMPARISON_FILES)
+    write_json(figures, {"a": a_name, "b": b_name, **comparison})
+    write_text(text, to_markdown(_compared(a_name, b_name, comparison)))
+
+
+def _compared(a_name, b_name, comparison):
+    yield "heading", 1, f"{b_name} against {a_name}"
+    speakers = "" if comparison["speakers"] is None else f" of {count_in_words(comparison['speakers'], 'speaker')}"
+    text = f"The same {count_in_words(comparison['clips'], 'clip')}{speakers}. Difference: {b_name} minus {a_name}, "
+    yield "text", text + "with the 95 % interval of a paired bootstrap; an interval that holds 0 shows no difference."
+    for level in ("clip", "speaker"):
+        if comparison[level]:
+            yield "heading", 2, f"By {level}"
+            yield "table", ["", a_name, b_name, "difference"], [
+                [text, f"{v['a']:.3f}", f"{v['b']:.3f}", format_figure(v["difference"], signed=True)]
+                for v, text in ((comparison[level][name], text) for name, text in NAMES.items())
+            ]  # fmt: skip
+    if comparison["notes"]:
+        yield "list", comparison["notes"]
+    if comparison["speaker"]:
+        changed = comparison["changed"]
+        right = sum(c["b"]["answer"] == c["accent"] for c in changed)
+        lost = sum(c["a"]["answer"] == c["accent"] for c in changed)
+        yield "heading", 2, "Speakers whose answer changed"
+        text = f"{len(changed)} of {comparison['speakers']}: {right} put right, {lost} lost, "
+        yield "text", text + f"{len(changed) - right - lost} wrong both times."
+        if changed:
+            order = sorted(changed, key=lambda c: (c["b"]["answer"] == c["accent"], c["accent"], c["client_id"]))
+            yield "table", ["speaker", "true accent", "clips", a_name, b_name, ""], [
+                [c["client_id"] or "?", c["accent"], str(c["clips"]),
+                 *(f"{c[k]['answer']} {c[k]['probability']:.2f}, {c[k]['share_right']:.0%} right" for k in "ab"),
+                 "put right" if c["b"]["answer"] == c["accent"] else "lost" if c["a"]["answer"] == c["accent"] else ""]
+                for c in order[:MOST_ROWS]
+            ]  # fmt: skip
+
+
+def write_summary(folder, summary):
+    """Write summary.json and summary.md.
+
+    Arguments
+    ---------
+    folder : str or Path
+    summary : dict
+        From `accent_plugin.evaluation.compare.summarise_runs`.
+    """
+    write_json(Path(folder) / "summary.json", summary)
+    write_text(Path(folder) / "summary.md", to_markdown(_summarised(summary)))
+
+
+def _summarised(summary):
+    yield "heading", 1, f"Summary of {count_in_words(len(summary['runs']), 'run')}"
+    for level in ("clip", "speaker"):
+        if summary[level]:
+            yield "heading", 2, f"By {level}"
+            yield "table", ["", "mean", "standard deviation", *summary["runs"]], [
+                [text, f"{v['mean']:.3f}", "–" if v["standard_deviation"] is None else f"{v['standard_deviation']:.3f}",
+                 *(f"{x:.3f}" for x in v["values"])]
+                for v, text in ((summary[level][name], text) for name, text in NAMES.items())
+            ]  # fmt: skip
+    yield "text", "The standard deviation is over runs on the same test data; it says nothing about other speakers."
+
+
+def write_leak(folder, runs):
+    """Write leak.md: what an evaluation on speakers heard in training reports beside an honest one.
+
+    Arguments
+    ---------
+    folder : str or Path
+    runs : dict
+        Name of a run -> the content of its metrics.json; the honest one first.
+    """
+    write_text(Path(folder) / LEAK_FILE, to_markdown(_leaked(runs)))
+
+
+def _leaked(runs):
+    yield "heading", 1, "What shared speakers add"
+    yield "text", LEAKY
+    for level in ("clip", "speaker"):
+        if all(run[level] for run in runs.values()):
+            yield "heading", 2, f"By {level}"
+            yield (
+                "table",
+                ["", *runs],
+                [[text, *(format_figure(run[level][name]) for run in runs.values())] for name, text in NAMES.items()],
+            )

@@ -1,0 +1,57 @@
+"""Blocks of a report as Markdown."""
+
+import re
+
+
+def count_cell(number):
+    """A count for a table's cell; a dash where there is none."""
+    return "–" if number is None else f"{number:,}"
+
+
+def table_rows(table, above=""):
+    """Yield rows of a nested dict; its innermost dicts take one row each."""
+    for key, value in table.items():
+        if isinstance(value, dict) and any(isinstance(v, dict) for v in value.values()):
+            yield from table_rows(value, f"{above}{key}, ")
+        elif isinstance(value, dict):
+            yield [f"{above}{key}", ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) or "none"]
+        else:
+            yield [f"{above}{key}", _plain(value)]
+
+
+def _plain(value):
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "not known"}[value]
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return f"{value:,}" if isinstance(value, int) and abs(value) > 9999 else str(value)
+
+
+def _escape(text):
+    """Make plain text safe in Markdown, also in a table's cell."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;").replace(">", "&gt;")
+
+
+def to_markdown(blocks):
+    """Write blocks as GitHub's Markdown."""
+    lines = []
+    for kind, *rest in blocks:
+        if kind == "heading":
+            lines.append("#" * rest[0] + " " + _escape(rest[1]))
+        elif kind == "warning":
+            lines.append(f"> **{_escape(rest[0])}**")
+        elif kind == "text":
+            lines.append(_escape(rest[0]))
+        elif kind == "list":
+            lines.append("\n".join(f"* {_escape(item)}" for item in rest[0]))
+        elif kind == "table":
+            header, rows = rest
+            cells = [header, ["---"] * len(header), *rows]
+            body = [[_escape(c) if i != 1 else c for c in row] for i, row in enumerate(cells)]
+            lines.append("\n".join("| " + " | ".join(row) + " |" for row in body))
+        elif kind == "picture":
+            lines.append(f"![{_escape(rest[1])}]({rest[0]})")
+        elif kind == "code":
+            fence = "`" * max(3, 1 + max(map(len, re.findall("`+", rest[0])), default=0))
+            lines.append(f"{fence}\n{rest[0]}\n{fence}")
+    return "\n\n".join(lines) + "\n"

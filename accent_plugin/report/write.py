@@ -1,0 +1,197 @@
+"""Predictions -> a folder for people and programs: metrics.json, predictions.csv, report.md, report.html, PNG.
+
+The text is built once, as a list of blocks, and written twice, as Markdown here and as HTML in `report_html`.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from accent_plugin.evaluation.compare import compare_models
+from accent_plugin.evaluation.evaluate import evaluate, speaker_rows
+from accent_plugin.report import figures, html
+from accent_plugin.report.markdown import to_markdown
+from accent_plugin.report.predictions_csv import PREDICTIONS_FILE, write_predictions
+from accent_plugin.report.sections import report_blocks
+from accent_plugin.report.text import report_title
+
+METRICS_FILE = "metrics.json"
+
+
+MARKDOWN_FILE = "report.md"
+
+
+HTML_FILE = "report.html"
+
+
+_PICTURES = ("confusion", "recall", "reliability", "scores", "coverage")
+
+
+_PICTURES_OF_SOME = ("speakers", "curves")  # where clients, or epochs, are known
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_text(path, text):
+    """Write a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _strict(value):
+    """Make a value fit for strict JSON: no NaN, no NumPy, no tuples."""
+    if isinstance(value, dict):
+        return {str(k): _strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, np.ndarray)):
+        return [_strict(v) for v in value]
+    if isinstance(value, np.generic):
+        return _strict(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def write_json(path, value):
+    """Write strict JSON, whole or not at all."""
+    write_text(path, json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# ---- what callers use ------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    folder,
+    predictions,
+    *,
+    data,
+    model=None,
+    versions=None,
+    command="",
+    curves=None,
+    notes=(),
+    audio=None,
+    out_of_set=None,
+    bands=None,
+    selected_epoch=None,
+    draws=1000,
+    seed=0,
+):
+    """Evaluate predictions and write the whole report.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Made where it is missing; older files of the same names are replaced.
+    predictions : Predictions
+    data : dict
+        "name", "synthetic", "speakers_disjoint" (None: not known), and perhaps "split" ("random": a leaky one).
+    model, versions : dict
+        Anything worth telling, name -> value.
+    command : str
+        How this came about.
+    curves : list of dict, or None
+        One per epoch: "epoch", "train_loss", "valid_loss", "valid_macro_f1", "valid_uar".
+    notes : list of str
+        What a reader must know besides.
+    audio : callable, or None
+        Clip ID -> path of its audio or None, for players in the HTML report.
+    out_of_set : dict, or None
+        From `accent_plugin.evaluation.compare.out_of_set_scores`.
+    bands : dict, or None
+        Name of a degradation -> Predictions of the same clips.
+    selected_epoch : int, or None
+    draws, seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    metrics : dict
+        As written to metrics.json.
+    """
+    folder, p = Path(folder), predictions
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = evaluate(p, draws=draws, seed=seed)
+    own_notes = metrics.pop("notes")
+    metrics = {
+        "data": {
+            "name": str(data.get("name", "")),
+            "synthetic": bool(data.get("synthetic", False)),
+            "speakers_disjoint": data.get("speakers_disjoint"),
+            **{k: v for k, v in data.items() if k not in ("name", "synthetic", "speakers_disjoint")},
+            "speakers": None if p.client_ids is None else _speakers(p),
+            "clips": len(p.ids),
+            "seconds": float(p.seconds.sum()),
+        },
+        **metrics,
+        "model": model or {},
+        "versions": versions or {},
+        "command": command,
+        "notes": [*own_notes, *notes],
+    }
+    if out_of_set is not None:
+        metrics["out_of_set"] = out_of_set
+    if bands:
+        metrics["bands"] = {name: _band(p, other, draws, seed) for name, other in bands.items()}
+    metrics = _strict(metrics)
+
+    rows = speaker_rows(p)
+    images = _draw(folder, p, metrics, rows, curves, selected_epoch)
+    blocks = list(report_blocks(metrics, rows, images))
+    write_predictions(folder / PREDICTIONS_FILE, p)
+    write_text(folder / MARKDOWN_FILE, to_markdown(blocks))
+    write_text(folder / HTML_FILE, html.render(report_title(metrics["data"]), blocks, folder, html.players(p, audio)))
+    # Last, since it is what other programs look for.
+    write_json(folder / METRICS_FILE, metrics)
+    return metrics
+
+
+def remove_report(folder):
+    """Remove what `write_report` writes to a folder, and nothing else."""
+    pictures_of_it = (f"{name}.png" for name in (*_PICTURES, *_PICTURES_OF_SOME))
+    for name in (METRICS_FILE, PREDICTIONS_FILE, MARKDOWN_FILE, HTML_FILE, *pictures_of_it):
+        (Path(folder) / name).unlink(missing_ok=True)
+
+
+def _speakers(p):
+    return len({client or f"\0{clip}" for client, clip in zip(p.client_ids, p.ids, strict=True)})
+
+
+def _band(clean, degraded, draws, seed):
+    """Evaluate the same clips degraded, and what that costs."""
+    clip = evaluate(degraded, draws=draws, seed=seed)["clip"]
+    difference = compare_models(clean, degraded, draws=draws, seed=seed)["clip"]["unweighted_average_recall"][
+        "difference"
+    ]
+    return {**clip, "difference": difference}
+
+
+def _draw(folder, p, metrics, rows, curves, selected_epoch):
+    """Draw every picture and return their file names."""
+    images = {name: f"{name}.png" for name in _PICTURES}
+    counts = metrics["confusion"]
+    matrices = {"by clip": counts["clips"], "by speaker": counts["speakers"]}
+    figures.confusion(folder / images["confusion"], p.labels, {k: v for k, v in matrices.items() if v is not None})
+    figures.recall(folder / images["recall"], metrics)
+    figures.reliability(folder / images["reliability"], p, metrics["clip"]["expected_calibration_error"]["value"])
+    figures.out_of_set(folder / images["scores"], p)
+    figures.coverage(folder / images["coverage"], metrics["risk_coverage"])
+    for name, wanted in zip(_PICTURES_OF_SOME, (rows, curves), strict=True):
+        if wanted:
+            images[name] = f"{name}.png"
+        else:
+            (folder / f"{name}.png").unlink(missing_ok=True)  # an older report's
+    if rows:
+        figures.speakers(folder / images["speakers"], rows, p.labels)
+    if curves:
+        figures.curves(folder / images["curves"], curves, selected_epoch)
+    return images

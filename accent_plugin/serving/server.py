@@ -1,0 +1,193 @@
+"""The server of the page and the API: one process, one model, told to end by a signal."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+import webbrowser
+from urllib.parse import quote
+
+from accent_plugin.errors import ConfigError
+from accent_plugin.serving.service import Limits, Service
+
+HOST, PORT = "127.0.0.1", 7860
+
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+TOKEN_VARIABLE = "ACCENT_PLUGIN_TOKEN"
+
+
+_BACKLOG = 2048
+
+
+# What only this needs.
+_EXTRA = ("gradio", "fastapi", "uvicorn", "starlette", "pydantic", "multipart", "python_multipart")
+
+
+def require(limits, token=None):
+    """Raise a `ConfigError` with all that is wrong with what `run` takes, before a model is loaded for it."""
+    problems = list(limits.problems())
+    if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
+        problems.append("the token has to be printable ASCII without spaces around it, as it goes into a header")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def run(classifier, card, limits=None, host=HOST, port=PORT, token=None, page=True, open=False):
+    """Serve until a signal; then answer what is being answered, and return.
+
+    Arguments
+    ---------
+    classifier : accent_plugin.inference.base.RecordingClassifier
+    card : str
+        Markdown: what the model says of itself.
+    limits : accent_plugin.serving.service.Limits
+    host : str
+        Address to bind to; anything but loopback serves others too.
+    port : int
+        0 takes a free one.
+    token : str, or None
+        Asked of everybody.
+    page : bool
+        Whether to serve the page beside the API.
+    open : bool
+        Whether to show it in a browser.
+
+    Raises
+    ------
+    ConfigError
+        Limits that make no sense, an address that cannot be bound to, packages that are missing.
+    """
+    limits = limits or Limits()
+    require(limits, token)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="accent_plugin_"))
+        listening = stack.enter_context(_bind(host, port))
+        server, guard, service = _make(classifier, card, limits, token, page, host in LOCAL, folder)
+        stack.callback(service.close)
+        address = _address(listening)
+        hint = f"?token={quote(token, safe='')}" if token else ""
+        # Not into a log: it is a secret.
+        shown = hint if sys.stdout.isatty() else ""
+        print(f"{address}/{shown}" if page else f"{address}/api/openapi.json", flush=True)
+        if host not in LOCAL and token is None:
+            print("everybody who reaches this address is served: --token asks for a secret", file=sys.stderr)
+        if open and page:
+            webbrowser.open(f"{address}/{hint}")
+        asyncio.run(_serve(server, guard, listening, service, folder, page))
+
+
+def _make(classifier, card, limits, token, page, local, folder):
+    """The server, its guard and its service."""
+    # Gradio reads these when it is imported.
+    os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "false"}
+    try:
+        import uvicorn
+
+        from accent_plugin.serving import api
+
+        if page:
+            import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        raise ConfigError(f"{error.name} is not installed: pip install 'accent_plugin[serve]'") from None
+
+    service = Service(classifier, limits)
+    app, doors = api.make_app(service), {}
+    if page:
+        from accent_plugin.serving import page as serving_page
+
+        app = serving_page.mount(app, serving_page.make_page(service, card, folder), limits)
+
+        def is_served(method, path):
+            return path.startswith(f"{api.API}/") or serving_page.is_served(method, path, folder)
+
+        doors = {"is_served": is_served, "has_room": lambda: serving_page.has_room(folder, limits)}
+
+    guard = api.Guard(app, service, token, local=local, **doors)
+
+    class Server(uvicorn.Server):
+        ending: _Flag
+
+        def handle_exit(self, sig, frame):
+            # uvicorn's would raise the signal once more at the end, before the uploads are removed. A second one
+            # does not wait.
+            self.force_exit = self.should_exit
+            self.should_exit = True
+            self.ending.set()
+
+    config = uvicorn.Config(
+        guard, http=api.Connection, ws="none", log_level="warning", access_log=False, server_header=False,
+        timeout_keep_alive=5, timeout_graceful_shutdown=round(limits.timeout) + 5,
+    )  # fmt: skip
+    server = Server(config)
+    return server, guard, service
+
+
+async def _serve(server, guard, listening, service, folder, page):
+    server.ending = _Flag(asyncio.get_running_loop())
+    tasks = [asyncio.create_task(_let_go(server.ending, guard, service))]
+    if page:
+        tasks.append(asyncio.create_task(_sweep(folder)))
+    await server.serve(sockets=[listening])
+    for task in tasks:
+        task.cancel()
+
+
+async def _sweep(folder, keep_seconds=None):
+    """Delete uploads once they are old, for as long as it runs."""
+    from accent_plugin.serving import page as serving_page
+
+    keep_seconds = serving_page.KEEP_SECONDS if keep_seconds is None else keep_seconds
+    while True:
+        await asyncio.sleep(keep_seconds / 10)
+        await asyncio.to_thread(serving_page.sweep, folder, keep_seconds)
+
+
+class _Flag:
+    """An event that a signal handler may set."""
+
+    def __init__(self, loop):
+        self._loop, self._event = loop, asyncio.Event()
+
+    def set(self):
+        self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self):
+        await self._event.wait()
+
+
+async def _let_go(ending, guard, service):
+    """Once told to end, and once nothing is being answered, close the streams of pages that are open."""
+    await ending.wait()
+    while service.busy:
+        await asyncio.sleep(0.05)
+    guard.stop()
+
+
+def _bind(host, port):
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        # Whoever reads the address that is printed may ask at once, and waits until the server is up.
+        listening.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise ConfigError(
+            f"cannot serve at {host}:{port}: {error}; choose another --port (0 for any that is free) or --host"
+        ) from None
+    return listening
+
+
+def _address(listening):
+    host, port = listening.getsockname()[:2]
+    # A browser cannot open the address that stands for all.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,1 @@
+"""What the Brain needs: options, batches, loaders, checkpoints, feature cache, processes."""

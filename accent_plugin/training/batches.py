@@ -1,0 +1,379 @@
+"""Clips -> batches: reading, cropping and augmenting in the loader's workers, batches by seconds of audio.
+
+Everything random about a clip is drawn from (seed, epoch, clip), and the composition of the batches from
+(seed, epoch): it depends neither on the number of workers nor on how often training was interrupted.
+
+Of N processes each takes every N-th batch of the same plan. A clip that cannot be read is left out of its batch, which
+carries the reason; a batch may so come to be empty.
+"""
+
+import atexit
+import contextlib
+import logging
+import multiprocessing.connection
+import signal
+import threading
+import weakref
+import zlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from accent_plugin.audio import codecs
+from accent_plugin.audio.samples import SAMPLE_RATE
+from accent_plugin.errors import AudioError, TrainingError
+from accent_plugin.training import signals
+
+logger = logging.getLogger(__name__)
+
+
+# PyTorch's own mark for a target that does not count.
+NO_LABEL = -100
+
+
+# Seconds after which a process whose connections are closed has ended.
+EXIT_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded clips.
+
+    Attributes
+    ----------
+    ids : tuple of str
+    wavs : (batch, samples) torch.Tensor
+        16 kHz, zeros after each clip's end.
+    wav_lens : (batch,) torch.Tensor or None
+        Length of each clip as a share of the longest; None where all are equally long.
+    labels : (batch,) torch.Tensor of int64
+    lost : tuple of (str, str)
+        Id of each clip that could not be read, and why.
+    pooled_states : (batch, states, features) torch.Tensor or None
+        Of `accent_plugin.training.feature_cache`, in place of the waveforms, which are empty then.
+    """
+
+    ids: tuple
+    wavs: torch.Tensor
+    wav_lens: torch.Tensor | None
+    labels: torch.Tensor
+    lost: tuple = ()
+    pooled_states: torch.Tensor | None = None
+
+    def __len__(self):
+        return len(self.ids)
+
+    def _map(self, function):
+        lens, pooled_states = (None if one is None else function(one) for one in (self.wav_lens, self.pooled_states))
+        return replace(
+            self, wavs=function(self.wavs), wav_lens=lens, labels=function(self.labels), pooled_states=pooled_states
+        )
+
+    def to(self, device):
+        """The same batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self):
+        """The same batch in page-locked memory; called by the loader."""
+        return self._map(torch.Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A clip that could not be read."""
+
+    id: str
+    why: str
+
+
+def collate(items):
+    """Pad a list of (id, samples, label), and of what was `Lost`, to a `Batch`."""
+    lost = tuple((item.id, item.why) for item in items if isinstance(item, Lost))
+    items = [item for item in items if not isinstance(item, Lost)]
+    if not items:
+        return Batch((), torch.zeros(0, 0), None, torch.zeros(0, dtype=torch.int64), lost)
+    ids, waves, labels = zip(*items, strict=True)
+    lengths = [len(wave) for wave in waves]
+    wavs = torch.zeros(len(waves), max(lengths))
+    for row, wave in zip(wavs, waves, strict=True):
+        row[: len(wave)] = torch.from_numpy(wave)
+    lens = torch.tensor(lengths) / max(lengths) if min(lengths) < max(lengths) else None
+    return Batch(ids, wavs, lens, torch.tensor(labels), lost)
+
+
+class ClipDataset(Dataset):
+    """Clips by (index, epoch): the key carries the epoch so that workers need not be told of it.
+
+    Arguments
+    ---------
+    clips : sequence of accent_plugin.data.manifests.Clip
+    accents : sequence of str
+        Classes; a clip's label is its accent's place.
+    crop_seconds : float
+        Take a random stretch of this length from longer clips; None takes clips whole.
+    augmentation : Augmentation
+        None for none.
+    seed : int
+    degrade : callable
+        Function of samples and a generator that returns as many, as in
+        `accent_plugin.audio.degradations.DEGRADATIONS`; applied to what was read, before the augmentation. None for
+        none.
+    """
+
+    def __init__(self, clips, accents, crop_seconds=None, augmentation=None, seed=0, degrade=None):
+        self.clips = clips
+        self.accents = {accent: label for label, accent in enumerate(accents)}
+        self.crop = None if crop_seconds is None else round(crop_seconds * SAMPLE_RATE)
+        self.augmentation = augmentation
+        self.seed = seed
+        self.degrade = degrade
+
+    def __len__(self):
+        return len(self.clips)
+
+    def seconds(self):
+        """Longest that each clip can become, in seconds: (clips,) np.ndarray."""
+        slowest = self.augmentation.slowest if self.augmentation else 1.0
+        seconds = np.array([clip.duration for clip in self.clips]) * slowest
+        return seconds if self.crop is None else np.minimum(seconds, self.crop / SAMPLE_RATE)
+
+    def __getitem__(self, key):
+        index, epoch = key
+        clip = self.clips[index]
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(clip.id.encode())])
+        try:
+            samples = self._read(clip, rng)
+        except AudioError as error:
+            return Lost(clip.id, str(error))
+        if self.degrade is not None:
+            samples = self.degrade(samples, rng)
+        if self.augmentation is not None:
+            samples = self.augmentation(samples, rng)
+            if self.crop is not None:
+                samples = samples[: self.crop]
+        return clip.id, samples, self.label(clip)
+
+    def label(self, clip):
+        """Index of a clip's accent; `NO_LABEL`, which losses pass over, where it is none of the classes."""
+        return self.accents.get(clip.accent, NO_LABEL)
+
+    def labels(self):
+        """Index of each clip's accent: (clips,) np.ndarray of int."""
+        return np.array([self.label(clip) for clip in self.clips])
+
+    def _read(self, clip, rng):
+        if self.crop is None:
+            return codecs.read(clip.wav)
+        # Read more than the crop, so that it is still full after having been played faster.
+        fastest = max(self.augmentation.speed) if self.augmentation and self.augmentation.speed else 1.0
+        wanted = int(np.ceil(self.crop * fastest))
+        spare = round(clip.duration * SAMPLE_RATE) - wanted
+        if spare <= 0:
+            return codecs.read(clip.wav)
+        return codecs.read(clip.wav, start=int(rng.integers(0, spare + 1)), frames=wanted)
+
+
+class BucketBatchSampler(Sampler):
+    """Batches of clips of similar length that hold at most so many seconds of audio, padding included.
+
+    Drawn anew each epoch: clips are shuffled, cut into pools, sorted by length inside a pool and cut into batches,
+    which are shuffled. The batch with the most audio comes first, so that too large a `batch_seconds` fails at once.
+
+    Arguments
+    ---------
+    seconds : (clips,) np.ndarray
+    batch_seconds : float
+        A clip longer than that makes a batch of its own.
+    shuffle : bool
+        False gives one fixed order, from the longest to the shortest clip.
+    seed : int
+    weights : (clips,) np.ndarray
+        Draw as many clips as there are, with replacement, in proportion to these; None takes each clip once.
+    rank, processes : int
+        Take every `processes`-th batch from number `rank` on. All processes take equally many: where the last ones
+        find none, theirs is empty.
+
+    Attributes
+    ----------
+    start : int
+        Batches (of this process) at the epoch's beginning that are not drawn, because they were before a restart.
+    """
+
+    # Batches in a pool: more means less padding, fewer pooled_states more different batches.
+    _POOL = 16
+
+    def __init__(self, seconds, batch_seconds, shuffle=True, seed=0, weights=None, rank=0, processes=1):
+        self.seconds = np.asarray(seconds, dtype=np.float64)
+        self.batch_seconds = batch_seconds
+        self.shuffle = shuffle
+        self.seed = seed
+        self.weights = weights
+        self.rank = rank
+        self.processes = processes
+        self.start = 0
+        self.epoch = 0
+        self._plan_of = None
+
+    def set_epoch(self, epoch):
+        """Choose the epoch; SpeechBrain's Brain calls this at its start."""
+        self.epoch = epoch
+
+    def __len__(self):
+        """Batches of this process in the whole epoch, wherever it starts."""
+        return -(-len(self.plan()) // self.processes)
+
+    def __iter__(self):
+        plan = self.plan()
+        for step in range(self.start, len(self)):
+            place = step * self.processes + self.rank
+            yield [(int(index), self.epoch) for index in plan[place]] if place < len(plan) else []
+
+    def plan(self):
+        """The epoch's batches, of all processes, as a list of arrays of clip indices."""
+        if self._plan_of is None or self._plan_of[0] != self.epoch:
+            self._plan_of = (self.epoch, self._draw())
+        return self._plan_of[1]
+
+    def _draw(self):
+        if not self.shuffle:
+            return self._cut(np.argsort(-self.seconds, kind="stable"))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if self.weights is None:
+            order = rng.permutation(len(self.seconds))
+        else:
+            share = self.weights / np.sum(self.weights)
+            order = rng.choice(len(self.seconds), size=len(self.seconds), p=share)
+        pool = max(1, int(self._POOL * self.batch_seconds / self.seconds.mean()))
+        batches = []
+        for start in range(0, len(order), pool):
+            members = order[start : start + pool]
+            batches += self._cut(members[np.argsort(-self.seconds[members], kind="stable")])
+        batches = [batches[place] for place in rng.permutation(len(batches))]
+        largest = max(range(len(batches)), key=lambda place: len(batches[place]) * self.seconds[batches[place]].max())
+        batches.insert(0, batches.pop(largest))
+        return batches
+
+    def _cut(self, order):
+        """Cut clips sorted from long to short: the first of a batch sets how many fit."""
+        batches, start = [], 0
+        while start < len(order):
+            count = max(1, int(self.batch_seconds / self.seconds[order[start]]))
+            batches.append(order[start : start + count])
+            start += count
+        return batches
+
+
+class ClipLoader(DataLoader):
+    """A DataLoader that goes on when a process that reads audio is killed; its batch sampler is a `BucketBatchSampler`.
+
+    Arguments as of a DataLoader. Its random generator is its own: to begin an epoch anew does not move the global one.
+    """
+
+    # Restarts of the workers in one epoch; who kills them has a reason, most often a lack of memory.
+    RESTARTS = 3
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, worker_init_fn=_leave_signals, generator=torch.Generator(), **keywords)
+
+    def __iter__(self):
+        first, done, restarts, batches = self.batch_sampler.start, 0, 0, None
+        try:
+            while True:
+                try:
+                    batches = self._begin()
+                    for batch in batches:
+                        done += 1
+                        yield batch
+                    return
+                except (RuntimeError, OSError, EOFError) as error:
+                    if not _lost_a_worker(batches, error):
+                        raise
+                    restarts += 1
+                    if restarts > self.RESTARTS:
+                        raise TrainingError(
+                            f"processes that read audio ended unexpectedly {restarts} times in one epoch: {error}\n"
+                            "the system may be short of memory: lower num_workers (0 reads without them) or "
+                            "batch_seconds; training goes on from the last checkpoint"
+                        ) from error
+                    logger.warning("a process that reads audio ended unexpectedly; they are started again (%s)", error)
+                self._iterator = batches = None
+                self.batch_sampler.start = first + done
+        finally:
+            self.batch_sampler.start = first
+
+    def _begin(self):
+        with _without_alarm() if self.num_workers else contextlib.nullcontext():
+            batches = super().__iter__()
+        _workers.update(getattr(batches, "_workers", ()))
+        return batches
+
+
+# Processes that read audio, while they are known.
+_workers: weakref.WeakSet = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers():
+    """End them before Python does, which would wait for ever: they leave its SIGTERM to others."""
+    for worker in list(_workers):
+        if worker.is_alive():
+            worker.kill()
+
+
+def _lost_a_worker(batches, error):
+    """Whether an error comes of a worker's end, and not of what it did."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    # It had announced a batch, and was gone before the batch was fetched from it: its connections end before it does.
+    workers = [] if "in DataLoader worker process" in str(error) else getattr(batches, "_workers", [])
+    return bool(multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=EXIT_GRACE_SECONDS))
+
+
+@contextlib.contextmanager
+def _without_alarm():
+    """Keep torch from raising wherever the program is when a worker dies: whoever waits for a batch finds out."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+
+
+def _leave_signals(worker):
+    signals.ignore_signals()
+
+
+def make_loader(dataset, sampler, num_workers=0, pin_memory=False, collate_fn=collate):
+    """A `ClipLoader` over a `ClipDataset` with batches from a `BucketBatchSampler`."""
+    return ClipLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate_fn,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def inverse_frequency(labels, classes):
+    """Weight of each class so that all count the same and the mean over clips is one.
+
+    Arguments
+    ---------
+    labels : (clips,) np.ndarray of int
+    classes : int
+
+    Returns
+    -------
+    (classes,) np.ndarray
+
+    Example
+    -------
+    >>> inverse_frequency(np.array([0, 0, 0, 1]), 2)
+    array([0.66666667, 2.        ])
+    """
+    counts = np.bincount(labels, minlength=classes)
+    return len(labels) / (classes * np.maximum(counts, 1))

@@ -1,0 +1,305 @@
+"""Checkpoints that exist wholly or not at all, and that are looked at before they are used.
+
+SpeechBrain writes the file that makes a folder a checkpoint first: a process that is killed meanwhile leaves a folder
+on which every later run fails. Here a checkpoint is written under another name, forced to the disk, and renamed when it
+is whole; its CKPT.yaml holds the size and the SHA-256 of every file, and begins with its own, which are compared
+before it counts.
+"""
+
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+
+import yaml
+from speechbrain.utils.checkpoints import (
+    CKPT_PREFIX,
+    METAFNAME,
+    PARAMFILE_EXT,
+    Checkpoint,
+    Checkpointer,
+    ckpt_recency,
+)
+from speechbrain.utils.distributed import ddp_barrier
+
+from accent_plugin.errors import CheckpointError
+from accent_plugin.training import distributed
+
+logger = logging.getLogger(__name__)
+
+
+# Newest checkpoints that are kept beside the best: one more than is needed, in case the newest is damaged.
+NEWEST = 2
+
+
+# The best, the newest, the one that is being written, and a damaged one that was set aside.
+AT_MOST = NEWEST + 3
+
+
+_WRITING = ".writing"
+
+
+_DELETED = ".deleted"
+
+
+_DAMAGED = "damaged"
+
+
+_BLOCK = 1 << 22
+
+
+# What comes of a CKPT.yaml that is missing, cut off or overwritten.
+_UNREADABLE = (
+    *(OSError, ValueError, yaml.YAMLError, CheckpointError),
+    *(KeyError, TypeError, AttributeError, RecursionError, OverflowError),
+)
+
+
+# What comes of loading a checkpoint of another model, or a damaged one that SpeechBrain has written.
+_UNLOADABLE = (*_UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError, IndexError)
+
+
+# First words of a CKPT.yaml, before the digest of what follows in it.
+_SEAL = "# sha256 of what follows: "
+
+
+# What torch says, as a RuntimeError, of a disk that is full or a folder that has vanished.
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "Parent directory")
+
+
+class AtomicCheckpointer(Checkpointer):
+    """SpeechBrain's checkpointer with the way it writes, lists and deletes replaced; arguments as there.
+
+    Of several processes the first one writes, looks and deletes, and tells the others what it found.
+    """
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self._whole, self._size_said, self._last = set(), False, 0.0
+
+    # Writing
+
+    def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO):
+        """Write a checkpoint; arguments and return value as in SpeechBrain.
+
+        Raises
+        ------
+        CheckpointError
+            When the disk is full or read-only; what was saved before stays as it is.
+        """
+        place, staging = self.checkpoints_dir, self.checkpoints_dir / _WRITING
+        name = distributed.broadcast_from_main(self._free_name) if name is None else name
+        # Strictly increasing, also when the clock is set back: the newest is the one that was written last.
+        self._last = max(time.time(), self._last + 1e-3)
+        failure, saved = None, None
+        try:
+            if distributed.is_main():
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir()
+            self.checkpoints_dir = staging
+            saved = super().save_checkpoint({"unixtime": self._last, **(meta or {})}, end_of_epoch, name, logging.DEBUG)
+            if distributed.is_main():
+                saved = self._publish(saved, place)
+                logger.log(verbosity, "saved %s", saved.path)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_CANNOT_WRITE):
+                raise
+            failure = error
+        finally:
+            self.checkpoints_dir = place
+            if distributed.is_main():
+                shutil.rmtree(staging, ignore_errors=True)
+        if failure is not None:
+            raise CheckpointError(
+                f"no checkpoint could be written in {place}: {failure}{_room(place)}\n"
+                "what was saved before is as it was: make room there and run the same command again, and it goes on"
+            ) from failure
+        return saved
+
+    def _publish(self, saved, place):
+        """Force a staged checkpoint to the disk, write down what it holds, and give it its name."""
+        meta = {**saved.meta, "files": {}}
+        for path in saved.paramfiles.values():
+            meta["files"][path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            _sync(path)
+        metafile = saved.path / METAFNAME
+        content = "# yamllint disable\n" + yaml.safe_dump(meta)
+        metafile.write_text(f"{_SEAL}{hashlib.sha256(content.encode()).hexdigest()}\n{content}", encoding="utf-8")
+        _sync(metafile)
+        _sync(saved.path)
+        final = place / saved.path.name
+        saved.path.rename(final)
+        _sync(place)
+        self._whole.add(final)
+        self._say_size(meta["files"])
+        return Checkpoint(final, meta, {name: final / path.name for name, path in saved.paramfiles.items()})
+
+    def _say_size(self, files):
+        if not self._size_said:
+            size = sum(file["bytes"] for file in files.values()) / 2**20
+            logger.info("a checkpoint takes %.0f MiB; there are at most %d, %.0f MiB", size, AT_MOST, AT_MOST * size)
+            self._size_said = True
+
+    def _free_name(self):
+        stamp, number = time.strftime("%Y-%m-%d+%H-%M-%S"), 0
+        while (self.checkpoints_dir / f"{CKPT_PREFIX}+{stamp}+{number:02d}").exists():
+            number += 1
+        return f"{stamp}+{number:02d}"
+
+    # Reading
+
+    def list_checkpoints(self):
+        """All checkpoints that are whole; one that is not is named and set aside."""
+        return distributed.broadcast_from_main(self._list)
+
+    def _list(self):
+        found = []
+        for folder in sorted(self.checkpoints_dir.glob(f"{CKPT_PREFIX}*")):
+            if not folder.is_dir():
+                continue
+            try:
+                meta = _read_meta(folder / METAFNAME)
+                if folder not in self._whole:
+                    _require_whole(folder, meta)
+            except _UNREADABLE as error:
+                self._set_aside(folder, error)
+                continue
+            self._whole.add(folder)
+            self._last = max(self._last, meta["unixtime"])
+            files = {path.stem: path for path in folder.iterdir() if path.suffix == PARAMFILE_EXT}
+            found.append(Checkpoint(folder, meta, files))
+        # Names are given anew within a second. Of equally good ones the oldest is the best, whatever the clock says.
+        return sorted(found, key=lambda checkpoint: checkpoint.meta["unixtime"])
+
+    def _set_aside(self, folder, why):
+        if not folder.exists():
+            # Deleted in the meantime, by the training that owns it.
+            return
+        aside = folder.with_name(f"{_DAMAGED}+{folder.name}")
+        logger.warning("the checkpoint %s is damaged and left out: %s; it is now called %s", folder, why, aside.name)
+        # One is enough to look at.
+        for older in self.checkpoints_dir.glob(f"{_DAMAGED}+*"):
+            shutil.rmtree(older, ignore_errors=True)
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            logger.warning("it could not be renamed: %s", error)
+
+    def load_checkpoint(self, checkpoint):
+        """Load a checkpoint; as in SpeechBrain.
+
+        Raises
+        ------
+        CheckpointError
+            When it is whole, but not one of this model.
+        """
+        try:
+            super().load_checkpoint(checkpoint)
+        except _UNLOADABLE as error:
+            raise CheckpointError(
+                f"{checkpoint.path} cannot be loaded: {str(error) or type(error).__name__}\n"
+                "it is of another model, or damaged: move it away, and the one before it is used; or choose another "
+                "output_folder"
+            ) from error
+
+    # Deleting
+
+    def delete_checkpoints(self, *, num_to_keep=1, min_keys=None, max_keys=None, importance_keys=(ckpt_recency,),
+                           ckpt_predicate=None, verbosity=logging.INFO):  # fmt: skip
+        """Delete the least important checkpoints; arguments as in SpeechBrain.
+
+        Each is renamed first, so that one of which only a part is left never looks like a checkpoint.
+        """
+        ways = [{"min_key": key} for key in min_keys or ()] + [{"max_key": key} for key in max_keys or ()]
+        ways += [{"importance_key": key} for key in importance_keys]
+        candidates, kept = {}, set()
+        for way in ways:
+            ranked = self.find_checkpoints(**way, ckpt_predicate=ckpt_predicate)
+            candidates |= {checkpoint.path: checkpoint for checkpoint in ranked}
+            kept |= {checkpoint.path for checkpoint in ranked[:num_to_keep]}
+        if distributed.is_main():
+            for path in sorted(candidates.keys() - kept):
+                gone = path.with_name(f"{_DELETED}+{path.name}")
+                shutil.rmtree(gone, ignore_errors=True)
+                try:
+                    path.rename(gone)
+                except OSError as error:
+                    logger.warning("the old checkpoint %s could not be deleted: %s", path, error)
+                    continue
+                shutil.rmtree(gone, ignore_errors=True)
+                self._whole.discard(path)
+                logger.log(verbosity, "deleted %s", path)
+        ddp_barrier()
+
+    def tidy(self):
+        """Remove what a killed process has left: only for the one process that trains in this folder."""
+        if distributed.is_main():
+            for pattern in (f"{_WRITING}*", f"{_DELETED}+*"):
+                for left in self.checkpoints_dir.glob(pattern):
+                    shutil.rmtree(left, ignore_errors=True)
+            for left in self.checkpoints_dir.glob(".*.tmp"):
+                left.unlink(missing_ok=True)
+
+
+def _read_meta(path):
+    """The content of a CKPT.yaml that is as it was written."""
+    # As bytes: reading text would take other ends of lines for the same.
+    first, _, content = (text := path.read_bytes().decode("utf-8")).partition("\n")
+    # Checkpoints that SpeechBrain's own class has written have no seal.
+    if first.startswith(_SEAL) and first[len(_SEAL) :] != hashlib.sha256(content.encode()).hexdigest():
+        raise CheckpointError(f"the content of {path.name} has changed")
+    meta = yaml.safe_load(text)
+    if (
+        not isinstance(meta, dict)
+        or not isinstance(meta.get("unixtime"), float)
+        or not math.isfinite(meta["unixtime"])
+        or not isinstance(meta.get("end-of-epoch"), bool)
+    ):
+        raise CheckpointError(f"its {path.name} is not complete")
+    return meta
+
+
+def _room(folder):
+    """How much room a disk has left, for a message."""
+    try:
+        return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free)"
+    except OSError:
+        return ""
+
+
+def _require_whole(folder, meta):
+    """Refuse a checkpoint whose files are not what its CKPT.yaml says."""
+    # Checkpoints that SpeechBrain's own class has written do not say what they hold.
+    for name, said in meta.get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{name} is missing")
+        if path.stat().st_size != said["bytes"]:
+            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, not {said['bytes']}")
+        if _digest(path) != said["sha256"]:
+            raise CheckpointError(f"the content of {name} has changed")
+
+
+def _digest(path):
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest, block = hashlib.sha256(), bytearray(_BLOCK)
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(memoryview(block)[:size])
+    return digest.hexdigest()
+
+
+def _sync(path):
+    """Force a file or a folder to the disk."""
+    with contextlib.suppress(PermissionError if os.name == "nt" else ()):
+        # Windows lets nobody open a folder.
+        descriptor = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

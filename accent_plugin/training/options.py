@@ -1,0 +1,167 @@
+"""How a classifier is trained: options, learning rates, early stopping, history."""
+
+import dataclasses
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import speechbrain as sb
+from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
+from speechbrain.utils.epoch_loop import EpochCounter, EpochCounterWithStopper
+
+from accent_plugin.errors import ConfigError
+from accent_plugin.training import distributed
+
+logger = logging.getLogger(__name__)
+
+
+# How the epoch is chosen -> what to ask the checkpointer for.
+SELECTIONS = {
+    "macro_f1": {"max_key": "macro_f1"},
+    "loss": {"min_key": "loss"},
+    "last": {"max_key": "epoch"},
+}
+
+
+def learning_rate_factor(progress, warmup, decay):
+    """Share of the peak learning rate at a point of training.
+
+    Arguments
+    ---------
+    progress : float
+        Share of training done, 0 to 1.
+    warmup : float
+        Share of training in which the rate rises linearly.
+    decay : str
+        "linear" or "cosine" to zero, or "none".
+
+    Returns
+    -------
+    float
+
+    Example
+    -------
+    >>> [round(learning_rate_factor(at, 0.1, "linear"), 2) for at in (0.05, 0.1, 0.55, 1.0)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    if progress < warmup:
+        return progress / warmup
+    left = (1 - progress) / (1 - warmup) if warmup < 1 else 0.0
+    left = min(max(left, 0.0), 1.0)
+    return {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "none": 1.0}[decay]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How a classifier is trained.
+
+    Arguments
+    ---------
+    lr_encoder, lr_head : float
+        Peak learning rates of what is pretrained, and of what starts from nothing.
+    weight_decay : float
+        Of matrices; biases, norms and layer weights have none.
+    warmup : float
+        Share of training in which the rates rise.
+    decay : str
+        How they fall then, see `learning_rate_factor`.
+    freeze_encoder_steps : int
+        Hold the encoder still for so many steps.
+    label_smoothing : float
+    selection : str
+        Which epoch is evaluated: a key of `SELECTIONS`.
+    max_unreadable_share : float
+        Share of a split's clips that may be lost before training stops.
+    train_logger, tensorboard_logger : speechbrain.utils.train_logger.TrainLogger
+        The second may be None.
+    """
+
+    lr_encoder: float
+    lr_head: float
+    weight_decay: float
+    warmup: float
+    decay: str
+    freeze_encoder_steps: int
+    label_smoothing: float
+    selection: str
+    max_unreadable_share: float
+    train_logger: object
+    tensorboard_logger: object = None
+
+
+def read_history(path):
+    """Figures of each epoch, oldest first, as `AccentBrain` keeps them; an empty list where there are none."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(row["epoch"], int) for row in history):
+            return history
+        why = "an epoch has no number"
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        why = error
+    logger.warning("%s is damaged (%s): the curves of earlier epochs are lost", path, why)
+    return []
+
+
+def make_epoch_counter(number_of_epochs, patience):
+    """SpeechBrain's epoch counter; stops after `patience` epochs without a better figure, 0 for never."""
+    if not patience:
+        return EpochCounter(number_of_epochs)
+    # It is given an error to minimise: its "max" takes an equal figure for an improvement and never stops.
+    return _EarlyStopper(number_of_epochs, limit_to_stop=patience, limit_warmup=0, direction="min")
+
+
+@register_checkpoint_hooks
+class _EarlyStopper(EpochCounterWithStopper):
+    """Is saved as a whole: SpeechBrain does not register its own, so that the base's hooks save the epoch alone."""
+
+    @mark_as_saver
+    def _save(self, path):
+        super()._save(path)
+
+    @mark_as_loader
+    def _recover(self, path, end_of_epoch=True):
+        super()._recover(path, end_of_epoch)
+
+
+def make_tensorboard_logger(enabled, folder):
+    """SpeechBrain's TensorBoard logger, or None.
+
+    Raises
+    ------
+    ConfigError
+        If TensorBoard is not installed.
+    """
+    if not enabled or not distributed.is_main():
+        return None
+    try:
+        return sb.utils.train_logger.TensorboardLogger(save_dir=folder)
+    except ImportError as error:
+        raise ConfigError("tensorboard is True, but TensorBoard is not installed: pip install tensorboard") from error
+
+
+def own_sums(sums):
+    """Sums of this process from those of all that wrote a checkpoint; the first has all if their number changed."""
+    if len(sums) == distributed.world_size():
+        return sums[distributed.rank()]
+    counted = [sum(column) for column in zip(*sums, strict=True)][:2] if distributed.is_main() else [0.0, 0.0]
+    return [*counted, *sums[0][2:]]
+
+
+def mix_seed(seed, rank):
+    """A seed for one of several processes."""
+    return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def decayed_parameters(parameters):
+    """Trainable matrices."""
+    return [parameter for parameter in parameters if parameter.requires_grad and parameter.ndim > 1]
+
+
+def undecayed_parameters(parameters):
+    """Biases, norms and layer weights: pulling them to zero regularises nothing."""
+    return [parameter for parameter in parameters if parameter.requires_grad and parameter.ndim <= 1]

@@ -1,0 +1,230 @@
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accent_plugin.data import splits
+from accent_plugin.data.splits import Item
+from accent_plugin.errors import DataError
+
+ACCENTS = ("us", "england", "australia")
+
+
+@st.composite
+def pools(draw, least_clients=5):
+    """Clips of at least so many clients per accent, some with a sentence that others read too."""
+    items = []
+    for accent in ACCENTS[: draw(st.integers(1, 3))]:
+        for client, clips in enumerate(draw(st.lists(st.integers(1, 4), min_size=least_clients, max_size=9))):
+            for clip in range(clips):
+                sentence = draw(st.sampled_from(["", "one", "two", *(f"own {accent} {client} {k}" for k in range(3))]))
+                items.append(Item(f"{accent}-{client}-{clip}", accent, f"{accent}{client}", sentence))
+    return draw(st.permutations(items))
+
+
+seeds = st.integers(0, 2**40)
+
+
+def clients(items):
+    return {item.client for item in items}
+
+
+@settings(deadline=None, max_examples=60)
+@given(pools(), seeds, st.randoms())
+def test_split_by_client(items, seed, random):
+    parts = splits.by_client(items, valid_fraction=0.2, test_fraction=0.3, seed=seed)
+    splits.require_disjoint(parts)
+    assert sorted(i.id for part in parts.values() for i in part) == sorted(i.id for i in items)
+    for accent in {item.accent for item in items}:
+        total = len({i.client for i in items if i.accent == accent})
+        shares = {s: len({i.client for i in part if i.accent == accent}) for s, part in parts.items()}
+        assert shares["test"] == max(1, round(0.3 * total))
+        assert shares["valid"] == max(1, round(0.2 * total))
+    shuffled = random.sample(items, len(items))
+    assert splits.by_client(shuffled, valid_fraction=0.2, test_fraction=0.3, seed=seed) == parts
+
+
+@settings(deadline=None, max_examples=60)
+@given(pools(), seeds, st.integers(2, 5), st.sampled_from(["client", "clip"]), st.randoms())
+def test_folds(items, seed, count, by, random):
+    made = splits.folds(items, count, valid_fraction=0.25, seed=seed, by=by)
+    assert len(made) == count
+    tested = Counter(i.id for parts in made for i in parts["test"])
+    assert tested == Counter(i.id for i in items)
+    everywhere = {i.id for i in items}
+    for parts in made:
+        assert {i.id for part in parts.values() for i in part} == everywhere
+        for part in parts.values():
+            assert {i.accent for i in part} == {i.accent for i in items}
+        if by == "client":
+            splits.require_disjoint(parts)
+    if by == "client":
+        folds_of = Counter(client for parts in made for client in clients(parts["test"]))
+        assert set(folds_of.values()) == {1}
+    assert splits.folds(random.sample(items, len(items)), count, valid_fraction=0.25, seed=seed, by=by) == made
+
+
+@settings(deadline=None, max_examples=60)
+@given(pools(1), seeds, st.integers(1, 3), st.randoms())
+def test_cap(items, seed, limit, random):
+    choice = splits.cap(items, limit, seed)
+    before, after = Counter(i.client for i in items), Counter(i.client for i in choice.kept)
+    assert after == {client: min(n, limit) for client, n in before.items()}
+    assert len(choice.kept) + len(choice.dropped) == len(items)
+    assert splits.cap(random.sample(items, len(items)), limit, seed) == choice
+
+
+@settings(deadline=None, max_examples=60)
+@given(pools(1), seeds, st.randoms())
+def test_downsampling(items, seed, random):
+    choice = splits.downsample(items, seed)
+    counts = Counter(i.accent for i in items)
+    assert Counter(i.accent for i in choice.kept) == dict.fromkeys(counts, min(counts.values()))
+    assert splits.downsample(random.sample(items, len(items)), seed) == choice
+    for accent in counts:
+        wanted = min(min(counts.values()), len({i.client for i in items if i.accent == accent}))
+        assert len({i.client for i in choice.kept if i.accent == accent}) == wanted
+
+
+@settings(deadline=None, max_examples=60)
+@given(pools(), seeds)
+def test_no_sentence_in_two_splits(items, seed):
+    before = splits.by_client(items, valid_fraction=0.2, test_fraction=0.2, seed=seed)
+    after, dropped = splits.drop_sentences(before)
+    read = {split: {i.sentence for i in part} - {""} for split, part in after.items()}
+    assert not read["train"] & read["valid"]
+    assert not read["train"] & read["test"]
+    assert not read["valid"] & read["test"]
+    assert after["test"] == before["test"]
+    assert sum(map(len, after.values())) + sum(map(len, dropped.values())) == len(items)
+    assert all(item.sentence for items in dropped.values() for item in items)
+
+
+def test_sentences_by_hand():
+    parts = {
+        "train": (
+            Item("a", "us", "1", "x"),
+            Item("b", "us", "1", "y"),
+            Item("c", "us", "1", ""),
+            Item("d", "us", "1", "z"),
+        ),
+        "valid": (Item("e", "us", "2", "y"), Item("f", "us", "2", "x"), Item("g", "us", "2", "")),
+        "test": (Item("h", "us", "3", "x"), Item("i", "us", "3", "")),
+    }
+    after, dropped = splits.drop_sentences(parts)
+    assert {s: "".join(i.id for i in part) for s, part in after.items()} == {"train": "cd", "valid": "eg", "test": "hi"}
+    assert {key: "".join(i.id for i in part) for key, part in dropped.items()} == {
+        ("valid", "test"): "f",
+        ("train", "test"): "a",
+        ("train", "valid"): "b",
+    }
+
+
+def test_normalised_sentences():
+    assert splits.normalise_sentence("  Don\u2019t, STOP\u2026 it's  fine! ") == "dont stop its fine"
+    assert splits.normalise_sentence("don't stop, its fine") == "dont stop its fine"
+    assert splits.normalise_sentence("?!") == splits.normalise_sentence(None) == ""
+
+
+def test_two_offenders_are_named():
+    parts = {
+        "train": (Item("1", "us", "anna"), Item("2", "us", "bert"), Item("3", "us", "carl"), Item("4", "us", "")),
+        "valid": (Item("5", "us", "dora"), Item("6", "us", "")),
+        "test": (Item("7", "us", "bert"), Item("8", "us", "anna")),
+    }
+    with pytest.raises(DataError, match=r"2 client.*'anna' \(in train and test\), 'bert' \(in train and test\)"):
+        splits.require_disjoint(parts)
+    splits.require_disjoint({name: part for name, part in parts.items() if name != "test"})
+
+
+def test_the_seed_matters():
+    items = [Item(f"{client}", "us", f"c{client}") for client in range(40)]
+    chosen = {
+        seed: splits.by_client(items, valid_fraction=0.2, test_fraction=0.2, seed=seed)["test"] for seed in (1, 2)
+    }
+    assert chosen[1] != chosen[2]
+
+
+DRAWS = [
+    "a10 a11 a2 a3 a6 a7 a8 a9 b0 b1 b2 b3 b4 b5 b8 b9 | a0 a1 b6 b7 | a4 a5 b10 b11",
+    "a0 a1 a10 a11 a6 a7 b0 b1 b10 b11 b4 b5 b6 b7 | a2 a3 a4 a5 a8 a9 | b2 b3 b8 b9",
+    "a1 a10 a11 a3 a5 a6 a8 a9 b0 b1 b10 b11 b2 b4 b6 b9 | a4 a7 b3 b7 | a0 a2 b5 b8",
+    "a4 a5 a6 a7 a8 a9 b4 b5 b6 b7 b8 b9 | a10 a11 b0 b1 | a0 a1 a2 a3 b10 b11 b2 b3",
+    "a0 a1 a10 a11 a6 a7 b10 b11 b4 b5 b8 b9 | a2 a3 b2 b3 | a4 a5 a8 a9 b0 b1 b6 b7",
+    "a2 a3 a4 a5 a8 a9 b0 b1 b10 b11 b6 b7 | a0 a1 b2 b3 | a10 a11 a6 a7 b4 b5 b8 b9",
+    "a0 a11 a2 a5 a7 a9 b1 b11 b2 b4 b6 b8",
+    "b0 b5 b7 b9",
+]
+
+
+def draws(seed):
+    """Names of the clips in each split, for 24 clips of 12 clients, in a line each."""
+    items = [Item(f"{accent}{n}", accent, f"{accent}{n // 2}") for accent in "ab" for n in range(12)]
+    fractions = {"valid_fraction": 0.2, "test_fraction": 0.2, "seed": seed}
+    made = [
+        splits.by_client(items, **fractions),
+        splits.by_hash(items, **fractions),
+        splits.at_random(items, **fractions),
+        *splits.folds(items, 3, valid_fraction=0.2, seed=seed),
+        {"kept": splits.cap(items, 1, seed).kept},
+        {"dropped": splits.downsample(items[:8] + items[12:], seed).dropped},
+    ]
+    return [" | ".join(" ".join(item.id for item in part) for part in parts.values()) for parts in made]
+
+
+def test_draws_are_those_of_earlier_versions():
+    """Data that were prepared with an older version, and a later preparation of them, have the same splits."""
+    assert draws(1) == DRAWS
+
+
+def test_every_draw_depends_on_the_seed():
+    assert not set(draws(1)) & set(draws(2))
+
+
+def test_without_a_limit_every_clip_is_kept():
+    items = [Item(name, "us", "anna") for name in "cab"]
+    assert splits.cap(items, None, 1) == splits.Choice(tuple(sorted(items, key=lambda item: item.id)), ())
+
+
+def test_a_client_keeps_its_split_whatever_is_added():
+    items = [Item(f"{accent}{n}", accent, f"{accent}{n // 2}") for accent in "ab" for n in range(400)]
+    parts = splits.by_hash(items, valid_fraction=0.3, test_fraction=0.2, seed=1)
+    splits.require_disjoint(parts)
+    assert {split: round(len(part) / len(items), 1) for split, part in parts.items()} == {
+        "train": 0.5,
+        "valid": 0.3,
+        "test": 0.2,
+    }
+    fewer = splits.by_hash(items[::3], valid_fraction=0.3, test_fraction=0.2, seed=1)
+    assert all(set(fewer[split]) <= set(parts[split]) for split in splits.SPLITS)
+
+
+def test_a_fraction_of_zero_makes_no_split():
+    items = [Item(f"{client}", "us", f"c{client}") for client in range(4)]
+    assert list(splits.by_client(items, valid_fraction=0.2, test_fraction=0, seed=1)) == ["train", "valid"]
+
+
+def test_random_split_shares_clients_on_purpose():
+    items = [Item(f"{client}-{clip}", "us", f"c{client}") for client in range(4) for clip in range(20)]
+    parts = splits.at_random(items, valid_fraction=0.2, test_fraction=0.2, seed=1)
+    assert {split: len(part) for split, part in parts.items()} == {"train": 48, "valid": 16, "test": 16}
+    with pytest.raises(DataError, match="in more than one split"):
+        splits.require_disjoint(parts)
+
+
+def test_too_few_clients():
+    items = [Item(f"{client}", "us", f"c{client}") for client in range(2)]
+    with pytest.raises(DataError, match=r"us has 2 client\(s\), too few for train, valid, test"):
+        splits.by_client(items, valid_fraction=0.1, test_fraction=0.1, seed=1)
+    with pytest.raises(DataError, match=r"us has 2 client\(s\), 5 folds need 5"):
+        splits.folds(items, 5, valid_fraction=0.1, seed=1)
+    with pytest.raises(DataError, match="choose 2 or more"):
+        splits.folds(items, 1, valid_fraction=0.1, seed=1)
+
+
+def test_items_without_client_stand_for_themselves():
+    items = [Item(str(k), "us") for k in range(10)]
+    parts = splits.by_client(items, valid_fraction=0.2, test_fraction=0.2, seed=1)
+    assert {split: len(part) for split, part in parts.items()} == {"train": 6, "valid": 2, "test": 2}
+    assert splits.cap(items, 1, 1).dropped == ()

@@ -1,0 +1,205 @@
+"""Convolutions as matrix products against Hugging Face's own, which run with gradients."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+from accent_plugin import devices
+from accent_plugin.encoder import convolutions
+from accent_plugin.encoder.convolutions import WaveformConvolutions
+
+NORMS = {
+    "group": {"feat_extract_norm": "group", "conv_bias": False},
+    "group, bias": {"feat_extract_norm": "group", "conv_bias": True},
+    "layer": {"feat_extract_norm": "layer", "conv_bias": True},
+}
+
+
+def make(kernels=(10, 3, 3, 2), strides=(5, 2, 2, 2), frozen=True, width=16, **options):
+    """Convolutions with random weights, norms included, and a copy of Hugging Face's around the same numbers."""
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(
+        conv_dim=[width] * len(kernels),
+        conv_kernel=kernels,
+        conv_stride=strides,
+        num_hidden_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        **options,
+    )
+    theirs = Wav2Vec2Model(config).feature_extractor.eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    ours = WaveformConvolutions(copy.deepcopy(theirs.conv_layers), config).eval()
+    return ours.requires_grad_(not frozen), theirs
+
+
+@pytest.fixture(params=["_slide", "_slide_batch"], ids=["cpu", "accelerator"])
+def path(request, monkeypatch):
+    """The code for CPUs, and the code for all other devices, here on a CPU too; the name of its product."""
+    monkeypatch.setattr(devices, "cpu_paths", request.param == "_slide")
+    return request.param
+
+
+def spied(monkeypatch, path="_slide"):
+    """Count the calls of the product."""
+    calls = []
+    slide = getattr(convolutions, path)
+    monkeypatch.setattr(convolutions, path, lambda *arguments: calls.append(1) or slide(*arguments))
+    return calls
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("seconds", [0.01, 1.0, 5.3])
+def test_products_are_the_convolutions(norm, seconds, monkeypatch, path):
+    ours, theirs = make(**NORMS[norm])
+    wavs = torch.randn(2, int(seconds * 16_000)) * torch.tensor([[0.01], [30.0]])
+    calls = spied(monkeypatch, path)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(wavs), theirs(wavs), atol=2e-5, rtol=1e-4)
+    assert calls
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    layers=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=2, max_size=4),
+    norm=st.sampled_from(sorted(NORMS)),
+    samples=st.integers(1, 3000),
+    cpu=st.booleans(),
+)
+def test_any_kernel_and_stride(layers, norm, samples, cpu):
+    kernels, strides = zip(*layers, strict=True)
+    ours, theirs = make(kernels, strides, **NORMS[norm])
+    wavs = torch.randn(1, samples)
+    with torch.no_grad():
+        try:
+            expected = theirs(wavs)
+        except (RuntimeError, ValueError):
+            # Shorter than a frame, or too short for torch's normalisation.
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(devices, "cpu_paths", cpu)
+            torch.testing.assert_close(ours(wavs), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_blocks_join_without_a_seam(monkeypatch):
+    ours, _ = make()
+    wavs = torch.randn(1, 30_000)
+    with torch.no_grad():
+        whole = ours(wavs)
+        monkeypatch.setattr(convolutions, "_BLOCK_FRAMES", 7)
+        torch.testing.assert_close(ours(wavs), whole)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_padding_has_no_part(norm, path):
+    ours, _ = make(**NORMS[norm])
+    wavs = torch.randn(2, 4000)
+    with torch.no_grad():
+        alone = ours(wavs[1:, :1700])
+        wavs[1, 1700:] = 99.0
+        ours.counts = torch.tensor([4000, 1700])
+        batch = ours(wavs)
+    torch.testing.assert_close(batch[1:, :, : alone.shape[2]], alone)
+    assert batch.isfinite().all()
+
+
+def test_with_gradients_they_are_hugging_faces(monkeypatch, path):
+    """The products keep no graph, so training the convolutions has to go another way."""
+    ours, theirs = make(frozen=False)
+    wavs = torch.randn(1, 2000)
+    calls = spied(monkeypatch, path)
+    output = ours(wavs)
+    output.square().sum().backward()
+    assert not calls and all(parameter.grad is not None for parameter in ours.parameters())
+    assert torch.equal(output, theirs(wavs))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_new_weights_are_noticed(frozen, path):
+    ours, theirs = make(frozen=frozen)
+    wavs = torch.randn(1, 2000)
+    with torch.no_grad():
+        ours(wavs)
+        for parameter in ours.parameters():
+            parameter.mul_(1.5)
+        theirs.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(ours(wavs), theirs(wavs), atol=2e-5, rtol=1e-4)
+
+
+def test_frozen_weights_are_rearranged_once(monkeypatch, path):
+    ours, _ = make()
+    made, products = [], convolutions._products
+    monkeypatch.setattr(convolutions, "_products", lambda conv, kind: made.append(kind) or products(conv, kind))
+    with torch.no_grad():
+        for _ in range(3):
+            ours(torch.randn(2, 2000))
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_bf16_is_near(norm, path):
+    ours, theirs = make(**NORMS[norm])
+    wavs = torch.randn(1, 16_000)
+    with torch.no_grad():
+        exact = theirs(wavs)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = ours(wavs)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("asked", ["activation", "switch"])
+def test_another_activation_goes_hugging_faces_way(asked, monkeypatch, path):
+    ours, theirs = make(**({"feat_extract_activation": "relu"} if asked == "activation" else {}))
+    ours.as_products = asked != "switch"
+    calls = spied(monkeypatch, path)
+    with torch.no_grad():
+        wavs = torch.randn(1, 2000)
+        assert torch.equal(ours(wavs), theirs(wavs))
+    assert not calls
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_an_offset_of_the_waveform_costs_no_digits(mean, path):
+    """The variance is that of centred windows: a difference of large sums would lose it."""
+    ours, theirs = make(**NORMS["group"])
+    wavs = torch.randn(1, 4000)
+    with torch.no_grad():
+        theirs = theirs.double()
+        torch.testing.assert_close(ours(wavs + mean), theirs(wavs.double() + mean).float(), atol=2e-3, rtol=1e-3)
+
+
+class Made(TorchDispatchMode):
+    """Memory of all tensors that were made, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        if isinstance(made, torch.Tensor):
+            # Held, so that no other takes its place.
+            self.storages[made.untyped_storage()._cdata] = made.untyped_storage()
+        return made
+
+
+def test_on_an_accelerator_only_two_tensors_have_the_size_of_the_first_layer(monkeypatch):
+    monkeypatch.setattr(devices, "cpu_paths", False)
+    # As in real models far more channels than samples under the kernel.
+    ours, _ = make(width=256, **NORMS["group"])
+    ours.counts = torch.tensor([40_000, 9000])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Made() as made:
+        ours(torch.randn(2, 40_000))
+    frames = (40_000 - 10) // 5 + 1
+    sizes = [storage.nbytes() for storage in made.storages.values()]
+    assert sum(size >= 2 * frames * 256 * 2 for size in sizes) == 2

@@ -1,0 +1,135 @@
+"""Figures on which clips are close to each other, against hand computations and a count of all pairs of pairs."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from accent_plugin.errors import ReportError
+from accent_plugin.evaluation.scores import auroc
+from accent_plugin.evaluation.separability import pairwise_auc, similarities
+
+
+def upper(size, pairs):
+    """(size, size) of bool that is True for these pairs of clips."""
+    chosen = np.zeros((size, size), dtype=bool)
+    chosen[tuple(np.transpose(pairs))] = True
+    return chosen
+
+
+def by_speaker(speakers):
+    """Pairs of one speaker, and of two."""
+    same = np.asarray(speakers)[:, None] == np.asarray(speakers)
+    return same, ~same
+
+
+def test_similarities_are_cosines_seen_from_the_mean():
+    corners = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    expected = np.array([[1, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, -1], [0, 0, -1, 1]])
+    assert np.allclose(similarities(corners), expected)
+    assert np.allclose(similarities(100 + 7 * corners), expected)
+
+
+def test_a_clip_at_the_mean_is_close_to_none():
+    assert np.array_equal(similarities([[1.0], [2.0], [3.0]])[1], [0, 0, 0])
+
+
+@pytest.mark.parametrize("vectors", [[1.0, 2.0], [[1.0], [np.nan]]])
+def test_what_is_no_vectors_is_refused(vectors):
+    with pytest.raises(ReportError, match="vectors have shape"):
+        similarities(vectors)
+
+
+def test_the_figure_by_hand():
+    speakers = ["ann", "ann", "bob", "bob"]
+    similarity = np.zeros((4, 4))
+    for pair, value in {(0, 1): 0.9, (2, 3): 0.3, (0, 2): 0.1, (0, 3): 0.2, (1, 2): 0.3, (1, 3): 0.8}.items():
+        similarity[pair] = value
+    # 0.9 is above all four; 0.3 above two, and as large as a third.
+    found = pairwise_auc(similarity, *by_speaker(speakers), speakers)
+    assert found["value"] == (4 + 2.5) / 8 and found["n"] == 2
+    # A draw of one speaker twice has no pair of two, so that all that count are the sample itself.
+    assert found["low"] == found["high"] == found["value"]
+    assert pairwise_auc(similarity, *by_speaker(speakers), speakers, draws=0)["low"] is None
+
+
+def test_pairs_of_neither_kind_and_what_is_below_the_diagonal_have_no_influence():
+    similarity = np.full((3, 3), np.nan)
+    similarity[0, 1], similarity[0, 2], similarity[1, 2] = 0.5, 0.4, 99.0
+    near, far = upper(3, [(0, 1), (2, 1)]), upper(3, [(0, 2), (1, 0)])
+    assert pairwise_auc(similarity, near, far, list("abc"), draws=0)["value"] == 1.0
+
+
+def random_clips(speakers, clips, seed):
+    """Similarities of clips, with ties, and their speakers."""
+    rng = np.random.default_rng(seed)
+    who = np.repeat(np.arange(speakers), clips)
+    return np.round(rng.normal(size=(who.size, who.size)), 1), who
+
+
+def test_the_figure_is_the_area_under_the_curve():
+    similarity, who = random_clips(speakers=5, clips=4, seed=0)
+    near, far = by_speaker(who)
+    i, j = np.triu_indices(who.size, 1)
+    scores = similarity[i, j]
+    expected = auroc(scores[near[i, j]], scores[far[i, j]])
+    assert pairwise_auc(similarity, near, far, who, draws=0)["value"] == pytest.approx(expected)
+
+
+def spelled_out(similarity, who, times):
+    """The figure of one draw, with each copy of a speaker written down; copies of one are never two speakers."""
+    near, far = [], []
+    i, j = np.triu_indices(who.size, 1)
+    for one, other in zip(i, j, strict=True):
+        same = who[one] == who[other]
+        copies = times[who[one]] if same else times[who[one]] * times[who[other]]
+        (near if same else far).extend([similarity[one, other]] * copies)
+    return auroc(near, far) if near and far else None
+
+
+def test_bounds_are_figures_of_draws_in_which_speakers_are_repeated():
+    similarity, who = random_clips(speakers=3, clips=3, seed=1)
+    possible = [
+        spelled_out(similarity, who, times) for times in itertools.product(range(4), repeat=3) if sum(times) == 3
+    ]
+    possible = [figure for figure in possible if figure is not None]
+    # An odd number of draws, of which none falls between two.
+    found = pairwise_auc(similarity, *by_speaker(who), who, draws=2001)
+    assert found["low"] == pytest.approx(min(possible)) and found["high"] == pytest.approx(max(possible))
+
+
+def test_more_speakers_make_a_narrower_interval_around_the_figure():
+    def interval(speakers):
+        rng = np.random.default_rng(2)
+        who = np.repeat(np.arange(speakers), 4)
+        vectors = rng.normal(size=(speakers, 8))[who] + 1.5 * rng.normal(size=(who.size, 8))
+        return pairwise_auc(similarities(vectors), *by_speaker(who), who, draws=300)
+
+    few, many = interval(6), interval(60)
+    for found in (few, many):
+        assert found["low"] < found["value"] < found["high"]
+    assert 2 * (many["high"] - many["low"]) < few["high"] - few["low"]
+
+
+def test_the_same_arguments_give_the_same_figures():
+    similarity, who = random_clips(speakers=6, clips=3, seed=3)
+    one, same, other = (pairwise_auc(similarity, *by_speaker(who), who, seed=seed) for seed in (0, 0, 1))
+    assert one == same and one["value"] == other["value"] and one["low"] != other["low"]
+
+
+@pytest.mark.parametrize(
+    ("near", "far", "message"),
+    [
+        ([(0, 1)], [(2, 0)], "1 near and 0 far pairs"),
+        ([(2, 0)], [(0, 1)], "0 near and 1 far pairs"),
+        ([(0, 1), (0, 2)], [(0, 1)], "2 near and 1 far pairs, 1 of them both"),
+    ],
+)
+def test_pairs_of_one_kind_alone_or_of_both_are_refused(near, far, message):
+    with pytest.raises(ReportError, match=message):
+        pairwise_auc(np.zeros((3, 3)), upper(3, near), upper(3, far), list("abc"))
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(ReportError, match=r"far has shape \(2, 2\); with the speakers of 3 clips"):
+        pairwise_auc(np.zeros((3, 3)), upper(3, [(0, 1)]), upper(2, [(0, 1)]), list("abc"))

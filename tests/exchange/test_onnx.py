@@ -1,0 +1,365 @@
+"""The same scores from ONNX Runtime as from torch, and nothing of torch needed for them."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import soundfile
+import torch
+import transformers
+from helpers.encoders import TINY
+
+from accent_plugin.bundle import load
+from accent_plugin.bundle.load import load_bundle
+from accent_plugin.bundle.write import write_bundle
+from accent_plugin.encoder.factory import make_encoder
+from accent_plugin.errors import BundleError, ConfigError, ExchangeError
+from accent_plugin.exchange import onnx_export
+from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier
+from accent_plugin.inference.classifier import AccentClassifier
+from accent_plugin.model import AccentModel
+
+LABELS = ("us", "england", "australia")
+
+
+def noise(seconds, seed=0):
+    return 0.1 * np.random.default_rng(seed).standard_normal(int(seconds * 16_000)).astype(np.float32)
+
+
+def make_bundle(folder, encoder, speeds=(1.0,), **head):
+    """A bundle around an encoder whose scores differ between clips."""
+    torch.manual_seed(0)
+    model = AccentModel(make_encoder(str(encoder)), LABELS, **head)
+    torch.nn.init.normal_(model.classifier.weight, std=3.0)
+    return write_bundle(
+        folder, model, LABELS, encoder_name="tiny", pooling=head.get("pooling", "mean"), speeds=list(speeds)
+    )
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, tiny_bundle):
+    """`tiny_bundle` for ONNX Runtime, in fp32."""
+    return onnx_export.export(tiny_bundle, tmp_path_factory.mktemp("onnx") / "fp32")
+
+
+@pytest.fixture
+def traced(exported, monkeypatch):
+    """Tracing takes seconds, and is the same each time: the graph of `exported` stands in for it."""
+    monkeypatch.setattr(onnx_export, "trace", lambda model: onnx.load(exported / "model.onnx"))
+
+
+def scores(predictions):
+    return np.log([list(prediction.probabilities.values()) for prediction in predictions])
+
+
+def require_torchs_scores(folder, exported):
+    """Clips of one batch, whatever their lengths."""
+    waves = [noise(seconds, seed) for seed, seconds in enumerate((0.005, 0.3, 1.0, 1.05, 3.7, 23.0))]
+    expected = scores(AccentClassifier.from_bundle(folder, device="cpu").predict_batch(waves))
+    found = scores(OnnxAccentClassifier.from_bundle(exported).predict_batch(waves))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.ptp(expected, axis=0).max() > 0.1, "the clips must differ, or nothing is compared"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TINY.keys() - {"whisper"}))
+def test_scores_of_every_family_are_torchs(tmp_path, tiny_encoder, name):
+    head = {"pooling": "attentive_statistics", "projector_size": 8, "projector_activation": True}
+    folder = make_bundle(tmp_path / "bundle", tiny_encoder(name), speeds=(1.0, 1.1), **head)
+    require_torchs_scores(folder, onnx_export.export(folder, tmp_path / "onnx"))
+
+
+def test_scores_are_torchs(exported, tiny_bundle):
+    require_torchs_scores(tiny_bundle, exported)
+
+
+def test_scores_at_several_speeds_are_torchs(tmp_path):
+    """Two convolutions and a layer: the exporter takes half a minute for seven convolutions and three layers."""
+    torch.manual_seed(0)
+    config = transformers.WavLMConfig(
+        conv_dim=[16] * 2,
+        conv_kernel=[10, 8],
+        conv_stride=[10, 32],
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+    )
+    transformers.WavLMModel(config).save_pretrained(tmp_path / "encoder")
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path / "encoder")
+    folder = make_bundle(tmp_path / "bundle", tmp_path / "encoder", speeds=(1.0, 1.1), pooling="attentive")
+    require_torchs_scores(folder, onnx_export.export(folder, tmp_path / "onnx"))
+
+
+def test_a_clip_scores_the_same_alone_and_in_a_batch(exported):
+    classifier = OnnxAccentClassifier.from_bundle(exported)
+    waves = [noise(seconds, seed) for seed, seconds in enumerate((2.0, 1.8, 1.7, 1.9))]
+    alone = scores([classifier.predict(wave, 16_000) for wave in waves])
+    np.testing.assert_allclose(scores(classifier.predict_batch(waves)), alone, atol=1e-5)
+
+
+def test_files_windows_and_abstaining_are_as_with_torch(exported, tiny_bundle, tmp_path):
+    soundfile.write(tmp_path / "long.flac", noise(26), 16_000)
+    (tmp_path / "broken.wav").write_bytes(b"no sound")
+    sources = [tmp_path / "long.flac", tmp_path / "broken.wav"]
+    options = {"window_seconds": 8.0, "hop_seconds": 4.0, "min_coverage": 0.5}
+    theirs = AccentClassifier.from_bundle(tiny_bundle, device="cpu", **options)
+    ours = OnnxAccentClassifier.from_bundle(exported, **options)
+    (expected, failure), (found, refused) = theirs.predict_files(sources), ours.predict_files(sources)
+    assert refused == failure
+    assert ours.threshold == theirs.threshold == 0.5
+    assert (found.accent, found.decision, found.seconds) == (expected.accent, expected.decision, expected.seconds)
+    assert [(w.start, w.end) for w in found.windows] == [(w.start, w.end) for w in expected.windows]
+    for window, other in zip(found.windows, expected.windows, strict=True):
+        assert window.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_the_identity_is_the_graphs(exported, tiny_bundle):
+    """Answers of both are not to be mixed in one file: they are equal to four digits only."""
+    made_of = json.loads((exported / "config.json").read_text(encoding="utf-8"))["onnx"]["made_of"]
+    theirs = AccentClassifier.from_bundle(tiny_bundle, device="cpu").identity
+    assert made_of.startswith(theirs) and OnnxAccentClassifier.from_bundle(exported).identity != theirs
+
+
+def test_nothing_of_this_machine_is_in_the_folder(exported):
+    """torch's exporter notes the source line of every node."""
+    here = [str(Path(each).resolve().parent).encode() for each in (load.__file__, torch.__file__, exported)]
+    for path in exported.iterdir():
+        assert not [place for place in here if place in path.read_bytes()], path.name
+
+
+WITHOUT = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchaudio", "speechbrain", "transformers", "onnx"):
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_it_needs_neither_torch_nor_speechbrain(exported, tmp_path):
+    soundfile.write(tmp_path / "clip.wav", noise(2), 16_000)
+    script = WITHOUT + (
+        "from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier\n"
+        "print(OnnxAccentClassifier.from_bundle(sys.argv[1]).predict_file(sys.argv[2]).accent)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, exported, tmp_path / "clip.wav"], capture_output=True, text=True, check=False
+    )
+    assert run.stdout.strip() in LABELS, run.stderr
+
+
+def test_the_command_line_needs_neither(exported, tmp_path):
+    soundfile.write(tmp_path / "clip.wav", noise(2), 16_000)
+    script = WITHOUT + "from accent_plugin.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+    command = [sys.executable, "-c", script, "classify", tmp_path / "clip.wav", "--model", exported]
+    run = subprocess.run([*command, "--format", "jsonl"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["accent"] in LABELS
+
+
+# --------------------------------------------------------------------------------------------------------- smaller
+
+
+@pytest.mark.parametrize(("precision", "kinds"), [("fp16", {"FLOAT16"}), ("bf16", {"BFLOAT16"}), ("int8", {"INT8"})])
+def test_a_smaller_model_is_near(traced, exported, tiny_bundle, tmp_path, precision, kinds):
+    smaller = onnx_export.export(tiny_bundle, tmp_path / precision, precision, unchecked=True)
+    graph = onnx.load(smaller / "model.onnx").graph
+    large = [tensor for tensor in graph.initializer if np.prod(tensor.dims) >= 1024]
+    found = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in large}
+    # Convolutions stay as they are in int8.
+    assert found == kinds | ({"FLOAT"} if precision == "int8" else set())
+    assert (smaller / "model.onnx").stat().st_size < (exported / "model.onnx").stat().st_size
+    waves = [noise(seconds, seed) for seed, seconds in enumerate((1.0, 2.0, 3.0))]
+    ours = scores(OnnxAccentClassifier.from_bundle(smaller).predict_batch(waves))
+    exact = scores(OnnxAccentClassifier.from_bundle(exported).predict_batch(waves))
+    assert 0 < np.abs(np.exp(ours) - np.exp(exact)).max() < 0.05
+
+
+def test_quantisation_leaves_the_root_logger_alone(exported, tmp_path, monkeypatch):
+    """ONNX Runtime gave it a handler, and every note of ours was printed twice."""
+    shutil.copy(exported / "model.onnx", tmp_path)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    onnx_export.make_smaller(tmp_path / "model.onnx", "int8")
+    assert logging.root.handlers == []
+
+
+@pytest.fixture
+def losing(monkeypatch):
+    """A smaller model that loses two points."""
+    found = onnx_export.Comparison("corpus", clips=200, exact=0.9, smaller=0.88, same_label=0.95)
+    monkeypatch.setattr(onnx_export, "compare", lambda *arguments: found)
+
+
+def test_a_smaller_model_that_loses_more_than_a_point_is_refused(losing, traced, tiny_bundle, tmp_path):
+    with pytest.raises(ExchangeError, match=r"recall 0.880 in place of 0.900 on 200 clips of corpus.*--unchecked"):
+        onnx_export.export(tiny_bundle, tmp_path / "out", "fp16", data="corpus")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unless_it_is_asked_for(losing, traced, tiny_bundle, tmp_path):
+    out = onnx_export.export(tiny_bundle, tmp_path / "out", "fp16", data="corpus", unchecked=True)
+    compared = json.loads((out / "config.json").read_text(encoding="utf-8"))["onnx"]["compared"]
+    assert compared["unweighted_average_recall"] == {"fp32": 0.9, "fp16": 0.88}
+    OnnxAccentClassifier.from_bundle(out)
+
+
+def test_a_smaller_model_is_compared_on_validation(exported, tiny_bundle, real_speech):
+    """Test clips have no say in what is kept."""
+    import datasets
+
+    found = onnx_export.compare(exported, exported, real_speech)
+    clips = datasets.load_from_disk(str(real_speech))["validation"]
+    assert (found.clips, found.loss, found.same_label) == (len(clips), 0.0, 1.0)
+
+
+# --------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"precision": "int4"}, "'int4' is unknown"), ({"precision": "int8"}, "give --data, .* or --unchecked")],
+    ids=str,
+)
+def test_options_that_are_wrong(tiny_bundle, tmp_path, options, message):
+    with pytest.raises(ExchangeError, match=message):
+        onnx_export.export(tiny_bundle, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_whisper_cannot_be_exported(tiny_encoder, tmp_path):
+    folder = make_bundle(tmp_path / "bundle", tiny_encoder("whisper"))
+    with pytest.raises(ExchangeError, match="whisper cannot be exported to ONNX; wav2vec2, "):
+        onnx_export.export(folder, tmp_path / "out")
+
+
+def test_other_files_are_not_replaced(tiny_bundle, tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(BundleError, match="holds 'thesis.txt', which this command has not written"):
+        onnx_export.export(tiny_bundle, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "all of it"
+
+
+def test_an_export_with_other_files_is_not_replaced(exported, tiny_bundle, tmp_path):
+    import shutil
+
+    shutil.copytree(exported, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").touch()
+    with pytest.raises(BundleError, match="holds 'notes.txt', which this command has not written"):
+        onnx_export.export(tiny_bundle, tmp_path / "out")
+
+
+def test_an_export_is_replaced(traced, tiny_bundle, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.onnx").write_bytes(b"cut")
+    (tmp_path / "out" / "config.json").write_text('{"format_version": 1}')
+    out = onnx_export.export(tiny_bundle, tmp_path / "out")
+    assert OnnxAccentClassifier.from_bundle(out).labels == LABELS
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_bundle_and_an_export_are_told_apart(exported, tiny_bundle):
+    with pytest.raises(BundleError, match="was not exported to ONNX: accent-plugin export"):
+        OnnxAccentClassifier.from_bundle(tiny_bundle)
+    with pytest.raises(BundleError, match="was exported to ONNX: accent_plugin.exchange.onnx_classifier"):
+        load_bundle(exported)
+
+
+@pytest.fixture
+def spoilt(exported, tmp_path):
+    """A copy of `exported`, and a function that puts another graph into it, with the digest it then has."""
+    from accent_plugin.bundle import config as bundle_config
+
+    folder = tmp_path / "spoilt"
+    shutil.copytree(exported, folder)
+
+    def put(content):
+        (folder / "model.onnx").write_bytes(content)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["weights"] = bundle_config.weights_identity(folder / "model.onnx")
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return folder
+
+    return folder, put
+
+
+def test_a_graph_that_was_changed(spoilt):
+    folder, _ = spoilt
+    content = bytearray((folder / "model.onnx").read_bytes())
+    content[-100] ^= 1
+    (folder / "model.onnx").write_bytes(content)
+    with pytest.raises(BundleError, match="another SHA-256"):
+        OnnxAccentClassifier.from_bundle(folder)
+
+
+def test_a_graph_that_was_cut(spoilt):
+    folder, _ = spoilt
+    (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-1])
+    with pytest.raises(BundleError, match="it was cut or changed"):
+        OnnxAccentClassifier.from_bundle(folder)
+
+
+def test_what_is_no_graph(spoilt):
+    _, put = spoilt
+    with pytest.raises(BundleError, match="cannot be loaded by ONNX Runtime"):
+        OnnxAccentClassifier.from_bundle(put(b"no graph at all"))
+
+
+def other_graph(*outputs, **attributes):
+    """A graph that doubles its input."""
+    tensor = onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node("Add", ["waves", "waves"], list(outputs), **attributes)
+    inputs = [tensor("waves", onnx.TensorProto.FLOAT, [None])]
+    graph = onnx.helper.make_graph(
+        [node], "other", inputs, [tensor(name, onnx.TensorProto.FLOAT, [None]) for name in outputs]
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+
+
+def test_another_graph(spoilt):
+    _, put = spoilt
+    with pytest.raises(BundleError, match="inputs and outputs sums, waves, which no export has"):
+        OnnxAccentClassifier.from_bundle(put(other_graph("sums").SerializeToString()))
+
+
+def test_a_graph_with_weights_in_another_file(spoilt, tmp_path):
+    """A graph of a stranger may point at any file; ONNX Runtime reads none outside the model's folder."""
+    (tmp_path / "secret").write_bytes(bytes(16))
+    _, put = spoilt
+    graph = other_graph("sums")
+    weight = onnx.helper.make_tensor("waves", onnx.TensorProto.FLOAT, [4], bytes(16), raw=True)
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="../secret")
+    del graph.graph.input[:]
+    graph.graph.initializer.append(weight)
+    with pytest.raises(BundleError, match="cannot be loaded by ONNX Runtime"):
+        OnnxAccentClassifier.from_bundle(put(graph.SerializeToString()))
+
+
+def test_without_a_runtime(exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match="pip install onnxruntime"):
+        OnnxAccentClassifier.from_bundle(exported)
+
+
+def test_without_an_exporter(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ExchangeError, match=r"onnxscript is not installed: pip install 'accent_plugin\[onnx\]'"):
+        onnx_export.export(tiny_bundle, tmp_path / "out")
+
+
+def test_options_are_checked_as_with_torch(exported):
+    with pytest.raises(ConfigError, match=r"hop_seconds is 9.*\n.*choose one way to abstain"):
+        OnnxAccentClassifier.from_bundle(exported, window_seconds=5, hop_seconds=9, max_risk=0.1, min_coverage=0.5)

@@ -1,0 +1,235 @@
+"""Which hyperparameters make another run: those that change the data, the weights or the figures of two steps."""
+
+import functools
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, encoders
+from helpers import dataset_dicts as made
+
+from accent_plugin.experiment import run_folder, stages
+from accent_plugin.experiment.hyperparameters import KEYS
+from accent_plugin.experiment.settings import read_settings
+
+RECIPE = ROOT / "recipes/CommonVoiceAccent"
+
+# Small, and such that every hyperparameter can make a difference.
+BASE = {
+    "accents": ["us", "england"],
+    "max_clips_per_client": 2,
+    "number_of_epochs": 1,
+    "batch_seconds": 7.0,
+    "max_seconds": 2.0,
+    "precision": "fp32",
+    "num_workers": 0,
+    "prepare_workers": 1,
+}
+FROZEN = {"freeze_wav2vec2": True}
+AUGMENTED = {"augment": True, "augment_probability": 1.0}
+POOLED = {"source_splits": ["train"]}
+# Nothing is learnt, so that the figure of the first epoch stays the best.
+STILL = {"number_of_epochs": 3, "lr_encoder": 0.0, "lr_head": 1e-12, "early_stopping": 1}
+# Only one accent is learnt, so that the loss of the second epoch is larger.
+WORSE = {"number_of_epochs": 2, "lr_head": 0.3, "decay": "none", "class_weights": [1e-6, 1.0]}
+
+# Hyperparameter -> another value, and what has to go with both.
+CHANGES = {
+    "name": ("other", {}),
+    "seed": (3, {}),
+    "seeds": ([1, 2], {}),
+    "data_seed": (3, {}),
+    "data_folder": ("{folder}/moved", {}),
+    "prepared_folder": ("{folder}/prepared", {}),
+    "output_folder": ("{folder}/output", {}),
+    "save_folder": ("{folder}/save", {}),
+    "train_log": ("{folder}/log.txt", {}),
+    "skip_prep": (True, {"prepared_folder": "{folder}/before"}),
+    "overwrite": (True, {}),
+    "accents": (["england", "us"], {}),
+    "split": ("random", {}),
+    "n_folds": (3, {}),
+    "fold": (2, {"n_folds": 3}),
+    "source_splits": (["train"], {}),
+    "disjoint_sentences": (False, {}),
+    "balance": ("none", {}),
+    "max_clips_per_client": (None, {"balance": "none"}),
+    "min_seconds": (1.1, {}),
+    "max_seconds": (1.25, {}),
+    "max_unreadable_share": (0.0, {}),
+    "valid_fraction": (0.4, POOLED),
+    "test_fraction": (0.4, POOLED),
+    "accent_column": ("accent", {}),
+    "client_column": ("client_id", {}),
+    "sentence_column": ("sentence", {}),
+    "audio_column": ("audio", {}),
+    "prepare_workers": (2, {}),
+    "method": ("logistic_regression", {}),
+    "out_of_set": (["scotland"], {}),
+    "out_of_set_folder": ("{folder}/moved", {"out_of_set": ["scotland"]}),
+    "bands": (True, {}),
+    "test_speeds": ([0.9, 1.0], {}),
+    "wav2vec2_hub": ("{folder}/hubert-group", {}),
+    "wav2vec2_folder": ("{folder}/cache", {}),
+    "from_bundle": ("{bundle}", {}),
+    "freeze_wav2vec2": (True, {}),
+    "cache_features": (True, FROZEN),
+    "features_folder": ("{folder}/features", FROZEN | {"cache_features": True}),
+    "freeze_feature_extractor": (False, {}),
+    "freeze_layers": (2, {}),
+    "freeze_encoder_steps": (1, {}),
+    "num_layers": (2, {}),
+    "weighted_layers": ("all", {}),
+    "standardise_layers": (True, {"weighted_layers": "all"}),
+    "attn_implementation": ("eager", {"config_overrides": {"attention_dropout": 0.0}}),
+    "gradient_checkpointing": (True, {}),
+    "config_overrides": ({"hidden_dropout": 0.0}, {}),
+    "lora_rank": (2, {}),
+    "lora_alpha": (8, {"lora_rank": 2}),
+    "lora_dropout": (0.5, {"lora_rank": 2}),
+    "projector_size": (8, {}),
+    "projector_activation": (True, {"projector_size": 8}),
+    "pooling": ("attentive", {}),
+    "whitening_passes": (1, FROZEN),
+    "whitening_shrinkage": (0.5, FROZEN | {"whitening_passes": 1}),
+    "dropout": (0.0, {}),
+    "number_of_epochs": (2, {}),
+    "batch_seconds": (30.0, {}),
+    "crop_seconds": (0.5, {}),
+    "lr_encoder": (1e-4, {}),
+    "lr_head": (1e-3, {}),
+    "weight_decay": (0.0, {"lr_head": 0.1}),
+    "warmup": (0.0, {"warmup": 1.0}),
+    "decay": ("none", {}),
+    "max_grad_norm": (1e-3, {}),
+    "grad_accumulation_factor": (2, {}),
+    "label_smoothing": (0.1, {}),
+    "class_weights": ([1.0, 2.0], {}),
+    "precision": ("bf16", {}),
+    "eval_precision": ("bf16", {}),
+    "selection": ("last", WORSE | {"selection": "loss"}),
+    "early_stopping": (0, STILL),
+    "ckpt_interval_minutes": (0, {}),
+    "num_workers": (1, {}),
+    "tensorboard": (True, {}),
+    "augment": (True, {}),
+    "augment_probability": (1.0, {"augment": True}),
+    "augment_speed": (None, AUGMENTED),
+    "augment_noise_snr": ([0.0, 5.0], AUGMENTED),
+    "augment_band": ([1000.0, 2000.0], AUGMENTED),
+    "augment_mask_seconds": (0.1, AUGMENTED),
+}
+# They compute the same in another order; of a gradient that is only rounding, Adam makes a whole step all the same.
+ROUNDED = {"cache_features", "attn_implementation", "gradient_checkpointing"}
+# One or two for each way to count or not to; the others take half a minute.
+QUICK = {
+    *("accents", "augment", "balance", "data_seed", "from_bundle", "lr_head", "number_of_epochs", "pooling", "seed"),
+    *("selection", "audio_column", "cache_features", "fold", "name", "test_speeds"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data in which every choice of them matters: shared sentences, uneven accents, clients and durations."""
+    folder = tmp_path_factory.mktemp("runs")
+    tables = made.three_splits(("us", "england", "scotland"), clients=(5, 1, 1))
+    tables["train"] += made.rows("us", 2, clips=3, first=50)
+    tables["train"][0]["sentence"] = tables["test"][0]["sentence"]
+    for row, seconds in ((10, 1.05), (12, 1.3)):
+        tables["train"][row]["audio"]["bytes"] = made.encode(made.noise(seconds))
+    made.save(folder / "corpus", **tables)
+    shutil.copytree(folder / "corpus", folder / "moved")
+    for name in ("wav2vec2-group", "hubert-group"):
+        encoders.make(name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(RECIPE))
+        spec = importlib.util.spec_from_file_location("accent_recipe", RECIPE / "train.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        # What is done after training takes longest, and changes nothing of it.
+        patch.setattr(module, "write_report", lambda brain, *_: (brain, None))
+        patch.setattr(module, "write_bundle", lambda *_: None)
+        patch.setattr(stages, "write_run_report", lambda *_, **__: None)
+        yield module
+
+
+class Run:
+    """What a run with some values other than `BASE` is: its identity, its data, and what it has trained."""
+
+    def __init__(self, recipe, settings):
+        self.recipe, self.settings = recipe, settings
+        self.fold = 1 if settings.values["n_folds"] else None
+        self.identity = run_folder.run_identity(settings.values, self.fold)
+
+    @functools.cached_property
+    def prepared(self):
+        return self.recipe.prepare(self.settings.located(self.settings.values["preparation"]))
+
+    @functools.cached_property
+    def data(self):
+        return run_folder.data_fingerprint(self.prepared.paths(self.fold))
+
+    @functools.cached_property
+    def outcome(self):
+        """Figures of each epoch, and weights of the one that is chosen."""
+        values = self.settings.values
+        Path(values["output_folder"]).mkdir()
+        trained, _ = self.recipe.train(self.settings, self.prepared, None, "", self.fold)
+        if values["method"] == "logistic_regression":
+            return {"log_probabilities": torch.from_numpy(trained.log_probabilities)}
+        rows = json.loads((Path(values["save_folder"]) / "history.json").read_text(encoding="utf-8"))
+        figures = [[figure for name, figure in row.items() if name != "peak_memory_bytes"] for row in rows]
+        return {"figures": torch.tensor(figures), **trained.modules.model.state_dict()}
+
+
+@pytest.fixture(scope="module")
+def run(recipe, folder, tiny_bundle):
+    """Function: values other than in `BASE` -> the run; none is made twice."""
+    words = ["--data_folder", str(folder / "corpus"), "--wav2vec2_hub", str(folder / "wav2vec2-group")]
+    words = [str(ROOT / "hparams/wav2vec2_base.yaml"), *words, "--device", "cpu", "--noprogressbar"]
+    base, runs = read_settings(words, folder, look_at_data=False).but(**BASE), {}
+
+    def make(changes):
+        text = (
+            json.dumps(changes, sort_keys=True).replace("{folder}", str(folder)).replace("{bundle}", str(tiny_bundle))
+        )
+        if text not in runs:
+            output = {"output_folder": str(folder / f"run_{len(runs)}")}
+            runs[text] = Run(recipe, base.but(**output | json.loads(text)))
+        return runs[text]
+
+    return make
+
+
+def same(one, other, exact):
+    """Whether two outcomes are the same."""
+    shapes = [{name: tensor.shape for name, tensor in outcome.items()} for outcome in (one, other)]
+    if shapes[0] != shapes[1]:
+        return False
+    compare = torch.equal if exact else lambda a, b: torch.allclose(a, b, atol=1e-3)
+    return all(compare(one[name], other[name]) for name in one)
+
+
+def test_every_hyperparameter_is_changed_here():
+    assert CHANGES.keys() == KEYS.keys()
+
+
+@pytest.mark.parametrize("key", [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in CHANGES])
+def test_a_hyperparameter_counts_where_it_changes_what_is_trained(key, run):
+    if key.startswith("lora"):
+        pytest.importorskip("peft", reason="adapters are an optional extra")
+    if key == "tensorboard":
+        pytest.importorskip("tensorboard", reason="TensorBoard is an optional extra")
+    value, context = CHANGES[key]
+    before, now = run(context), run(context | {key: value})
+    counts = run_folder.differences(before.identity, now.identity) != []
+    differs = before.data != now.data or not same(before.outcome, now.outcome, exact=key not in ROUNDED)
+    assert counts == differs

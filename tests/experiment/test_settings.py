@@ -1,0 +1,242 @@
+"""Hyperparameters: every problem of a run at once, before anything is built or written."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import ROOT
+
+from accent_plugin.errors import ConfigError
+from accent_plugin.experiment import cross_checks
+from accent_plugin.experiment.hyperparameters import KEYS
+from accent_plugin.experiment.settings import read_settings
+
+HPARAMS = str(ROOT / "hparams/wav2vec2_base.yaml")
+
+
+@pytest.fixture
+def read(tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encoder = str(tiny_encoder("wav2vec2-group"))
+
+    def call(*words, hparams=HPARAMS):
+        return read_settings([hparams, "--wav2vec2_hub", encoder, *words], ROOT, look_at_data=False)
+
+    return call
+
+
+def problems(read, *words, **keywords):
+    with pytest.raises(ConfigError) as caught:
+        read(*words, **keywords)
+    return str(caught.value).splitlines()
+
+
+def test_defaults_are_right(read):
+    values = read().values
+    assert values["accents"] == ["us", "england", "australia"]
+    assert (values["lr_encoder"], values["lr_head"]) == (1e-5, 1e-4)
+
+
+def test_every_key_of_the_yaml_is_checked_and_every_checked_key_is_in_the_yaml(read):
+    objects = {"wav2vec2", "model", "modules", "epoch_counter", "augmentation", "checkpointer", "train_logger"}
+    objects |= {"tensorboard_logger", "__set_seed", "loading", "training", "preparation", "evaluation"}
+    text = re.sub(r"!(new|apply|ref)\S*", "", Path(HPARAMS).read_text(encoding="utf-8"))
+    assert set(yaml.safe_load(text)) == set(KEYS) | objects
+
+
+def test_the_device_that_is_taken_by_itself_is_tried_as_well(read, monkeypatch):
+    monkeypatch.setattr(cross_checks, "infer_device", lambda: "tpu")
+    assert any("device 'tpu' cannot be used here" in line for line in problems(read))
+
+
+def test_all_problems_are_named_at_once(read):
+    lines = problems(read, "--pooling", "stats", "--lr_hed", "0.1", "--dropout", "2", "--balance")
+    assert "4 problems" in lines[0]
+    assert "  '--lr_hed' is no hyperparameter or run option (did you mean --lr_head?)" in lines
+    assert "  pooling is 'stats'; it should be one of mean, statistics, attentive, attentive_statistics" in lines
+    assert "  dropout is 2; it should be a number at least 0 and at most 0.95" in lines
+    assert "  --balance was given without a value" in lines
+
+
+# A frozen encoder whose features are kept.
+KEPT = ("--cache_features", "True", "--freeze_wav2vec2", "True")
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["--seed", "-1"], "seed is -1; it should be a whole number, at least 0"),
+        (["--seed", "True"], "seed is True; it should be a whole number"),
+        (["--number_of_epochs", "2.5"], "number_of_epochs is 2.5"),
+        (["--accents", "[us]"], "there is nothing to tell apart"),
+        (["--accents", "[us, us]"], "a list of different accents"),
+        (["--n_folds", "2"], "n_folds is 2; give 0 for none, or at least 3"),
+        (["--fold", "4", "--n_folds", "3"], "fold 4 was asked for, but n_folds is 3"),
+        (["--seeds", "1,x"], "seeds is '1,x'; it should be a list of different whole numbers"),
+        (["--accents", "us"], "accents is 'us'"),
+        (["--lr_head", "fast"], "lr_head is 'fast'; it should be a number"),
+        (["--lr_head", "nan"], "lr_head is nan"),
+        (["--augment", "perhaps"], "augment is 'perhaps'; it should be True or False"),
+        (["--augment_speed", "[1.1, 0.9]"], "augment_speed is .*the smaller first"),
+        (["--weighted_layers", "some"], "weighted_layers is 'some'; it should be all, or a list"),
+        (["--config_overrides", "7"], "config_overrides is 7; it should be a mapping"),
+        (["--min_seconds", "5", "--max_seconds", "2"], "min_seconds 5 is not below max_seconds 2"),
+        (["--batch_seconds", "3"], "batch_seconds 3 holds no clip of 20 s"),
+        (["--class_weights", "[1, 2]"], "class_weights has 2 values for 3 accents"),
+        (["--balance", "sampler", "--class_weights", "balanced"], "the same imbalance twice"),
+        (["--freeze_wav2vec2", "True", "--freeze_layers", "2"], "freezes the whole encoder"),
+        (["--freeze_wav2vec2", "True", "--gradient_checkpointing", "True"], "freeze_wav2vec2 leaves it none"),
+        (["--whitening_passes", "2"], "it needs freeze_wav2vec2 True"),
+        (["--cache_features", "True"], "what an encoder makes of a clip: it needs freeze_wav2vec2 True"),
+        ([*KEPT, "--pooling", "statistics"], "means over a clip: pooling must be mean"),
+        ([*KEPT, "--projector_size", "8", "--projector_activation", "True"], "projector_activation False"),
+        ([*KEPT, "--augment", "True"], "whole clips as they are: augment must be False"),
+        ([*KEPT, "--crop_seconds", "3"], "crop_seconds null"),
+        (["--lora_rank", "0"], "lora_rank is 0; it should be a whole number, at least 1, or null"),
+        (["--lora_rank", "4", "--lora_alpha", "0"], "lora_alpha is 0; it should be a number above 0"),
+        (["--lora_rank", "4", "--lora_dropout", "1"], "lora_dropout is 1; it should be a number at least 0"),
+        (["--lora_alpha", "16"], "lora_alpha and lora_dropout are of adapters, but there are none"),
+        (["--lora_rank", "4", "--freeze_wav2vec2", "True"], "freeze_wav2vec2 must be False"),
+        (["--lora_rank", "4", "--freeze_feature_extractor", "False"], "freeze_feature_extractor True"),
+        (
+            ["--weighted_layers", "all", "--config_overrides", "{layerdrop: 0.1}"],
+            "weighted_layers sums what layerdrop leaves out",
+        ),
+        (["--lora_rank", "4", "--num_layers", "2", "--freeze_layers", "2"], "leaves no layer for the adapters"),
+        (["--lora_rank", "4", "--method", "logistic_regression"], "does not train the encoder: lora_rank must be null"),
+        (["--selection", "last"], "early_stopping must be 0"),
+        (["--test_speeds", "[1, 1]"], "test_speeds is .*a list of different speed factors"),
+        (["--out_of_set_folder", "x"], "out_of_set does not say which accents"),
+        (["--out_of_set", "[us, scotland]"], "us cannot be in accents and in out_of_set"),
+        (["--num_layers", "2", "--freeze_layers", "3"], "freeze_layers 3 is more than num_layers 2"),
+        (["--device", "tpu:7"], "device 'tpu:7' cannot be used here"),
+        (["--precision", "fp16", "--device", "cpu"], "fp16 does not work on a CPU"),
+        (["--skip_prep", "True"], "skip_prep is True, but prepared_folder does not say"),
+        (["--overwrite", "True", "--test_only"], "overwrite deletes the run that test_only would evaluate"),
+        (["--wav2vec2_hub", "./nowhere"], "wav2vec2_hub: there is no folder"),
+    ],
+)
+def test_a_wrong_value_is_named(read, words, problem):
+    assert re.search(problem, "\n".join(problems(read, *words)))
+
+
+def test_a_start_that_is_none(read, tiny_encoder, tiny_bundle, tmp_path):
+    assert "from_bundle: there is no folder" in "\n".join(problems(read, "--from_bundle", "nowhere"))
+    encoder = str(tiny_encoder("hubert-group"))
+    assert "holds a HubertModel, no classifier" in "\n".join(problems(read, "--from_bundle", encoder))
+    cut = shutil.copytree(tiny_bundle, tmp_path / "cut")
+    (cut / "model.ckpt").write_bytes(b"")
+    assert re.search("from_bundle: .*has 0 bytes", "\n".join(problems(read, "--from_bundle", str(cut))))
+
+
+def test_a_start_takes_the_place_of_the_encoders_source(read, tiny_bundle, monkeypatch):
+    monkeypatch.chdir(tiny_bundle.parent)
+    values = read("--from_bundle", tiny_bundle.name, "--wav2vec2_hub", "./nowhere").values
+    assert values["from_bundle"] == str(tiny_bundle)
+
+
+def test_adapters_without_peft(read, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert "pip install 'accent_plugin[lora]'" in "\n".join(problems(read, "--lora_rank", "4"))
+    assert read().values["lora_rank"] is None
+
+
+def test_a_switch_with_every_augmentation_off_is_a_contradiction(read):
+    off = [w for kind in ("speed", "noise_snr", "band", "mask_seconds") for w in (f"--augment_{kind}", "null")]
+    assert "every augmentation is off" in "\n".join(problems(read, "--augment", "True", *off))
+
+
+def test_a_wrong_run_option_is_an_error_of_ours(read, capsys):
+    assert "run option" in "\n".join(problems(read, "--eval_precision", "fp8"))
+    assert "precision is 'fp8'; it should be one of auto" in "\n".join(problems(read, "--precision", "fp8"))
+
+
+def test_missing_yaml(read):
+    assert "cannot be read: No such file" in "\n".join(problems(read, hparams="nowhere.yaml"))
+
+
+def test_a_yaml_that_is_none(read, tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1, 2\n b: }")
+    assert "the YAML cannot be read" in "\n".join(problems(read, hparams=str(tmp_path / "bad.yaml")))
+
+
+def test_a_stray_word():
+    with pytest.raises(ConfigError, match="'stray' is no hyperparameter or run option"):
+        read_settings([HPARAMS, "stray"], ROOT, look_at_data=False)
+
+
+def test_no_yaml_at_all():
+    with pytest.raises(ConfigError, match="the first argument is a YAML"):
+        read_settings([], ROOT)
+
+
+def test_scientific_notation_is_a_number(read):
+    assert read("--lr_encoder", "3e-4").values["lr_encoder"] == 3e-4
+
+
+@pytest.mark.parametrize("text, seeds", [("1,2,3", [1, 2, 3]), ("[4, 5]", [4, 5]), ("7", [7]), ("null", None)])
+def test_seeds(read, text, seeds):
+    assert read("--seeds", text).values["seeds"] == seeds
+
+
+def test_runs_with_several_seeds_stand_where_single_runs_would(read):
+    assert read("--seeds", "1,2").values["output_folder"] == str(ROOT / "results/wav2vec2_base")
+
+
+def test_changing_the_output_folder_moves_what_lies_below_it(read, tmp_path):
+    values = read("--seed", "3").but(output_folder=str(tmp_path)).values
+    assert values["save_folder"] == str(tmp_path / "save") and values["seed"] == 3
+
+
+def test_null_turns_a_value_off_where_that_has_a_meaning(read):
+    assert read("--max_clips_per_client", "null").values["max_clips_per_client"] is None
+
+
+def test_equals_signs_are_understood(read):
+    assert read("--pooling=attentive").values["pooling"] == "attentive"
+
+
+def test_flags_of_speechbrain_may_carry_a_truth_value(read):
+    assert read("--test_only", "True").run_opts.test_only
+    assert read("--debug").run_opts.debug
+    assert not read("--test_only", "False").run_opts.test_only
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("eval_precision", "bf16"), ("grad_accumulation_factor", 4), ("max_grad_norm", 2.5), ("ckpt_interval_minutes", 7)],
+)
+def test_run_options_reach_the_checked_values(read, key, value):
+    settings = read(f"--{key}", str(value))
+    assert settings.values[key] == getattr(settings.run_opts, key) == value
+
+
+def test_the_precision_is_a_hyperparameter_and_no_run_option(read):
+    settings = read("--precision", "bf16")
+    assert settings.values["precision"] == "bf16" and settings.run_opts.precision == "fp32"
+
+
+def test_paths_of_the_command_line_start_at_the_working_directory(read, tmp_path):
+    settings = read("--data_folder", "here", "--output_folder", "out")
+    assert settings.values["data_folder"] == str(tmp_path / "here")
+    assert settings.values["save_folder"] == str(tmp_path / "out" / "save")
+
+
+def test_default_paths_start_at_the_root(read):
+    values = read("--seed", "5").values
+    assert values["data_folder"] == str(ROOT / "data/common_voice_accent")
+    assert values["output_folder"] == str(ROOT / "results/wav2vec2_base/5")
+
+
+def test_a_folder_that_looks_like_a_number_stays_a_text(read, tmp_path):
+    assert read("--output_folder", "1e5").values["output_folder"] == str(tmp_path / "1e5")
+
+
+def test_no_tag_of_the_yaml_is_executed(read, tmp_path):
+    text = Path(HPARAMS).read_text(encoding="utf-8") + f"\nevil: !apply:os.mkdir ['{tmp_path}/made']\n"
+    (tmp_path / "evil.yaml").write_text(text)
+    read(hparams=str(tmp_path / "evil.yaml"))
+    assert not (tmp_path / "made").exists()

@@ -1,0 +1,143 @@
+"""Windows of several threads in common batches: who is with whom, whose error it is, and who gives up."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from accent_plugin.errors import LimitError
+from accent_plugin.inference.base import _buckets
+from accent_plugin.inference.batcher import DynamicBatcher
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(100, np.float32))
+
+
+class Work:
+    """Remembers its batches; holds the first one back until it is let go."""
+
+    def __init__(self):
+        self.batches, self.begun, self.go = [], threading.Event(), threading.Event()
+
+    def __call__(self, jobs):
+        self.batches.append(sorted(job.name for job in jobs))
+        if len(self.batches) == 1:
+            self.begun.set()
+            assert self.go.wait(30)
+        if any(job.name == "bad" for job in jobs):
+            raise ZeroDivisionError("of the bad one")
+
+
+@pytest.fixture
+def work():
+    return Work()
+
+
+@pytest.fixture
+def batcher(work):
+    made = DynamicBatcher(work, lambda lengths: _buckets(lengths, 1000))
+    yield made
+    work.go.set()
+    made.close()
+
+
+def ask(batcher, *jobs):
+    """Score in a thread of its own; the list that is returned gets what came of it."""
+    outcome = []
+
+    def run():
+        try:
+            batcher.score(list(jobs))
+            outcome.append("done")
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, outcome
+
+
+def waiting(batcher, count):
+    """Wait until so many windows wait."""
+    until = time.monotonic() + 30
+    while len(batcher._waiting) != count:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def first_and_others(batcher, work, *others):
+    """Let the network be at "first" while others come; return the others' outcomes."""
+    started = ask(batcher, Job("first"))
+    assert work.begun.wait(30)
+    asked = []
+    for count, job in enumerate(others, 1):
+        asked.append(ask(batcher, job))
+        waiting(batcher, count)
+    work.go.set()
+    for thread, _ in (started, *asked):
+        thread.join(30)
+    return [outcome for _, outcome in asked]
+
+
+def test_what_comes_meanwhile_goes_together(batcher, work):
+    assert first_and_others(batcher, work, Job("a"), Job("b"), Job("c")) == [["done"]] * 3
+    assert work.batches == [["first"], ["a", "b", "c"]]
+    assert (batcher.calls, batcher.windows) == (2, 4)
+
+
+def test_of_different_lengths_the_oldest_goes_first(batcher, work):
+    long = Job("long", np.zeros(900, np.float32))
+    first_and_others(batcher, work, Job("short"), long, Job("other"))
+    assert work.batches == [["first"], ["other", "short"], ["long"]]
+
+
+def test_an_error_belongs_to_its_batch(batcher, work):
+    far = Job("far", np.zeros(500, np.float32))
+    bad, far, company = first_and_others(batcher, work, Job("bad"), far, Job("company"))
+    assert isinstance(bad[0], ZeroDivisionError) and isinstance(company[0], ZeroDivisionError)
+    assert far == ["done"]
+
+
+def test_the_thread_outlives_an_error(batcher, work):
+    work.go.set()
+    with pytest.raises(ZeroDivisionError):
+        batcher.score([Job("bad")])
+    batcher.score([Job("good")])
+    assert work.batches == [["bad"], ["good"]]
+
+
+def test_what_has_not_begun_by_its_deadline_is_never_done(batcher, work):
+    ask(batcher, Job("first"))
+    assert work.begun.wait(30)
+    with pytest.raises(LimitError, match="not enough time") as caught, batcher.deadline(time.monotonic() + 0.01):
+        batcher.score([Job("late")])
+    assert caught.value.reason == "time"
+    work.go.set()
+    batcher.score([Job("after")])
+    assert work.batches == [["first"], ["after"]]
+
+
+def test_the_deadline_ends_with_its_block(batcher, work):
+    work.go.set()
+    with batcher.deadline(time.monotonic() - 1):
+        pass
+    batcher.score([Job("a")])
+    assert work.batches == [["a"]]
+
+
+def test_nothing_to_do_waits_for_nobody(batcher, work):
+    ask(batcher, Job("first"))
+    assert work.begun.wait(30)
+    batcher.score([])
+
+
+def test_after_closing_nothing_is_taken(work):
+    made = DynamicBatcher(work, lambda lengths: _buckets(lengths, 1000))
+    made.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        made.score([Job("a")])

@@ -1,0 +1,141 @@
+"""The examples of docs/extending.md run, and do what the page says of them."""
+
+import importlib
+import itertools
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+from helpers import dataset_dicts as made
+
+from accent_plugin.corpus.build import build_corpus
+from accent_plugin.encoder.factory import FAMILIES, make_encoder
+from accent_plugin.errors import BundleError, ConfigError, EncoderError, ManifestError
+from accent_plugin.inference.classifier import AccentClassifier
+from accent_plugin.model import AccentModel
+from accent_plugin.pooling import POOLINGS
+
+PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+# Name of a file -> its content, in the order of the page.
+EXAMPLES = {name: text for text, name in re.findall(r"```python\n(# (\S+\.py)\n.*?)```", PAGE, re.S)}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with the page's files in it; what they register is forgotten afterwards."""
+    for name, text in EXAMPLES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = [(names, dict(names)) for names in (POOLINGS, FAMILIES)]
+    yield tmp_path
+    for names, content in before:
+        names.clear()
+        names.update(content)
+    for name in (*EXAMPLES, "train.py", "common_voice_accent_prepare.py"):
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def test_every_block_of_the_page_is_run_here():
+    assert list(EXAMPLES) == [
+        *("max_pooling.py", "train_max.py", "unispeech.py", "check_family.py", "by_speaker.py", "build.py")
+    ]
+    assert PAGE.count("```python") == len(EXAMPLES)
+
+
+def test_a_pooling_of_ones_own_is_independent_of_padding(folder, tiny_encoder):
+    importlib.import_module("max_pooling")
+    pooling = POOLINGS["max"](2)
+    frames = torch.tensor([[[1.0, -5.0], [3.0, -7.0], [torch.nan, 99.0]]])
+    assert torch.equal(pooling(frames, torch.tensor([[True, True, False]])), torch.tensor([[3.0, -5.0]]))
+    assert pooling(frames.bfloat16(), torch.tensor([[True, True, False]])).dtype == torch.float32
+    model = AccentModel(make_encoder(str(tiny_encoder("wav2vec2-group"))), ["us", "england"], pooling="max").eval()
+    wavs = 0.1 * torch.randn(2, 16000)
+    with torch.no_grad():
+        together = model(wavs, torch.tensor([1.0, 0.4]))
+        alone = model(wavs[1:, :6400])
+    assert torch.allclose(together[1], alone[0], atol=1e-5)
+
+
+def test_the_recipe_trains_with_a_pooling_of_ones_own_and_its_bundle_needs_it(folder, tiny_encoder, monkeypatch):
+    data = made.save(folder / "data", **made.three_splits())
+    words = [
+        *("train_max.py", "hparams/wav2vec2_base.yaml", "--pooling", "max", "--number_of_epochs", "1"),
+        *("--data_folder", str(data), "--prepared_folder", str(folder / "prepared"), "--num_workers", "0"),
+        *("--output_folder", str(folder / "out"), "--accents", "[us, england]"),
+        *("--wav2vec2_hub", str(tiny_encoder("wav2vec2-group")), "--device", "cpu", "--noprogressbar"),
+    ]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # SpeechBrain replaces it
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(folder / "train_max.py"))
+    POOLINGS.pop("max")
+    del sys.modules["max_pooling"]
+    assert (folder / "out/report/report.md").is_file()
+    with pytest.raises(BundleError, match="pooling 'max' is unknown"):
+        AccentClassifier.from_bundle(folder / "out/bundle")
+    importlib.import_module("max_pooling")
+    prediction = AccentClassifier.from_bundle(folder / "out/bundle").predict(made.noise(), 16_000)
+    assert prediction.accent in ("us", "england")
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+@pytest.mark.parametrize("name", ["UniSpeech", "UniSpeechSat"])
+def test_a_family_is_refused_until_it_is_registered_and_then_independent_of_the_batch(folder, name, norm):
+    check = importlib.import_module("check_family")
+    values = {"feat_extract_norm": norm, "do_stable_layer_norm": norm == "layer"}
+    tiny = check.make_tiny(name, folder / "tiny", **values)
+    with pytest.raises(EncoderError, match="has not been shown to be independent"):
+        make_encoder(tiny)
+    importlib.import_module("unispeech")
+    assert check.largest_difference(tiny) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "family"), [("SEW", "sew"), ("Wav2Vec2Conformer", "wav2vec2-conformer")])
+def test_the_check_finds_families_that_the_class_does_not_fit(folder, name, family):
+    check = importlib.import_module("check_family")
+    FAMILIES[family] = FAMILIES["wav2vec2"]
+    assert check.largest_difference(check.make_tiny(name, folder / "tiny")) > 0.1
+
+
+def write_speech(folder, speakers=20):
+    """20 speakers of three accents, two clips each, one more who is in no table."""
+    lines = []
+    accents = [(accent, number) for accent in ("American", "English", "Australian") for number in range(speakers)]
+    for accent, number in accents:
+        lines.append(f"{accent[:2]}{number} {'female' if number % 2 else 'male'} {accent}")
+    (folder / "wav").mkdir(parents=True)
+    (folder / "speakers.txt").write_text("\n".join(lines), encoding="utf-8")
+    for seed, (name, clip) in enumerate(itertools.product([*(line.split()[0] for line in lines), "xx"], range(2))):
+        (folder / "wav" / name).mkdir(exist_ok=True)
+        sound = made.encode(made.noise(0.1, seed=seed), format="WAV")
+        (folder / "wav" / name / f"{clip}.wav").write_bytes(sound)
+
+
+def test_a_corpus_of_ones_own_becomes_a_dataset(folder):
+    from datasets import load_from_disk
+
+    write_speech(folder / "speech")
+    built = importlib.import_module("build").built
+    assert built.dropped["speaker not in speakers.txt"] == 2
+    kept = [cell["clips"] for accents in built.counts.values() for cell in accents.values()]
+    assert sum(kept) == 120 and set(built.counts["train"]) == {"us", "england", "australia"}
+    data = load_from_disk(str(built.folder))
+    clients = [set(split["client_id"]) for split in data.values()]
+    assert len(clients) == 3 and not any(one & other for one, other in itertools.combinations(clients, 2))
+    assert set(data["train"]["gender"]) == {"female", "male"}
+
+    reader = importlib.import_module("by_speaker").BySpeaker
+    options = {"accents": "three", "mapping": {"English": "england"}}
+    assert build_corpus(reader("speech"), "data/by_speaker", **options).card == built.card
+    table = folder / "speech/speakers.txt"
+    table.write_text(table.read_text(encoding="utf-8").replace("Am0 male", "Am0 female"), encoding="utf-8")
+    with pytest.raises(ManifestError, match="changed since"):
+        build_corpus(reader("speech"), "data/by_speaker", **options)
+    with pytest.raises(ConfigError, match="client_pattern means nothing for a reader of folders by speaker"):
+        build_corpus(reader("speech"), "data/other", client_pattern="(.*)")

@@ -1,0 +1,133 @@
+"""The server as its users run it: under load, told to end, started wrongly."""
+
+import json
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from helpers.dataset_dicts import encode, noise
+from helpers.servers import serving
+
+from accent_plugin.cli import main
+from accent_plugin.inference.classifier import AccentClassifier
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture
+def refused(capsys, tiny_bundle):
+    """Function: options -> what `accent-plugin serve` says when it does not start."""
+
+    def refused(*options):
+        assert main.main(["serve", "--model", str(tiny_bundle), "--device", "cpu", *options]) == 2
+        return capsys.readouterr().err
+
+    return refused
+
+
+def test_limits_that_make_no_sense_are_all_named(refused):
+    said = refused("--max_files", "0", "--timeout", "-1")
+    assert "ConfigError: max_files is 0: give 1 or more\ntimeout is -1.0: give a positive number" in said
+
+
+@pytest.mark.parametrize("token", ["", " ", "a\nb", "gehëim", " padded "])
+def test_a_token_that_no_header_can_hold(refused, token):
+    assert "the token has to be printable ASCII" in refused("--token", token)
+
+
+def test_a_port_that_is_taken(refused):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        said = refused("--port", str(taken.getsockname()[1]))
+    assert "choose another --port (0 for any that is free) or --host" in said
+
+
+@pytest.mark.parametrize("port", ["-1", "70000"])
+def test_a_port_that_is_none(refused, port):
+    assert f"cannot serve at 127.0.0.1:{port}" in refused("--port", port)
+
+
+def test_an_address_that_is_not_ours(refused):
+    assert "cannot serve at 192.0.2.1:0" in refused("--host", "192.0.2.1", "--port", "0")
+
+
+@pytest.fixture(scope="module")
+def sounds():
+    """Names and contents: 180 good clips, and 20 bad files of four kinds among them."""
+    files = []
+    for number in range(200):
+        if number % 10 == 3:
+            content = [b"hello", b"", encode(noise())[:3000], encode(0 * noise())][number // 10 % 4]
+            files.append((f"bad{number}.flac", content))
+        else:
+            files.append((f"good{number}.flac", encode(noise(0.4 + 0.2 * (number % 9), seed=number))))
+    return files
+
+
+@pytest.mark.slow
+def test_two_hundred_requests_sixteen_at_once(tiny_bundle, sounds):
+    alone = AccentClassifier.from_bundle(tiny_bundle, "cpu")
+    with serving("--model", tiny_bundle) as server, ThreadPoolExecutor(16) as clients:
+        first = list(clients.map(server.classify, sounds))
+        held = server.memory()
+        second = list(clients.map(server.classify, sounds))
+        grown = server.memory() - held
+        about = json.loads(server.get("/api/health")[1])
+        assert server.end() == 0
+    assert about == {"status": "ok", "busy": 0}
+    for (name, content), (status, answers), (again, same) in zip(sounds, first, second, strict=True):
+        (answer,), (other,) = answers["answers"], same["answers"]
+        assert answer["source"] == other["source"] == name
+        if name.startswith("bad"):
+            assert status == again == 422 and answer["error"]
+            continue
+        assert status == again == 200, answers
+        expected = alone.predict_file(content)
+        assert answer["accent"] == other["accent"] == expected.accent
+        assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
+        assert other["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
+    assert grown < 30 * MEGABYTE
+
+
+@pytest.mark.slow
+def test_told_to_end_it_answers_what_is_in_flight(tiny_bundle, tmp_path):
+    long = encode(noise(300.0))
+    with serving("--model", tiny_bundle, env={"TMPDIR": str(tmp_path)}) as server, ThreadPoolExecutor(4) as clients:
+        # A page that is shown keeps a stream open, for which nobody is to wait.
+        stream = threading.Thread(target=server.get, args=("/gradio_api/heartbeat/x",), daemon=True)
+        stream.start()
+        (uploads,) = tmp_path.glob("accent_plugin_*")
+        flying = [clients.submit(server.classify, (f"{number}.flac", long)) for number in range(4)]
+        while json.loads(server.get("/api/health")[1])["busy"] < 4:
+            assert not all(one.done() for one in flying), "they were answered before the signal"
+            time.sleep(0.01)
+        assert server.end(signal.SIGTERM) == 0
+        assert [one.result()[0] for one in flying] == [200] * 4
+        assert "Traceback" not in server.stderr()
+        with pytest.raises(ConnectionRefusedError):
+            server.get("/api/health")
+    assert not uploads.exists()
+
+
+@pytest.mark.slow
+def test_the_api_alone_with_a_token_from_the_environment(tiny_bundle):
+    with serving("--model", tiny_bundle, "--no_page", env={"ACCENT_PLUGIN_TOKEN": "sesame"}) as server:
+        assert server.url == f"http://127.0.0.1:{server.port}/api/openapi.json"
+        clip = ("clip.flac", encode(noise(1.0)))
+        assert server.classify(clip)[0] == 401
+        assert server.classify(clip, headers={"Authorization": "Bearer sesame"})[0] == 200
+        assert server.get("/")[0] == 404
+        assert server.end(signal.SIGINT) == 0
+
+
+@pytest.mark.slow
+def test_a_large_upload_hears_its_refusal(tiny_bundle):
+    with serving("--model", tiny_bundle, "--no_page", "--max_bytes", "1000") as server:
+        for _ in range(3):
+            status, said = server.classify(("big.wav", b"x" * (20 * MEGABYTE)))
+            assert (status, said["error"][:6]) == (413, "bytes:")
+        assert server.get("/api/health")[0] == 200

@@ -1,0 +1,214 @@
+"""A classifier behind limits: who is let in, what is refused and why, and that company does not change an answer."""
+
+import asyncio
+import dataclasses
+import json
+
+import pytest
+import soundfile
+from helpers.dataset_dicts import encode, noise
+
+from accent_plugin.audio import codecs
+from accent_plugin.errors import LimitError
+from accent_plugin.inference.bulk import run
+from accent_plugin.inference.classifier import AccentClassifier
+from accent_plugin.inference.records import Failure
+from accent_plugin.serving.service import Limits, Service, ServiceAnswer
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_bundle):
+    return AccentClassifier.from_bundle(tiny_bundle, "cpu")
+
+
+@pytest.fixture
+def make(tiny_bundle):
+    """Function: limits -> a service, closed in the end."""
+    made = []
+
+    def make(**limits):
+        made.append(Service(AccentClassifier.from_bundle(tiny_bundle, "cpu"), Limits(**limits)))
+        return made[-1]
+
+    yield make
+    for service in made:
+        service.close()
+
+
+def clips(count):
+    return [encode(noise(0.3 + 0.1 * (number % 7), seed=number)) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("limits", "problem"),
+    [
+        ({"max_bytes": 0}, "max_bytes is 0: give 1 or more"),
+        ({"max_files": -1}, "max_files is -1: give 1 or more"),
+        ({"max_requests": 0}, "max_requests is 0: give 1 or more"),
+        ({"max_queue": -1}, "max_queue is -1: give 0 or more"),
+        ({"max_seconds": 0.0}, "max_seconds is 0.0: give a positive number"),
+        ({"timeout": float("nan")}, "timeout is nan: give a positive number"),
+        ({"timeout": float("inf")}, "timeout is inf: give a positive number"),
+    ],
+)
+def test_limits_that_make_no_sense(limits, problem):
+    assert list(Limits(**limits).problems()) == [problem]
+
+
+def test_the_default_limits_make_sense():
+    assert not list(Limits().problems())
+
+
+def test_company_does_not_change_an_answer(make, classifier):
+    service, sounds = make(), clips(24)
+    alone = [classifier.predict_file(sound) for sound in sounds]
+
+    async def ask():
+        return await service.classify([(f"{number}.flac", sound) for number, sound in enumerate(sounds)])
+
+    answers = [answer.outcome for answer in asyncio.run(ask())]
+    assert [answer.source for answer in answers] == [f"{number}.flac" for number in range(24)]
+    for one, other in zip(answers, alone, strict=True):
+        assert one.accent == other.accent
+        assert list(one.probabilities.values()) == pytest.approx(list(other.probabilities.values()), abs=1e-5)
+
+
+def test_requests_at_once_go_through_the_network_together(make):
+    service = make()
+
+    async def ask():
+        files = [(f"{number}.flac", sound) for number, sound in enumerate(clips(24))]
+        await asyncio.gather(*(service.classify([file]) for file in files))
+
+    asyncio.run(ask())
+    assert service.batcher.windows == 24
+    assert service.batcher.calls < 24
+
+
+def test_a_full_house_refuses_at_once(make):
+    service = make(max_requests=1, max_queue=1)
+
+    async def visit():
+        leave = asyncio.Event()
+
+        async def guest():
+            async with service.place():
+                await leave.wait()
+
+        guests = [asyncio.create_task(guest()) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert service.busy == 2
+        with pytest.raises(LimitError, match="2 requests are being answered or wait: try again later") as caught:
+            async with service.place():
+                pass
+        leave.set()
+        await asyncio.gather(*guests)
+        async with service.place():
+            assert service.busy == 1
+        return caught.value.reason
+
+    assert asyncio.run(visit()) == "busy"
+    assert service.busy == 0
+
+
+def test_waiting_counts_as_time(make):
+    service = make(max_requests=1, timeout=0.05)
+
+    async def visit():
+        async def stay():
+            async with service.place():
+                await asyncio.sleep(60)
+
+        first, second = (asyncio.create_task(stay()) for _ in range(2))
+        for task in (first, second):
+            with pytest.raises(LimitError, match="the request took more than 0.05 s") as caught:
+                await task
+            assert caught.value.reason == "time"
+
+    asyncio.run(visit())
+    assert service.busy == 0
+
+
+def test_an_answer_that_comes_too_late_is_given_up(make):
+    service = make(timeout=1e-6)
+
+    with pytest.raises(LimitError, match=r"clip\.flac could not be decoded in time"):
+        asyncio.run(service.classify([("clip.flac", encode(noise()))]))
+
+
+def test_a_file_that_says_that_it_is_long_is_refused_unheard(make, monkeypatch):
+    service = make(max_seconds=2.0)
+    monkeypatch.setattr(service.classifier, "predict_blocks", lambda *_: pytest.fail("it was heard"))
+    (answer,) = asyncio.run(service.classify([("long.flac", encode(noise(3.0)))]))
+    assert str(answer.outcome) == "too long: long.flac lasts more than 2 s"
+
+
+def test_a_long_file_that_says_nothing_is_refused_without_decoding_it_all(make, monkeypatch):
+    service, decoded = make(max_seconds=40.0), []
+    content = codecs.encode_mp3(noise(300.0, seed=1), 16_000)
+    read = soundfile.SoundFile.read
+
+    def counted(self, *arguments, **keywords):
+        block = read(self, *arguments, **keywords)
+        decoded.append(len(block))
+        return block
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
+    (answer,) = asyncio.run(service.classify([("long.mp3", content)]))
+    assert str(answer.outcome) == "too long: long.mp3 lasts more than 40 s"
+    assert sum(decoded) < 16_000 * 200
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("clip.flac", "clip.flac"),
+        ("../../etc/passwd", "passwd"),
+        ("C:\\Users\\me\\clip.wav", "clip.wav"),
+        ("a\nb\x1b[31m.wav", "a?b?[31m.wav"),
+        ("", "recording"),
+        ("folder/", "recording"),
+        ("x" * 500 + ".wav", "x" * 196 + ".wav"),
+    ],
+)
+def test_a_client_names_a_file_and_nothing_else(make, given, named):
+    (answer,) = asyncio.run(make().classify([(given, b"hello")]))
+    assert answer.outcome.source == named
+    assert answer.outcome.message == f"{named} cannot be decoded: Format not recognised."
+
+
+def test_an_answer_is_the_command_lines(make, classifier, tmp_path, capsys):
+    content = encode(noise(2.0))
+    (tmp_path / "clip.flac").write_bytes(content)
+    run(classifier, [str(tmp_path / "clip.flac")], "jsonl", progress=False)
+    theirs = json.loads(capsys.readouterr().out) | {"source": "clip.flac"}
+    service = make()
+    (answer,) = asyncio.run(service.classify([("clip.flac", content)]))
+    record = service.record(answer)
+    assert {name: record[name] for name in theirs} == theirs
+    assert set(record) - set(theirs) == {"speech_seconds", "sample_rate", "channels", "codec", "warnings"}
+
+
+def test_a_failure_is_the_command_lines(make, classifier, tmp_path, capsys):
+    run(classifier, [str(tmp_path / "clip.flac")], "jsonl", progress=False)
+    (answer,) = asyncio.run(make().classify([("clip.flac", b"")]))
+    record = make().record(answer)
+    assert record["error"] == "empty: clip.flac holds no bytes"
+    assert set(record) == set(json.loads(capsys.readouterr().out))
+
+
+def test_what_was_heard_is_said(make):
+    stereo = encode(noise(2.0, channels=2, rate=44_100), rate=44_100, format="WAV")
+    (answer,) = asyncio.run(make().classify([("clip.wav", stereo)]))
+    assert dataclasses.astuple(answer.header) == (44_100, 2, "WAV PCM_16", 2.0)
+    assert answer.heard.seconds == answer.outcome.seconds == 2.0
+    assert len(answer.heard.peaks) == 200
+
+
+def test_short_speech_is_a_warning(make):
+    (answer,) = asyncio.run(make().classify([("clip.flac", encode(noise(0.5)))]))
+    assert next(answer.warnings()) == "short: 0.5 s of speech; under 1 s it is a guess"
+
+
+def test_a_failure_has_no_warnings():
+    assert list(ServiceAnswer(Failure("a", "empty", "a holds no bytes")).warnings()) == []

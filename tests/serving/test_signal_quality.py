@@ -1,0 +1,76 @@
+"""What a listener would remark: levels, noise, full scale and the outline, however a recording is cut into blocks."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from accent_plugin.serving.signal_quality import SignalMeter
+
+
+def heard(*blocks):
+    listener = SignalMeter()
+    passed = list(listener.listen(blocks))
+    assert all(one is other for one, other in zip(passed, blocks, strict=True))
+    return listener.heard()
+
+
+def tone(seconds, level):
+    """A tone of whole periods in every 10 ms, so that each frame's level is that of its root mean square."""
+    return (level * np.sqrt(2) * np.sin(2 * np.pi * 200 * np.arange(int(seconds * 16_000)) / 16_000)).astype(np.float32)
+
+
+def noise(seconds, level, seed=0):
+    return (level * np.random.default_rng(seed).standard_normal(int(seconds * 16_000))).astype(np.float32)
+
+
+def speech_like(pause_level):
+    """Three seconds of tone at -20 dB and one second of pause."""
+    return np.concatenate([tone(3, 0.1), noise(1, pause_level)])
+
+
+def test_levels_in_decibels():
+    found = heard(speech_like(0.001))
+    assert found.seconds == 4.0
+    assert found.speech_db == pytest.approx(-20, abs=0.1)
+    assert found.noise_db == pytest.approx(-60, abs=1.0)
+    assert list(found.warnings()) == []
+
+
+def test_a_noisy_recording_is_told():
+    (warning,) = heard(speech_like(0.05)).warnings()
+    assert warning.startswith("noisy, or without pauses: its loud parts are only ")
+
+
+def test_a_quiet_recording_is_told_as_that_alone():
+    (warning,) = heard(tone(1, 0.001)).warnings()
+    assert warning == "very quiet: the loudest parts are at -60 dB of full scale"
+
+
+def test_full_scale_is_told():
+    wave = speech_like(0.001)
+    wave[:64] = 1.0
+    found = heard(wave)
+    assert found.clipped == 64 / 64_000
+    assert not list(found.warnings())
+    wave[:128] = -1.0
+    assert list(heard(wave).warnings()) == ["overdriven: 0.2% of its samples are at full scale"]
+
+
+def test_the_outline_has_the_largest_of_each_10_ms():
+    wave = np.zeros(400, np.float32)
+    wave[3], wave[170], wave[399] = 0.5, -0.25, 1.5
+    assert heard(wave).peaks.tolist() == [0.5, 0.25, 1.0]
+
+
+@given(st.sets(st.integers(1, 399), max_size=5))
+@example({300})
+def test_blocks_do_not_matter_but_at_their_ends(edges):
+    """Blocks are cut at whole 10 ms; a frame of 25 ms at a block's end sees what there is."""
+    wave = speech_like(0.001)
+    wave[:64] = 1.0
+    cut, whole = heard(*np.split(wave, 160 * np.array(sorted(edges), int))), heard(wave)
+    assert cut.peaks.tolist() == whole.peaks.tolist()
+    assert (cut.seconds, cut.clipped) == (4.0, 64 / 64_000)
+    assert cut.speech_db == pytest.approx(-20, abs=0.1)
+    assert cut.noise_db == pytest.approx(-60, abs=1.0)
