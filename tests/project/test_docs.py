@@ -12,7 +12,12 @@ from accent_plugin.cli.parser import make_parser
 from accent_plugin.experiment.hyperparameters import KEYS
 from accent_plugin.experiment.settings import _OPTION_NAMES
 
-PAGES = [ROOT / "README.md", ROOT / "recipes/CommonVoiceAccent/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "recipes/CommonVoiceAccent/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def options_of_the_command():
