@@ -23,9 +23,9 @@ from pathlib import Path
 from accent_plugin import files
 from accent_plugin.audio.workers import core_count
 from accent_plugin.corpus import arrow_shards, readers
-from accent_plugin.corpus.card import REASON_NAMES, corpus_card_to_markdown, make_corpus_card, show_value
+from accent_plugin.corpus.card import REASON_NAMES, corpus_card_to_markdown, make_corpus_card
 from accent_plugin.corpus.choices import CorpusChoices
-from accent_plugin.data import dataset_dict, labels, selection, splits
+from accent_plugin.data import dataset_dict, labels, provenance, selection, splits
 from accent_plugin.errors import ConfigError, DataError, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -392,27 +392,8 @@ def _finished(out, header):
     if not begun.is_file() and not card.is_file():
         raise ManifestError(f"--out {out} holds files made by something else: choose another folder, or empty it")
     made = dataset_dict.read_json(begun if begun.is_file() else card)
-    if differences := _differences(made, header):
-        raise ManifestError(
-            f"{out} was made {'(in part) ' if begun.is_file() else ''}from something else:\n"
-            + "\n".join(f"  {line}" for line in differences)
-            + "\nchoose another --out, give the old values, or remove that folder"
-        )
+    provenance.require_same(out, made, header, option="--out", in_part=begun.is_file())
     return load_corpus(out) if arrow_shards.is_finished(out) and not begun.is_file() else None
-
-
-def _differences(made, header):
-    """One line for each argument or table that differs, old -> new."""
-    old, new = made.get("arguments", {}), header["arguments"]
-    lines = [f"{key}: {show_value(old.get(key))} -> {show_value(new[key])}" for key in new if old.get(key) != new[key]]
-    before, now = made.get("source", {}), header["source"]
-    if before.get("name") != now["name"]:
-        lines.append(f"source: {before.get('name')} -> {now['name']}")
-    elif before != now:
-        then, now = (source.get("files") or source.get("splits") or {} for source in (before, now))
-        changed = ", ".join(sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)))
-        lines.append(f"contents of {header['source']['name']}: changed since ({changed})")
-    return lines
 
 
 def _first(rows, chosen, count=5):

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 
 import accent_plugin
 from accent_plugin.data import splits
+from accent_plugin.data.provenance import show_value
 
 FORMAT_VERSION = 1
 
@@ -80,11 +81,6 @@ def _count(rows):
         }
         for accent, members in sorted(by_accent.items())
     }
-
-
-def show_value(value):
-    """Show an argument as it is typed."""
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def _in_cell(text):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from accent_plugin import files
 from accent_plugin.audio.samples import SAMPLE_RATE
-from accent_plugin.data import dataset_dict, selection, splits
+from accent_plugin.data import dataset_dict, provenance, selection, splits
 from accent_plugin.data.decode_clips import JOURNAL_FILE, Journal, decode_clips
 from accent_plugin.data.manifests import (
     AUDIO_FOLDER,
@@ -383,12 +383,7 @@ def _finished(folder, header):
         raise ManifestError(f"{folder} holds audio or manifests made by something else: choose another prepared_folder")
     else:
         return None
-    if differences := _differences(made, header):
-        raise ManifestError(
-            f"{folder} was prepared {'' if finished.is_file() else '(in part) '}from something else:\n"
-            + "\n".join(f"  {line}" for line in differences)
-            + "\nchoose another prepared_folder, give the old values, or remove that folder"
-        )
+    provenance.require_same(folder, made, header, option="prepared_folder", in_part=not finished.is_file())
     if not finished.is_file():
         return None
     try:
@@ -396,28 +391,6 @@ def _finished(folder, header):
     except ManifestError as error:
         logger.warning("%s: mending it", error)
         return None
-
-
-def _differences(made, header):
-    """One line for each argument or split that differs, old -> new."""
-    lines = []
-    for key, new in header["arguments"].items():
-        old = made.get("arguments", {}).get(key)
-        if old != new:
-            lines.append(f"{key}: {_shown(old)} -> {_shown(new)}")
-    if made.get("source") != header["source"]:
-        old, new = made.get("data_folder"), header["data_folder"]
-        if old != new:
-            lines.append(f"data_folder: {old} -> {new}")
-        else:
-            before, now = made.get("source", {}).get("splits", {}), header["source"]["splits"]
-            changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-            lines.append(f"contents of {new}: changed since ({', '.join(changed) or dataset_dict.CARD_JSON})")
-    return lines
-
-
-def _shown(value):
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _count(rows, outcomes):

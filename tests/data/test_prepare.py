@@ -389,7 +389,7 @@ def test_other_arguments_are_refused(corpus, pool, tmp_path):
     prepare(corpus, tmp_path / "out")
     before = everything(tmp_path / "out")
     with pytest.raises(
-        ManifestError, match="something else:\n  accents: england, us -> us\n  seed: 7 -> 8\nchoose another"
+        ManifestError, match=r"something else:\n  accents: \[england, us\] -> \[us\]\n  seed: 7 -> 8\nchoose another"
     ):
         prepare(corpus, tmp_path / "out", seed=8, accents=["us"])
     with pytest.raises(ManifestError, match="data_folder: .*corpus.* -> .*pool"):
