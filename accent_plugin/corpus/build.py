@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accent_plugin import files
+from accent_plugin.audio.samples import TOO_LONG, TOO_SHORT
 from accent_plugin.audio.workers import core_count
 from accent_plugin.corpus import arrow_shards, readers
 from accent_plugin.corpus.card import REASON_NAMES, corpus_card_to_markdown, make_corpus_card
@@ -40,22 +41,10 @@ FEW_UP_VOTES = "too few up-votes"
 MANY_DOWN_VOTES = "too many down-votes"
 
 
-TOO_SHORT = "too short"
-
-
-TOO_LONG = "too long"
-
-
-GENDER_UNKNOWN = "gender not given"
-
-
-GENDER_OTHER = "gender neither male nor female"
-
-
-GENDER_BALANCE = "gender balance"
-
-
 COLUMNS = ("client_id", "path", "sentence", "accent", "raw_accent", "gender", "age")
+
+
+_DIVIDE = {"client": splits.by_hash, "official": splits.given, "random": splits.at_random}
 
 
 _BUILDING = ".building.json"
@@ -240,22 +229,31 @@ def plan_corpus(reader, choices, notes, progress=False):
     if strange:
         known = ", ".join(labels.SPELLINGS)
         notes.warnings.append(f"mapping gives labels that are not asked for: {', '.join(strange)}; known are {known}")
-    parts = _split([row for row, gone in zip(rows, absent, strict=True) if not gone], choices)
-    if not has_clients:
-        notes.warnings.append(selection.NO_CLIENT_IDS)
-    if choices.split == "random":
-        notes.warnings.append(selection.RANDOM_SPLIT)
-        if has_clients:
-            notes.warnings.append("the recipe refuses splits that share speakers, unless it is given --split random")
-    else:
+    there = [row for row, gone in zip(rows, absent, strict=True) if not gone]
+    if choices.split == "official":
+        _require_official(there)
+    parts = _DIVIDE[choices.split](there, **choices.draw())
+    notes.warnings += selection.leaks(has_clients, choices.split)
+    if choices.split != "random":
         splits.require_disjoint(parts)
-    parts, lost = _trim(parts, choices, notes)
+    elif has_clients:
+        notes.warnings.append("the recipe refuses splits that share speakers, unless it is given --split random")
+
+    def trim(rows):
+        rows = selection.cap(rows, choices, notes)
+        return selection.balance_gender(rows, choices, notes) if choices.balance_gender else rows
+
+    if choices.disjoint_sentences:
+        parts, lost = selection.drop_sentences(parts, notes, trim=trim)
+    else:
+        parts = {split: trim(rows) for split, rows in parts.items()}
+        lost = {split: {} for split in reversed(splits.SPLITS)}
     remedy = ""
     if choices.split == "client":
         clients = Counter(accent for accent, _ in {(row.accent, row.client) for row in rows})
         told = ", ".join(f"{accent} {clients[accent]}" for accent in choices.accents)
         remedy = f"clients: {told}; each falls into a split by its hash: few need larger fractions, or another seed"
-    selection.require_filled(parts, choices.accents, splits.SPLITS, notes.dropped, remedy=remedy)
+    selection.require_filled([parts], choices.accents, notes, remedy=remedy)
     return parts, lost
 
 
@@ -319,56 +317,15 @@ def _each_file_once(rows, notes):
     return kept
 
 
-def _split(rows, choices):
-    fractions = {"valid_fraction": choices.valid_fraction, "test_fraction": choices.test_fraction}
-    if choices.split == "client":
-        return splits.by_hash(rows, seed=choices.seed, **fractions)
-    if choices.split == "random":
-        return splits.at_random(rows, seed=choices.seed, **fractions)
-    parts = {name: [] for name in splits.SPLITS}
-    for row in rows:
-        name = dataset_dict.canonical(row.split)
-        if name not in parts:
+def _require_official(rows):
+    """Refuse clips whose split at the source is none of those that are trained and tested on."""
+    for split in sorted({row.split for row in rows}):
+        if splits.canonical(split) not in splits.SPLITS:
             raise DataError(
-                f"split official needs splits called train, validation and test; the source has '{row.split}'"
-                if row.split
+                f"split official needs splits called train, validation and test; the source has '{split}'"
+                if split
                 else "split official needs a source with splits, and this one has none: give split client"
             )
-        parts[name].append(row)
-    return {name: tuple(sorted(items, key=lambda row: row.id)) for name, items in parts.items()}
-
-
-def _trim(parts, choices, notes):
-    """Sentences, cap and gender, test first: a sentence is taken only by clips that stay, so fewer are lost."""
-    made, taken, lost = {}, {}, {}
-    for name in (splits.TEST, splits.VALID, splits.TRAIN):
-        rows, lost[name] = parts[name], {}
-        for source, sentences in taken.items():
-            kept = tuple(row for row in rows if row.sentence not in sentences)
-            lost[name][source] = len(rows) - len(kept)
-            notes.drop(f"sentence in {source}", lost[name][source])
-            rows = kept
-        choice = splits.cap(rows, choices.max_clips_per_client, choices.seed)
-        notes.drop(selection.CLIENT_CAP, len(choice.dropped))
-        made[name] = _balanced(choice.kept, choices.seed, notes) if choices.balance_gender else choice.kept
-        if choices.disjoint_sentences:
-            taken[name] = {row.sentence for row in made[name]} - {""}
-    return {name: made[name] for name in splits.SPLITS}, lost
-
-
-def _balanced(rows, seed, notes):
-    """As many clips of women as of men in each accent."""
-    kept = []
-    for accent in sorted({row.accent for row in rows}):
-        of_accent = [row for row in rows if row.accent == accent]
-        binary = [row for row in of_accent if row.gender in ("female", "male")]
-        notes.drop(GENDER_UNKNOWN, sum(not row.gender for row in of_accent))
-        notes.drop(GENDER_OTHER, sum(row.gender not in ("female", "male", "") for row in of_accent))
-        one_sided = len({row.gender for row in binary}) < 2
-        choice = splits.downsample(binary, seed, key=lambda row: row.gender)
-        kept += () if one_sided else choice.kept
-        notes.drop(GENDER_BALANCE, len(binary) if one_sided else len(choice.dropped))
-    return tuple(sorted(kept, key=lambda row: row.id))
 
 
 def _record(row):

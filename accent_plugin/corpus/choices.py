@@ -1,7 +1,5 @@
 """What a corpus is asked to hold."""
 
-import dataclasses
-import json
 import os
 from dataclasses import dataclass
 
@@ -12,7 +10,7 @@ SPLIT_KINDS = ("client", "official", "random")
 
 
 @dataclass(frozen=True)
-class CorpusChoices:
+class CorpusChoices(selection.SharedChoices):
     """What is to be built; together with the source it decides every byte of the result.
 
     Arguments
@@ -69,11 +67,9 @@ class CorpusChoices:
         object.__setattr__(self, "accents", labels.preset(named))
         if isinstance(named, str) and len(self.accents) == 1 and self.accents[0] not in known:
             raise ConfigError(f"accents {named!r} is no preset; choose {', '.join(labels.PRESETS)}, or list labels")
-        cap, valid, test = self.max_clips_per_client, self.valid_fraction, self.test_fraction
-        shortest, longest = self.min_seconds or 0, self.max_seconds
         whole = ("seed", "max_clips_per_client", "min_up_votes", "max_down_votes")
         given = {name: getattr(self, name) for name in (*whole, "valid_fraction", "test_fraction")}
-        given |= {"min_seconds": shortest, "max_seconds": longest}
+        given |= {"min_seconds": self.min_seconds or 0, "max_seconds": self.max_seconds}
         wrong = {
             name: value
             for name, value in given.items()
@@ -83,23 +79,6 @@ class CorpusChoices:
             raise ConfigError(
                 f"these must be numbers: {', '.join(f'{k} {v!r}' for k, v in wrong.items()) or 'seed None'}"
             )
-        checks = (
-            (
-                self.compound in selection.COMPOUNDS,
-                f"compound {self.compound!r} is unknown; choose {' or '.join(selection.COMPOUNDS)}",
-            ),
-            (self.split in SPLIT_KINDS, f"split {self.split!r} is unknown; choose {', '.join(SPLIT_KINDS)}"),
-            (cap is None or cap >= 1, f"max_clips_per_client is {cap}; give 1 or more, or none for no cap"),
-            (0 < valid < 1, f"valid_fraction is {valid}; give more than 0 and less than 1"),
-            (0 < test < 1 - valid, f"test_fraction is {test}; give more than 0, and less than 1 with valid_fraction"),
-            (
-                shortest >= 0 and (longest is None or shortest < longest),
-                f"min_seconds {shortest} and max_seconds {longest} leave no clip",
-            ),
-        )
-        if problems := [text for right, text in checks if not right]:
-            raise ConfigError("\n".join(problems))
-
-    def as_json(self):
-        """Plain values, accents sorted: their order decides indices in the model, nothing here."""
-        return json.loads(json.dumps(dataclasses.asdict(self) | {"accents": sorted(self.accents)}))
+        kinds = selection.COMPOUNDS
+        problem = f"compound {self.compound!r} is unknown; choose {' or '.join(kinds)}"
+        self.require(SPLIT_KINDS, (self.compound in kinds, problem))

@@ -6,7 +6,7 @@
 import hashlib
 import json
 
-from accent_plugin.data.splits import SPLITS, TRAIN
+from accent_plugin.data.splits import SPLITS, TRAIN, canonical
 from accent_plugin.errors import DataError, ManifestError
 
 CARD_JSON = "accent_plugin.json"
@@ -16,9 +16,6 @@ _LISTING = "dataset_dict.json"
 
 
 _STATE = "state.json"
-
-
-_SPLIT_NAMES = {"train": "train", "validation": "valid", "valid": "valid", "dev": "valid", "test": "test"}
 
 
 COLUMN_NAMES = {
@@ -132,11 +129,6 @@ def _load(data_folder):
         return datasets.load_from_disk(str(data_folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{data_folder} cannot be read as a DatasetDict: {error}") from None
-
-
-def canonical(name):
-    """The name that a split has here."""
-    return _SPLIT_NAMES.get(name.lower(), name)
 
 
 def find_columns(split, data, data_folder, given):

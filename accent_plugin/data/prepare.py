@@ -14,7 +14,6 @@ and two hexadecimal digits, and ``read`` undoes it.
 Nothing here imports torch, and ``datasets`` only when there is something to do.
 """
 
-import dataclasses
 import json
 import logging
 from collections import defaultdict
@@ -34,7 +33,7 @@ from accent_plugin.data.manifests import (
     manifest_paths,
     write_manifest,
 )
-from accent_plugin.errors import ConfigError, DataError, ManifestError
+from accent_plugin.errors import DataError, ManifestError
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ _EXAMPLES = 20
 
 
 @dataclass(frozen=True)
-class PreparationChoices:
+class PreparationChoices(selection.SharedChoices):
     """What a preparation is asked to make; together with the source it decides every byte of the result.
 
     Arguments
@@ -101,30 +100,16 @@ class PreparationChoices:
 
     def __post_init__(self):
         """Refuse values that cannot be meant, all at once."""
-        accents, cap, valid, test = self.accents, self.max_clips_per_client, self.valid_fraction, self.test_fraction
+        accents, share = self.accents, self.max_unreadable_share
         listed = not isinstance(accents, str) and all(isinstance(a, str) and a and escape_cell(a) == a for a in accents)
-        shortest, longest, share = self.min_seconds, self.max_seconds, self.max_unreadable_share
-        checks = (
-            (
-                listed and 0 < len(accents) == len(set(accents)),
-                f"accents is {accents!r}; give a list of distinct names",
-            ),
+        distinct = listed and 0 < len(accents) == len(set(accents))
+        self.require(
+            SPLIT_KINDS,
+            (distinct, f"accents is {accents!r}; give a list of distinct names"),
             (self.balance in BALANCES, f"balance {self.balance!r} is unknown; choose {', '.join(BALANCES)}"),
-            (self.split in SPLIT_KINDS, f"split {self.split!r} is unknown; choose {' or '.join(SPLIT_KINDS)}"),
-            (cap is None or cap >= 1, f"max_clips_per_client is {cap}; give 1 or more, or None for no cap"),
-            (0 <= shortest < longest, f"min_seconds {shortest} and max_seconds {longest} leave no clip"),
             (0 <= share <= 1, f"max_unreadable_share is {share}; give 0 to 1"),
             (self.n_folds == 0 or self.n_folds > 1, f"n_folds is {self.n_folds}; give 0 for none, or 2 or more"),
-            (0 < valid < 1, f"valid_fraction is {valid}; give more than 0 and less than 1"),
-            (0 < test < 1 - valid, f"test_fraction is {test}; give more than 0, and less than 1 with valid_fraction"),
         )
-        if problems := [text for right, text in checks if not right]:
-            raise ConfigError("\n".join(problems))
-
-    def as_json(self):
-        """Plain values, accents sorted: their order decides indices in the model, nothing here."""
-        plain = dataclasses.asdict(self) | {"accents": sorted(self.accents)}
-        return json.loads(json.dumps(plain))
 
 
 def prepare_data(data_folder, prepared_folder, *, workers=None, progress=True, **choices):
@@ -210,10 +195,7 @@ def _prepare(data_folder, folder, choices, header, workers, progress):
     notes = selection.DropLog()
     loaded, columns, layouts, has_clients = _plan(data_folder, choices, notes)
     logger.info("columns of %s: %s", data_folder, next(iter(columns.values())))
-    if not has_clients:
-        notes.warnings.append(selection.NO_CLIENT_IDS)
-    if choices.split == "random":
-        notes.warnings.append(selection.RANDOM_SPLIT)
+    notes.warnings += selection.leaks(has_clients, choices.split)
     for warning in notes.warnings:
         logger.warning(warning)
 
@@ -232,14 +214,6 @@ def _plan(data_folder, choices, notes):
     notes.warnings += unused
     given = {role: getattr(choices, f"{role}_column") for role in ("audio", "accent", "client", "sentence")}
     columns = {split: dataset_dict.find_columns(split, data, data_folder, given) for split, data in loaded.items()}
-    rows, has_clients = _rows(data_folder, loaded, columns, choices, notes)
-    layouts = _lay_out(rows, list(loaded), choices, notes)
-    _require_filled(layouts, choices, notes)
-    return loaded, columns, layouts, has_clients
-
-
-def _rows(data_folder, loaded, columns, choices, notes):
-    """Clips of the wanted accents, without duplicates and doubtful clients."""
 
     def table():
         for split, data in loaded.items():
@@ -249,46 +223,42 @@ def _rows(data_folder, loaded, columns, choices, notes):
     def content_of(row):
         return dataset_dict.content_digest(loaded[row.split], columns[row.split], row.row)
 
-    return selection.select(table(), choices.accents, notes, data_folder, content_of=content_of, precedence=_precedence)
+    extra = {"content_of": content_of, "precedence": _precedence}
+    rows, has_clients = selection.select(table(), choices.accents, notes, data_folder, **extra)
+    layouts = _lay_out(rows, list(loaded), choices, notes)
+    _require_filled(layouts, choices, notes)
+    return loaded, columns, layouts, has_clients
 
 
 def _lay_out(rows, names, choices, notes):
     """One dictionary of splits, or one for each fold; train balanced."""
-    given = {dataset_dict.canonical(name): [row for row in rows if row.split == name] for name in names}
-    keep_given = len(given) > 1 and choices.split == "speaker" and not choices.n_folds
+    found = set(map(splits.canonical, names))
+    keep_given = len(found) > 1 and choices.split == "speaker" and not choices.n_folds
     if keep_given:
-        splits.require_disjoint(given)
-    capped = splits.cap(rows, choices.max_clips_per_client, choices.seed)
-    notes.drop(selection.CLIENT_CAP, len(capped.dropped))
-    fractions = {"valid_fraction": choices.valid_fraction, "test_fraction": choices.test_fraction}
+        # Before the cap, which might hide that a client is in two of them.
+        splits.require_disjoint(splits.given(rows, **choices.draw()))
+    rows = selection.cap(rows, choices, notes)
     if choices.n_folds:
         by = "client" if choices.split == "speaker" else "clip"
         fraction = choices.valid_fraction
-        layouts = splits.folds(capped.kept, choices.n_folds, valid_fraction=fraction, seed=choices.seed, by=by)
+        layouts = splits.folds(rows, choices.n_folds, valid_fraction=fraction, seed=choices.seed, by=by)
     elif choices.split == "all":
-        layouts = ({splits.TRAIN: (), splits.VALID: (), splits.TEST: capped.kept},)
+        layouts = ({splits.TRAIN: (), splits.VALID: (), splits.TEST: rows},)
     elif choices.split == "random":
-        layouts = (splits.at_random(capped.kept, seed=choices.seed, **fractions),)
-    elif not keep_given:
-        layouts = (splits.by_client(capped.kept, seed=choices.seed, **fractions),)
+        layouts = (splits.at_random(rows, **choices.draw()),)
+    elif keep_given:
+        layouts = (splits.given(rows, **choices.draw(), missing=set(splits.SPLITS) - found),)
     else:
-        parts = {name: tuple(r for r in capped.kept if dataset_dict.canonical(r.split) == name) for name in given}
-        for name in {splits.VALID, splits.TEST} - parts.keys():
-            only = {"valid_fraction": 0, "test_fraction": 0} | {f"{name}_fraction": fractions[f"{name}_fraction"]}
-            parts |= splits.by_client(parts[splits.TRAIN], seed=choices.seed, **only)
-        layouts = (parts,)
+        layouts = (splits.by_client(rows, **choices.draw()),)
 
     made = []
-    for number, parts in enumerate(layouts, 1):
-        fold = number if choices.n_folds else None
+    for fold, parts in selection.numbered(layouts):
         if choices.split == "speaker":
             splits.require_disjoint(parts)
             if choices.disjoint_sentences:
-                parts, lost = splits.drop_sentences(parts)
-                for (split, because), items in lost.items():
-                    notes.drop(f"sentence in {because}", len(items), fold=fold)
-                    if items:
-                        logger.info("%d of %s's clips read a sentence of %s: left out", len(items), split, because)
+                parts, lost = selection.drop_sentences(parts, notes, fold=fold)
+                for split, source, count in ((a, b, lost[a][b]) for a in lost for b in lost[a] if lost[a][b]):
+                    logger.info("%d of %s's clips read a sentence of %s: left out", count, split, source)
         made.append(_balanced(parts, choices, notes, fold))
     return made
 
@@ -296,9 +266,7 @@ def _lay_out(rows, names, choices, notes):
 def _balanced(parts, choices, notes, fold):
     if choices.balance != "downsample":
         return parts
-    choice = splits.downsample(parts[splits.TRAIN], choices.seed)
-    notes.drop(selection.BALANCE, len(choice.dropped), fold=fold)
-    return parts | {splits.TRAIN: choice.kept}
+    return parts | {splits.TRAIN: selection.balance(parts[splits.TRAIN], choices, notes, fold)}
 
 
 def _without_failures(layouts, outcomes, choices, notes):
@@ -324,7 +292,7 @@ def _without_failures(layouts, outcomes, choices, notes):
     if not out:
         return layouts
     kept = [{name: tuple(r for r in items if r.id not in out) for name, items in parts.items()} for parts in layouts]
-    return [_balanced(p, choices, notes, k if choices.n_folds else None) for k, p in enumerate(kept, 1)]
+    return [_balanced(parts, choices, notes, fold) for fold, parts in selection.numbered(kept)]
 
 
 def _write(folder, data_folder, layouts, outcomes, choices, header, columns, notes, has_clients):
@@ -362,11 +330,8 @@ def _write(folder, data_folder, layouts, outcomes, choices, header, columns, not
 
 
 def _require_filled(layouts, choices, notes):
-    """Refuse a split without a clip of one of the accents."""
-    for number, parts in enumerate(layouts, 1):
-        where = f" of fold {number}" if choices.n_folds else ""
-        wanted = splits.SPLITS if choices.split != "all" else (splits.TEST,)
-        selection.require_filled(parts, choices.accents, wanted, notes.dropped + notes.folds[number], where)
+    wanted = (splits.TEST,) if choices.split == "all" else splits.SPLITS
+    selection.require_filled(layouts, choices.accents, notes, wanted)
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -413,7 +378,7 @@ def _in_words(layouts):
 
 
 def _precedence(row):
-    return _PLACES.get(dataset_dict.canonical(row.split), 0), row.accent, row.gender, row.age, row.split, row.row
+    return _PLACES.get(splits.canonical(row.split), 0), row.accent, row.gender, row.age, row.split, row.row
 
 
 _PLACES = {splits.TEST: 0, splits.VALID: 1, splits.TRAIN: 2, "": 0}

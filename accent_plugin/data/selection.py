@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from accent_plugin.data import labels, splits
-from accent_plugin.errors import DataError
+from accent_plugin.errors import ConfigError, DataError
 
 OTHER_ACCENT = "other accent"
 
@@ -32,6 +32,15 @@ CLIENT_CAP = "client cap"
 
 
 BALANCE = "balance"
+
+
+GENDER_UNKNOWN = "gender not given"
+
+
+GENDER_OTHER = "gender neither male nor female"
+
+
+GENDER_BALANCE = "gender balance"
 
 
 NO_CLIENT_IDS = "no client ids: splits may share speakers"
@@ -68,6 +77,58 @@ class Row(splits.Item):
     seconds: float | None = None
 
 
+class SharedChoices:
+    """What corpus and prepared data are asked for alike; the base of two dataclasses."""
+
+    accents: tuple[str, ...] | str
+    seed: int
+    split: str
+    max_clips_per_client: int | None
+    min_seconds: float | None
+    max_seconds: float | None
+    valid_fraction: float
+    test_fraction: float
+
+    def require(self, kinds, *more):
+        """Refuse values that cannot be meant, all at once.
+
+        Arguments
+        ---------
+        kinds : sequence of str
+            What ``split`` may be.
+        *more : tuple
+            Further checks: whether a value is right, and the problem where it is not.
+
+        Raises
+        ------
+        ConfigError
+            With one line for each problem.
+        """
+        cap, valid, test = self.max_clips_per_client, self.valid_fraction, self.test_fraction
+        shortest, longest = self.min_seconds or 0, self.max_seconds
+        checks = (
+            *more,
+            (self.split in kinds, f"split {self.split!r} is unknown; choose {', '.join(kinds)}"),
+            (cap is None or cap >= 1, f"max_clips_per_client is {cap}; give 1 or more, or none for no cap"),
+            (
+                shortest >= 0 and (longest is None or shortest < longest),
+                f"min_seconds {shortest} and max_seconds {longest} leave no clip",
+            ),
+            (0 < valid < 1, f"valid_fraction is {valid}; give more than 0 and less than 1"),
+            (0 < test < 1 - valid, f"test_fraction is {test}; give more than 0, and less than 1 with valid_fraction"),
+        )
+        if problems := [text for right, text in checks if not right]:
+            raise ConfigError("\n".join(problems))
+
+    def draw(self):
+        """Fractions and seed, as the functions of ``splits`` take them."""
+        return {"valid_fraction": self.valid_fraction, "test_fraction": self.test_fraction, "seed": self.seed}
+
+    def as_json(self):
+        """Plain values, accents sorted: their order decides indices in the model, nothing here."""
+        return json.loads(json.dumps(vars(self) | {"accents": sorted(self.accents)}))
+
+
 class DropLog:
     """What was left out and why, as it is found."""
 
@@ -95,7 +156,7 @@ def select(table, accents, notes, where, *, mapping=None, compound="drop", conte
         What the source says of each clip, see above.
     accents : sequence of str
         Labels to keep. Names outside ``labels`` are taken as they are.
-    notes : Notes
+    notes : DropLog
         Receives what is left out.
     where : object
         What to call the source in messages.
@@ -174,37 +235,94 @@ def read_accent(accent, variant="", extra=None, compound="drop"):
     return parsed
 
 
-def require_filled(parts, accents, wanted, reasons, where="", remedy=""):
+def cap(rows, choices, notes):
+    """Keep at most ``max_clips_per_client`` clips of each client."""
+    choice = splits.cap(rows, choices.max_clips_per_client, choices.seed)
+    notes.drop(CLIENT_CAP, len(choice.dropped))
+    return choice.kept
+
+
+def balance(rows, choices, notes, fold=None):
+    """Keep as many clips of every accent as of the rarest."""
+    choice = splits.downsample(rows, choices.seed)
+    notes.drop(BALANCE, len(choice.dropped), fold=fold)
+    return choice.kept
+
+
+def balance_gender(rows, choices, notes):
+    """Keep as many clips of women as of men in each accent."""
+    kept = []
+    for accent in sorted({row.accent for row in rows}):
+        of_accent = [row for row in rows if row.accent == accent]
+        binary = [row for row in of_accent if row.gender in ("female", "male")]
+        notes.drop(GENDER_UNKNOWN, sum(not row.gender for row in of_accent))
+        notes.drop(GENDER_OTHER, sum(row.gender not in ("female", "male", "") for row in of_accent))
+        one_sided = len({row.gender for row in binary}) < 2
+        choice = splits.downsample(binary, choices.seed, key=lambda row: row.gender)
+        kept += () if one_sided else choice.kept
+        notes.drop(GENDER_BALANCE, len(binary) if one_sided else len(choice.dropped))
+    return tuple(sorted(kept, key=lambda row: row.id))
+
+
+def drop_sentences(parts, notes, *, trim=None, fold=None):
+    """Drop the sentences of test and valid from the splits after them, and count the clips that this costs.
+
+    Returns
+    -------
+    tuple
+        The splits, and split -> because of split -> clips dropped.
+    """
+    parts, dropped = splits.drop_sentences(parts, trim)
+    counts = {split: {} for split in (splits.TEST, splits.VALID, splits.TRAIN)}
+    for (split, source), rows in dropped.items():
+        counts[split][source] = len(rows)
+        notes.drop(f"sentence in {source}", len(rows), fold=fold)
+    return parts, counts
+
+
+def numbered(layouts):
+    """Yield the number of each fold and its splits; None for the only layout where there are no folds."""
+    for number, parts in enumerate(layouts, 1):
+        yield number if len(layouts) > 1 else None, parts
+
+
+def leaks(tells_clients, split):
+    """Warnings where splits may share speakers, or do."""
+    return [NO_CLIENT_IDS] * (not tells_clients) + [RANDOM_SPLIT] * (split == "random")
+
+
+def require_filled(layouts, accents, notes, wanted=splits.SPLITS, remedy=""):
     """Refuse a split without a clip of one of the accents.
 
     Arguments
     ---------
-    parts : dict
-        Split -> rows.
+    layouts : sequence of dict
+        Split -> rows; one for each fold.
     accents : sequence of str
+    notes : DropLog
+        What was left out, for the message.
     wanted : sequence of str
         Splits that must be filled.
-    reasons : Counter
-        What was left out, for the message.
-    where : str
-        " of fold 2" or nothing.
     remedy : str
         One more line, of what the caller knows to help.
 
     Raises
     ------
     DataError
-        Naming all of them.
+        Naming all empty splits of the first such fold.
     """
-    empty = {name: sorted(set(accents) - {row.accent for row in parts[name]}) for name in wanted}
-    if any(empty.values()):
-        raise DataError(
-            "; ".join(f"split {name}{where} has no clip of {', '.join(a)}" for name, a in empty.items() if a)
-            + f"\nleft out were: {in_words(reasons) or 'none'}"
-            + "\nleave the accent out, add data, or loosen the choice that took them"
-            + (f"\n{remedy}" if remedy else "")
-            + (_SAME_TEXT if any(reason.startswith("sentence in") for reason in reasons if reasons[reason]) else "")
-        )
+    for number, parts in enumerate(layouts, 1):
+        reasons = notes.dropped + notes.folds[number]
+        where = f" of fold {number}" if len(layouts) > 1 else ""
+        empty = {name: sorted(set(accents) - {row.accent for row in parts[name]}) for name in wanted}
+        if any(empty.values()):
+            raise DataError(
+                "; ".join(f"split {name}{where} has no clip of {', '.join(a)}" for name, a in empty.items() if a)
+                + f"\nleft out were: {in_words(reasons) or 'none'}"
+                + "\nleave the accent out, add data, or loosen the choice that took them"
+                + (f"\n{remedy}" if remedy else "")
+                + (_SAME_TEXT if any(reason.startswith("sentence in") for reason in +reasons) else "")
+            )
 
 
 def in_words(counts):

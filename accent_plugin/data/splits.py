@@ -16,6 +16,10 @@ from accent_plugin.errors import DataError
 TRAIN, VALID, TEST = SPLITS = ("train", "valid", "test")
 
 
+# What sources call them.
+_NAMES = {"train": TRAIN, "validation": VALID, "valid": VALID, "dev": VALID, "test": TEST}
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One clip, as far as splitting is concerned."""
@@ -87,6 +91,33 @@ def by_hash(items, *, valid_fraction, test_fraction, seed):
             place = rank(seed, "split", *unit) / 2**64
             places[unit] = TEST if place < test_fraction else VALID if place < test_fraction + valid_fraction else TRAIN
         parts[places[unit]].append(item)
+    return _sorted(parts)
+
+
+def given(items, *, valid_fraction, test_fraction, seed, missing=()):
+    """Keep the splits of the source; those that it lacks are drawn from its train, by client.
+
+    Arguments
+    ---------
+    items : iterable of Item
+        Each also has ``split``, the name of its split in the source.
+    valid_fraction, test_fraction, seed
+        As in ``by_client``, for the missing splits.
+    missing : collection of str
+        Names in ``SPLITS`` that the source lacks.
+
+    Returns
+    -------
+    dict
+        Split -> items, for all three.
+    """
+    parts = {split: [item for item in items if canonical(item.split) == split] for split in SPLITS}
+    if missing:
+        fractions = {
+            "valid_fraction": valid_fraction if VALID in missing else 0,
+            "test_fraction": test_fraction if TEST in missing else 0,
+        }
+        parts |= by_client(parts[TRAIN], **fractions, seed=seed)
     return _sorted(parts)
 
 
@@ -174,23 +205,31 @@ def downsample(items, seed, key=_accent_of):
     return Choice(_by_id(kept), _by_id(dropped))
 
 
-def drop_sentences(parts):
-    """Take test's sentences out of train and valid, and valid's out of train.
+def drop_sentences(parts, trim=None):
+    """Drop test's sentences from valid and train, and valid's from train.
+
+    Arguments
+    ---------
+    parts : dict
+        Split -> items.
+    trim : callable, optional
+        Items of a split -> those to keep. It runs before the sentences of the split are dropped from the next ones, so
+        that fewer clips are lost.
 
     Returns
     -------
     tuple
         The splits, and what was dropped: ``{(split, because of split): items}``.
     """
-    parts, dropped = dict(parts), {}
-    for source, targets in ((TEST, (VALID, TRAIN)), (VALID, (TRAIN,))):
-        taken = {item.sentence for item in parts.get(source, ())} - {""}
-        for target in targets:
-            if target in parts:
-                lost = tuple(item for item in parts[target] if item.sentence in taken)
-                parts[target] = tuple(item for item in parts[target] if item.sentence not in taken)
-                dropped[target, source] = lost
-    return parts, dropped
+    kept, taken, dropped = {}, {}, {}
+    for split in (name for name in (TEST, VALID, TRAIN) if name in parts):
+        items = parts[split]
+        for source, sentences in taken.items():
+            dropped[split, source] = tuple(item for item in items if item.sentence in sentences)
+            items = tuple(item for item in items if item.sentence not in sentences)
+        kept[split] = trim(items) if trim else items
+        taken[split] = {item.sentence for item in kept[split]} - {""}
+    return {split: kept[split] for split in SPLITS if split in kept}, dropped
 
 
 def require_disjoint(parts):
@@ -213,6 +252,11 @@ def require_disjoint(parts):
             f"{len(shared)} client(s) are in more than one split: {named}\n"
             "its scores would not be on unseen speakers: join the splits into one, and it is split by client here"
         )
+
+
+def canonical(name):
+    """The name that a split of a source has here."""
+    return _NAMES.get(name.lower(), name)
 
 
 def normalise_sentence(text):

@@ -13,8 +13,8 @@ from helpers.releases import clients_of, flat, kept, people, pool, release, row,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accent_plugin.corpus.build import GENDER_OTHER, build_corpus, load_corpus, survey_accents
-from accent_plugin.data import dataset_dict, labels, splits
+from accent_plugin.corpus.build import build_corpus, load_corpus, survey_accents
+from accent_plugin.data import dataset_dict, labels, selection, splits
 from accent_plugin.data.manifests import read_manifest
 from accent_plugin.data.prepare import prepare_data
 from accent_plugin.data.splits import Item
@@ -307,8 +307,8 @@ def test_genders_are_balanced(tmp_path):
     for accent in TWO:
         genders = [clip["gender"] for clip in found if clip["accent"] == accent]
         assert 0 < genders.count("male") == genders.count("female") == len(genders) / 2
-    assert made.dropped.keys() == {"gender not given", GENDER_OTHER, "gender balance"}
-    assert made.dropped[GENDER_OTHER] == 3
+    assert made.dropped.keys() == {"gender not given", selection.GENDER_OTHER, "gender balance"}
+    assert made.dropped[selection.GENDER_OTHER] == 3
     assert made.dropped["gender not given"] == 7
     # At least the 20 males of us that have no counterpart.
     assert made.dropped["gender balance"] >= 20
