@@ -1,7 +1,7 @@
-"""Write a DatasetDict to disk in shards that are whole or absent, so that an interrupted run goes on.
+"""Write a DatasetDict to disk in shards that are complete or absent, so that an interrupted run can be resumed.
 
-The result is laid out as ``DatasetDict.save_to_disk`` does it, and ``datasets.load_from_disk`` reads it. That function
-itself embeds every file, can keep no paths, and starts again from nothing. Memory does not grow with the data.
+The layout is that of ``DatasetDict.save_to_disk``, for ``datasets.load_from_disk``. That function itself embeds every
+file, cannot keep paths, and always starts from the beginning. Memory does not grow with the data.
 """
 
 import json
@@ -23,7 +23,7 @@ _CLIPS_EMBEDDED = 1000
 _CLIPS_REFERRED = 100_000
 
 
-# A record batch is written when it has so many clips or bytes.
+# A record batch is written when it reaches this number of clips or bytes.
 _BATCH_CLIPS = 100
 
 
@@ -31,7 +31,7 @@ _BATCH_BYTES = 1 << 26
 
 
 def is_finished(folder):
-    """Whether ``folder`` holds a DatasetDict that was written to the end, and all its shards."""
+    """Whether ``folder`` holds a complete DatasetDict with all its shards."""
     try:
         listing = json.loads((folder / _LISTING).read_text(encoding="utf-8"))
         for split in listing["splits"]:
@@ -46,22 +46,22 @@ def is_finished(folder):
 
 
 def write(folder, parts, columns, record, sound, *, fingerprint, embed=True, workers=1, progress=True):
-    """Write splits of rows as a DatasetDict, up to ``finish``.
+    """Write splits of rows as a DatasetDict; ``finish`` completes it.
 
     Arguments
     ---------
     folder : Path
-        Exists; shards of these very rows that are there already are kept.
+        Exists; finished shards of the same rows are kept.
     parts : dict
-        Name of the split -> rows, in the order in which they are written.
+        Name of the split -> rows, in the order of writing.
     columns : sequence of str
-        Names of the columns of text; ``AUDIO`` is added.
+        Names of the text columns; ``AUDIO`` is added.
     record : callable
         Row -> dictionary of text for ``columns``.
     sound : callable
         Row -> the bytes of its file, or its path (str).
     fingerprint : str
-        Stands for source and arguments; ``datasets`` names its caches by it.
+        Of source and arguments; ``datasets`` names its caches after it.
     embed : bool
         Whether to store the bytes of files; False stores their paths.
     workers : int
@@ -84,7 +84,7 @@ def write(folder, parts, columns, record, sound, *, fingerprint, embed=True, wor
     for split, rows in parts.items():
         (folder / split).mkdir(exist_ok=True)
         for leftover in (folder / split).glob(".data-*.tmp"):
-            # Of a process that was killed: the caller holds the folder's lock, so nobody writes it now.
+            # Of a killed process: the caller holds the folder's lock, so no process is writing it.
             leftover.unlink()
         size = _CLIPS_EMBEDDED if embed else _CLIPS_REFERRED
         names = _names(len(rows), size)
@@ -106,13 +106,13 @@ def write(folder, parts, columns, record, sound, *, fingerprint, embed=True, wor
 
 
 def finish(folder, parts):
-    """Declare what ``write`` has written finished: from here on ``datasets.load_from_disk`` reads it."""
+    """Complete what ``write`` has written: from now on ``datasets.load_from_disk`` reads it."""
     with files.atomic_write(folder / _LISTING) as file:
         json.dump({"splits": list(parts)}, file)
 
 
 def remove(folder):
-    """Remove what ``write`` has written; nothing else, and no folder that still holds something."""
+    """Remove the files that ``write`` has written, and the folders that are then empty."""
     (folder / _LISTING).unlink(missing_ok=True)
     for split in ("train", "validation", "test"):
         for pattern in ("data-*-of-*.arrow", ".data-*.tmp", "state.json", "dataset_info.json"):
@@ -163,8 +163,8 @@ def _sound(row, content, embed):
     except OSError as error:
         raise DataError(
             f"{content} cannot be read: {error.strerror or error}\n"
-            "make it readable and run the same command again: it goes on from here\n"
-            "(or take it away: it is then left out, and the copying begins anew)"
+            "make it readable and run the same command again, which resumes here\n"
+            "(or remove the file: it is then dropped, and copying starts again)"
         ) from None
 
 

@@ -1,13 +1,13 @@
-"""Any corpus -> a DatasetDict that can be trusted: accents mapped, clips chosen, split by client, and a card.
+"""Build a DatasetDict from any corpus: map accents, select clips, split by speaker, and write a card.
 
-What is made, in ``out``::
+The files in ``out``::
 
-    train/ validation/ test/    shards of Arrow, as datasets.load_from_disk wants them; audio referred to or embedded
-    accent_plugin.json          the card: source, arguments, counts, what was left out and why
+    train/ validation/ test/    Arrow shards for datasets.load_from_disk; audio as paths or embedded
+    accent_plugin.json          the card: source, arguments, counts, dropped clips by reason
     README.md                   the same for people
     dataset_dict.json           written last
 
-Nothing here imports torch. Audio is not decoded: that is what ``manifests.prepare`` and ``audit.check`` do.
+Nothing here imports torch. Audio is not decoded; ``data.prepare`` and ``audit.check`` do that.
 """
 
 import contextlib
@@ -55,20 +55,20 @@ _README = "README.md"
 
 @dataclass(frozen=True)
 class Built:
-    """A DatasetDict that was built.
+    """A finished DatasetDict.
 
     Arguments
     ---------
     folder : Path
         For ``datasets.load_from_disk``, and ``data_folder`` of the recipe.
     counts : dict
-        Split -> accent -> {"clips", "clients", "seconds"}; seconds is None where some are not told.
+        Split -> accent -> {"clips", "clients", "seconds"}; seconds is None where some are unknown.
     dropped : dict
-        Reason -> number of clips left out.
+        Reason -> number of dropped clips.
     warnings : tuple of str
-        What a user of the data should know.
+        What users of the data should know.
     card : dict
-        All of that, and how it was made.
+        All of that, with source and arguments.
     """
 
     folder: Path
@@ -80,7 +80,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Spelling:
-    """One raw accent: its number of clips and clients, and the label it maps to, or why to none."""
+    """One raw accent: its number of clips and speakers, and its label or the reason why it has none."""
 
     raw: str
     clips: int
@@ -90,54 +90,54 @@ class Spelling:
 
 
 def survey_accents(source, *, mapping=None, compound="drop", **reading):
-    """What a corpus calls its accents.
+    """List the raw accents of a corpus.
 
     Arguments
     ---------
     source : str or Path
         As in ``build``.
     mapping, compound
-        As in ``Choices``.
+        As in ``CorpusChoices``.
     **reading
         Fields of ``readers.Reading``.
 
     Returns
     -------
     tuple of Spelling
-        The most frequent first; clips without an accent are one with an empty name.
+        The most frequent first; clips without an accent count as one with an empty name.
     """
     mapping = labels.read_mapping(mapping) if isinstance(mapping, str | os.PathLike) else mapping
-    clips, clients = Counter(), defaultdict(set)
+    clips, speakers = Counter(), defaultdict(set)
     for cells in readers.open_source(source, readers.Reading(**reading)).cells():
         key = cells["accent"], cells.get("variant", "")
         clips[key] += 1
-        clients[key].add(cells["client"])
+        speakers[key].add(cells["client"])
     found = []
     for key, count in sorted(clips.items(), key=lambda entry: (-entry[1], entry[0])):
         accent, variant = key
         parsed = selection.read_accent(accent, variant, mapping, compound)
-        found.append(Spelling(selection.shown(key), count, len(clients[key] - {""}), parsed.label, parsed.reason))
+        found.append(Spelling(selection.shown(key), count, len(speakers[key] - {""}), parsed.label, parsed.reason))
     return tuple(found)
 
 
 def build_corpus(source, out, *, workers=None, progress=True, **arguments):
-    """Choose and split the clips of a corpus, and write them as a DatasetDict; when it is there already, do nothing.
+    """Select and split the clips of a corpus and write them as a DatasetDict, unless ``out`` holds it already.
 
-    An interrupted run goes on where it was. With other arguments than those in ``out`` it is refused.
+    An interrupted run is resumed. An ``out`` that was made with other arguments is refused.
 
     Arguments
     ---------
     source : str or Path
-        A Common Voice release, a DatasetDict, a folder per accent, a CSV file, or a name on the Hub; only read. A
-        reader of one's own (see ``readers``) is taken, too; its ``folder`` is where its files are.
+        A Common Voice release, a DatasetDict, a folder per accent, a CSV file, or a name on the Hub; only read. Or
+        your own reader (see ``readers``), whose ``folder`` holds its files.
     out : str or Path
-        Folder to write; nothing is written outside it.
+        Output folder; nothing is written outside it.
     workers : int, optional
-        Threads that copy audio; None takes the machine's cores.
+        Threads that copy audio; None takes one per core.
     progress : bool
         Whether to draw a progress bar on stderr.
     **arguments
-        Fields of ``Choices``, and of ``readers.Reading``: how to read the source.
+        Fields of ``CorpusChoices``, and of ``readers.Reading``: how to read the source.
 
     Returns
     -------
@@ -146,9 +146,9 @@ def build_corpus(source, out, *, workers=None, progress=True, **arguments):
     Raises
     ------
     ConfigError
-        When arguments cannot be meant.
+        When an argument is invalid.
     DataError
-        When the source cannot be used, or a split would be empty.
+        When the source is unusable, or a split would be empty.
     ManifestError
         When ``out`` holds something else.
     """
@@ -157,7 +157,7 @@ def build_corpus(source, out, *, workers=None, progress=True, **arguments):
     choices, out = CorpusChoices(**arguments), Path(out).absolute()
     reader = readers.open_source(source, reading, official=choices.split == "official")
     _require_outside(source, out)
-    _require_clients(reader, choices)
+    _require_speakers(reader, choices)
     header = {"arguments": choices.as_json() | dataclasses.asdict(reading), "source": reader.fingerprint()}
     header = json.loads(json.dumps(header))
     if workers is not None and workers < 1:
@@ -178,7 +178,7 @@ def build_corpus(source, out, *, workers=None, progress=True, **arguments):
 
 
 def load_corpus(folder):
-    """What the card of a finished DatasetDict says.
+    """Read the card of a finished DatasetDict.
 
     Raises
     ------
@@ -198,12 +198,12 @@ def load_corpus(folder):
 
 
 def plan_corpus(reader, choices, notes, progress=False):
-    """Choose and split by what the source says of its clips: all that can be refused before anything is written.
+    """Select and split clips by their metadata, and refuse what can be refused before anything is written.
 
     Returns
     -------
     tuple
-        Split -> rows, and split -> because of split -> clips left out for their sentence.
+        Split -> rows, and split -> because of split -> clips dropped for their sentence.
     """
     from tqdm import tqdm
 
@@ -215,12 +215,12 @@ def plan_corpus(reader, choices, notes, progress=False):
         "compound": choices.compound,
         "content_of": getattr(reader, "content_of", None),
     }
-    rows, has_clients = selection.select(table, choices.accents, notes, reader.name, **extra)
+    rows, knows_speakers = selection.select(table, choices.accents, notes, reader.name, **extra)
     if not extra["content_of"]:
         rows = _each_file_once(rows, notes)
     notes.dropped += reader.damaged
-    if not has_clients and choices.split == "client":
-        raise DataError(_no_clients(reader))
+    if not knows_speakers and choices.split == "client":
+        raise DataError(_no_speakers(reader))
     absent = reader.absent(rows)
     notes.drop(NO_AUDIO, int(absent.sum()))
     notes.examples += [{"reason": NO_AUDIO, "id": r.path, "message": ""} for r in _first(rows, absent)]
@@ -233,10 +233,10 @@ def plan_corpus(reader, choices, notes, progress=False):
     if choices.split == "official":
         _require_official(there)
     parts = _DIVIDE[choices.split](there, **choices.draw())
-    notes.warnings += selection.leaks(has_clients, choices.split)
+    notes.warnings += selection.leaks(knows_speakers, choices.split)
     if choices.split != "random":
         splits.require_disjoint(parts)
-    elif has_clients:
+    elif knows_speakers:
         notes.warnings.append("the recipe refuses splits that share speakers, unless it is given --split random")
 
     def trim(rows):
@@ -250,9 +250,9 @@ def plan_corpus(reader, choices, notes, progress=False):
         lost = {split: {} for split in reversed(splits.SPLITS)}
     remedy = ""
     if choices.split == "client":
-        clients = Counter(accent for accent, _ in {(row.accent, row.client) for row in rows})
-        told = ", ".join(f"{accent} {clients[accent]}" for accent in choices.accents)
-        remedy = f"clients: {told}; each falls into a split by its hash: few need larger fractions, or another seed"
+        speakers = Counter(accent for accent, _ in {(row.accent, row.speaker) for row in rows})
+        told = ", ".join(f"{accent} {speakers[accent]}" for accent in choices.accents)
+        remedy = f"speakers: {told}; each falls into a split by its hash: few need larger fractions, or another seed"
     selection.require_filled([parts], choices.accents, notes, remedy=remedy)
     return parts, lost
 
@@ -282,7 +282,7 @@ def _build(reader, out, choices, header, workers, progress):
 
 
 def _filtered(table, choices, notes):
-    """Clips that pass the filters on votes and duration."""
+    """Yield the clips that pass the filters on votes and duration."""
     fewest, most = choices.min_up_votes, choices.max_down_votes
     for cells in table:
         seconds = cells.get("seconds")
@@ -301,15 +301,15 @@ def _filtered(table, choices, notes):
 
 
 def _each_file_once(rows, notes):
-    """One row for each file, and none for a file that is given two accents or two clients."""
+    """Keep one row per file; drop files that have two accents or two speakers."""
     of_file = defaultdict(list)
     for row in sorted(rows, key=lambda row: row.id):
         of_file[row.path].append(row)
     kept = []
     for path, members in of_file.items():
-        told = sorted({(row.accent, row.client) for row in members})
+        told = sorted({(row.accent, row.speaker) for row in members})
         if len(told) > 1:
-            message = "given as " + " and ".join(f"{accent} by '{client}'" for accent, client in told[:2])
+            message = "given as " + " and ".join(f"{accent} by '{speaker}'" for accent, speaker in told[:2])
             notes.drop(selection.CONTRADICTING, len(members), example={"id": path, "message": message})
             continue
         notes.drop(selection.DUPLICATE, len(members) - 1)
@@ -318,7 +318,7 @@ def _each_file_once(rows, notes):
 
 
 def _require_official(rows):
-    """Refuse clips whose split at the source is none of those that are trained and tested on."""
+    """Refuse clips whose split in the source is not train, validation or test."""
     for split in sorted({row.split for row in rows}):
         if splits.canonical(split) not in splits.SPLITS:
             raise DataError(
@@ -329,18 +329,18 @@ def _require_official(rows):
 
 
 def _record(row):
-    """The text of one clip in a DatasetDict."""
+    """The text columns of one clip."""
     return dict(
         zip(
             COLUMNS,
-            (row.client, os.path.basename(row.path), row.text, row.accent, row.raw_accent, row.gender, row.age),
+            (row.speaker, os.path.basename(row.path), row.text, row.accent, row.raw_accent, row.gender, row.age),
             strict=True,
         )
     )
 
 
 def _finished(out, header):
-    """The DatasetDict when it is what is asked for, None when there is work to do; refused when it is another."""
+    """The DatasetDict when it is finished, None when there is work to do; a different one is refused."""
     begun, card = out / _BUILDING, out / dataset_dict.CARD_JSON
     if not out.exists() or (out.is_dir() and not any(p.name != ".lock" for p in out.iterdir())):
         return None
@@ -359,7 +359,7 @@ def _first(rows, chosen, count=5):
 
 @contextlib.contextmanager
 def _without_collection():
-    """Records of text form no cycles: looking for some among millions of them takes a fifth of the time."""
+    """Turn off garbage collection: text records form no cycles, and among millions the search costs a fifth."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -375,14 +375,14 @@ def _require_outside(source, out):
         raise DataError(f"--out {out} is inside the source, which is only read: choose another folder")
 
 
-def _require_clients(reader, choices):
+def _require_speakers(reader, choices):
     if choices.split == "client" and not reader.has_clients:
-        raise DataError(_no_clients(reader))
+        raise DataError(_no_speakers(reader))
 
 
-def _no_clients(reader):
+def _no_speakers(reader):
     return (
         f"{reader.name} has no client ids, so no split can keep speakers apart\n{reader.without_clients}\n"
-        "or give split official to keep the splits that it came with, or split random: every report will then say that"
-        " speakers may be shared, and its figures flatter"
+        "or give split official to keep its own splits, or split random: every report will then warn that splits may"
+        " share speakers, which inflates its figures"
     )

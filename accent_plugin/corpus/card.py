@@ -23,13 +23,13 @@ def corpus_card_to_markdown(card):
     """A card as Markdown: what it is, tables of clips and of what was left out."""
     source = card["source"]
     lines = [f"# {card['name']}", "", f"Made by {card['made_by']} from {source['name']} ({source['kind']}).", ""]
-    lines += ["| split | accent | clips | clients | hours |", "|---|---|---|---|---|"]
+    lines += ["| split | accent | clips | speakers | hours |", "|---|---|---|---|---|"]
     for split, by_accent in card["counts"].items():
         for accent, n in by_accent.items():
             hours = "unknown" if n["seconds"] is None else f"{n['seconds'] / 3600:.2f}"
             lines.append(f"| {REASON_NAMES[split]} | {accent} | {n['clips']} | {n['clients']} | {hours} |")
-    disjoint = {True: "No client is in two splits.", False: "Split by clip: clients may be in several splits."}
-    lines += ["", disjoint.get(card["clients_disjoint"], "The source does not tell clients apart.")]
+    disjoint = {True: "No speaker is in two splits.", False: "Split by clip: speakers may be in several splits."}
+    lines += ["", disjoint.get(card["clients_disjoint"], "The source does not tell speakers apart.")]
     lines += [f"Note: {warning}." for warning in card["warnings"]]
     lines += ["", "Left out:", "", "| reason | clips |", "|---|---|"]
     lines += [f"| {reason} | {n} |" for reason, n in card["dropped"].items()] or ["| nothing | 0 |"]
@@ -76,7 +76,7 @@ def _count(rows):
     return {
         accent: {
             "clips": len(members),
-            "clients": len({row.client for row in members} - {""}),
+            "clients": len({row.speaker for row in members} - {""}),
             "seconds": None if any(r.seconds is None for r in members) else round(sum(r.seconds for r in members), 2),
         }
         for accent, members in sorted(by_accent.items())

@@ -1,4 +1,4 @@
-"""What a corpus is asked to hold."""
+"""The options of ``build_corpus``."""
 
 import os
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ SPLIT_KINDS = ("client", "official", "random")
 
 @dataclass(frozen=True)
 class CorpusChoices(selection.SharedChoices):
-    """What is to be built; together with the source it decides every byte of the result.
+    """The options of a corpus; with the source they determine every byte of the result.
 
     Arguments
     ---------
@@ -20,26 +20,26 @@ class CorpusChoices(selection.SharedChoices):
     mapping : dict or path
         More spellings, ``{spelling: label}``, or a YAML file of them; see ``labels.read_mapping``.
     compound : str
-        "drop" leaves clips with several accents out; "agree" takes those whose accents all map to one label.
+        "drop" drops clips with several accents; "agree" keeps those whose accents all map to one label.
     split : str
-        "client": no client in two splits, by a seeded hash, so that a client keeps its split when the release grows;
-        "official": the splits of the source; "random": by clip, leaky, for corpora that do not tell clients apart.
+        "client": no speaker in two splits, by a seeded hash, so that speakers keep their split when the release grows;
+        "official": the splits of the source; "random": by clip, leaky, for corpora that do not tell speakers apart.
     seed : int
-        Decides splits and draws.
+        Determines splits and draws.
     valid_fraction, test_fraction : float
-        Probability of a client to be in validation and in test.
+        Probability that a speaker is in validation and in test.
     max_clips_per_client : int or None
-        Cap.
+        Most clips of one speaker in a split.
     min_up_votes, max_down_votes : int or None
         Filters on the votes of Common Voice's listeners.
     min_seconds, max_seconds : float or None
-        Filters on duration, for clips whose duration the source tells.
+        Filters on duration, for clips whose duration the source gives.
     balance_gender : bool
-        In each accent and split as many clips of women as of men; those of unknown gender are left out.
+        Keep as many clips of women as of men in each accent and split; drop those of unknown gender.
     disjoint_sentences : bool
-        Leave sentences of test out of train and validation, and those of validation out of train.
+        Drop sentences of test from train and validation, and those of validation from train.
     embed : bool
-        Copy the audio into the result; False refers to the files where they are.
+        Copy the audio into the result; False stores paths to the original files.
     """
 
     accents: tuple[str, ...] | str = "three"
@@ -59,7 +59,7 @@ class CorpusChoices(selection.SharedChoices):
     embed: bool = False
 
     def __post_init__(self):
-        """Resolve accents and mapping, and refuse values that cannot be meant, all at once."""
+        """Resolve accents and mapping, and refuse invalid values, all at once."""
         mapping = labels.read_mapping(self.mapping) if isinstance(self.mapping, str | os.PathLike) else self.mapping
         mapping = dict(mapping or {})
         object.__setattr__(self, "mapping", mapping)

@@ -1,9 +1,9 @@
-"""A release folder of Common Voice, of any version, as text of its clips.
+"""Reader of the metadata of a Common Voice release, of any version.
 
-A release is known by its columns, not by its folder's name. Versions 2 to 27 are tab-separated files beside a folder
-``clips``: they call the accent ``accent`` (codes) or ``accents`` (names and free text), some add ``variant``, and the
-durations, where there are any, are in ``clip_durations.tsv``. Version 1 is ``cv-valid-*.csv``, separated by commas,
-without client ids. A quotation mark has no meaning in the tab-separated files, except around a whole cell.
+A release is recognised by its columns, not by the name of its folder. Versions 2 to 27 are tab-separated files next to
+a folder ``clips``: they call the accent ``accent`` (codes) or ``accents`` (names and free text), some add ``variant``,
+and durations, if any, are in ``clip_durations.tsv``. Version 1 is ``cv-valid-*.csv``, separated by commas, without
+client ids. A quotation mark has no meaning in the tab-separated files, except around a whole cell.
 """
 
 import bisect
@@ -48,7 +48,7 @@ _CLIPS = "clips"
 _DURATIONS = "clip_durations.tsv"
 
 
-# Above this share of damaged rows the file is something else, or broken.
+# A file with a larger fraction of damaged rows is refused.
 _MOST_DAMAGED = 0.05
 
 
@@ -87,7 +87,7 @@ class Release:
     Raises
     ------
     DataError
-        When it is no release, or lacks a column.
+        When it is not a release, or lacks a column.
     """
 
     kind = "Common Voice release"
@@ -113,7 +113,7 @@ class Release:
                 )
         self._split_of = {name: splits.get(name, "") for name in self.files}
         self._headers = {name: _header(self.folder / name, first_version) for name in self.files}
-        # cv-corpus-27.0-2026-09-11/en, but nothing else of the path: it would tell of the machine.
+        # cv-corpus-27.0-2026-09-11/en, without the rest of the path, which would reveal the machine.
         above = self.folder.parent.name
         self.name = f"{above}/{self.folder.name}" if re.search("cv|common.?voice", above, re.I) else self.folder.name
         self.has_clients = all("client" in header for header, _ in self._headers.values())
@@ -135,9 +135,9 @@ class Release:
         return {"kind": self.kind, "name": self.name, "files": found}
 
     def cells(self):
-        """Yield what the tables say of each clip, as a dictionary; see ``selection``.
+        """Yield the metadata of each clip, as a dictionary; see ``selection``.
 
-        Beyond that: ``up_votes`` and ``down_votes`` (int or None) and ``seconds`` (float, None where unknown).
+        It also has ``up_votes`` and ``down_votes`` (int or None) and ``seconds`` (float, None where unknown).
 
         Raises
         ------
@@ -169,16 +169,16 @@ class Release:
                 yield found
             self.damaged += read.damaged
             if read.cut:
-                self.warnings.append(f"{name} ends in the middle of a line: it may have been cut short")
+                self.warnings.append(f"{name} ends in the middle of a line: it may be truncated")
             if too_damaged(read.damaged, read.lines):
                 counts = ", ".join(f"{reason} {n}" for reason, n in read.damaged.most_common())
-                raise DataError(f"{self.folder / name} is damaged: of {read.lines} rows {counts}; get it again")
+                raise DataError(f"{self.folder / name} is damaged: of {read.lines} rows {counts}; download it again")
 
         if not number:
-            raise DataError(f"{', '.join(self.files)} of {self.folder} holds no usable row: get the release again")
+            raise DataError(f"{', '.join(self.files)} of {self.folder} has no usable row: download the release again")
 
     def absent(self, rows):
-        """Which rows have no file; and a warning where files are named in no table.
+        """Find rows without a file, and warn of files that no table names.
 
         Returns
         -------
@@ -189,21 +189,21 @@ class Release:
         DataError
             When no row has a file.
         """
-        # Hashes in arrays: a release has millions of names, and both kinds of gap are to be found.
+        # Hashes in arrays, because a release has millions of names.
         there = np.fromiter((hash(name) for name in self._audio_files()), np.int64)
         missing = ~np.isin(np.fromiter((hash(row.path) for row in rows), np.int64, len(rows)), there)
         if len(rows) and missing.all():
             where = self.folder if self.dialect == "v1" else self.folder / _CLIPS
             raise DataError(
-                f"none of the {len(rows)} clips is in {where}, for example {rows[0].path}\n"
-                "unpack the audio of the release beside its tables"
+                f"none of the {len(rows)} clips exists in {where}, for example {rows[0].path}\n"
+                "unpack the audio of the release next to its tables"
             )
         named = np.frombuffer(self._named, np.int64) if self._named else np.zeros(0, np.int64)
         nameless = there[~np.isin(there, named)]
         if len(nameless):
             nameless = nameless[~np.isin(nameless, self._named_elsewhere())]
         if len(nameless):
-            self.warnings.append(f"{len(nameless)} files of the release are named in none of its tables")
+            self.warnings.append(f"{len(nameless)} files of the release are in none of its tables")
         return missing
 
     def sound(self, row):
@@ -215,7 +215,7 @@ class Release:
         return [self.folder / name for name in self.files] + more
 
     def _path(self, text):
-        """Name of a file below the clips; or why there is none."""
+        """Path of a file below the clips, or the reason why the cell is invalid."""
         if self.dialect == "tsv" and _PLAIN_NAME(text):
             return text, None
         if not text:
@@ -224,11 +224,11 @@ class Release:
         inside = (not folder) if self.dialect == "tsv" else re.fullmatch(r"cv-[a-z-]+", folder)
         if not inside or "\\" in text or "\0" in text or name in ("", ".", "..") or re.match("[A-Za-z]:", text):
             return "", OUTSIDE
-        # Versions 2 and 3 name files without their ending.
+        # Versions 2 and 3 omit the suffix of file names.
         return (text if os.path.splitext(text)[1] else text + ".mp3"), None
 
     def _durations(self):
-        """Sorted hashes of file names and their seconds; None where the release does not say."""
+        """Sorted hashes of file names, and their seconds; None where the release has no durations."""
         path = self.folder / _DURATIONS
         if self.dialect == "tsv" and path.is_file():
             names, values = array("q"), array("d")
@@ -258,12 +258,12 @@ class Release:
             prefix = f"{folder.name}/" if self.dialect == "v1" else ""
             with contextlib.suppress(FileNotFoundError), readable(folder), os.scandir(folder) as entries:
                 for entry in entries:
-                    # A link that leads nowhere, a folder and a pipe are no clips.
+                    # Dangling links, folders and pipes are not clips.
                     if not entry.name.startswith(".") and entry.is_file():
                         yield prefix + entry.name
 
     def _named_elsewhere(self):
-        """Hashes of the files that the tables name which are not read."""
+        """Hashes of the files that are named in tables which are not read."""
         named = array("q")
         for path in self.folder.glob("*.csv" if self.dialect == "v1" else "*.tsv"):
             with contextlib.suppress(DataError):
@@ -274,7 +274,7 @@ class Release:
         return np.frombuffer(named, np.int64) if named else np.zeros(0, np.int64)
 
 
-# What nearly all names are.
+# Nearly all names match, and this is fast.
 _PLAIN_NAME = re.compile(r"[a-z0-9_-]+\.mp3", re.ASCII).fullmatch
 
 
@@ -282,7 +282,7 @@ _TEXTS = ("client", "path", "sentence", "accent", "variant", "gender", "age")
 
 
 class _Rows:
-    """Rows of a table, each a list of cells; those that are damaged are counted."""
+    """Rows of a table as lists of cells; damaged rows are counted."""
 
     def __init__(self, path, width, commas):
         self._path, self._width, self._commas = path, width, commas
@@ -302,9 +302,9 @@ class _Rows:
         self.lines = max(0, self.lines - 1)
 
     def _lines(self):
-        """Yield the cells of a line, None where it cannot be decoded, and whether the line was ended."""
-        # Cut at line feeds in binary: sentences hold other characters that Python would take for ends of lines. Line by
-        # line also with commas, so that a quotation mark that nobody closes costs its own line only.
+        """Yield the cells of each line, or None where it cannot be decoded, and whether it ends in a line feed."""
+        # Split at line feeds in binary: sentences contain other characters that Python takes for line ends. CSV too is
+        # read line by line, so that an unclosed quotation mark damages only its own line.
         with readable(self._path), open(self._path, "rb") as file:
             for line in file:
                 try:
@@ -332,7 +332,7 @@ def _unquoted(cell):
 
 
 def seconds_in(text):
-    """A duration as a number; None where it is none, not finite, or negative."""
+    """A duration as a number; None where it is not a number, not finite, or negative."""
     try:
         value = float(text)
     except ValueError:
@@ -347,7 +347,7 @@ def _looked_up(seconds, path):
 
 
 def _integer(cells, place):
-    # Python refuses to read numbers of thousands of digits.
+    # Python refuses to parse numbers with thousands of digits.
     return int(cells[place]) if place is not None and cells[place].isdecimal() and len(cells[place]) < 10 else None
 
 
@@ -356,13 +356,13 @@ def _float(cells, place):
 
 
 def too_damaged(damaged, rows):
-    """Whether so many rows are damaged that the table is something else, or broken."""
+    """Whether too many rows are damaged for the table to be usable."""
     return sum(damaged.values()) > max(1, _MOST_DAMAGED * rows)
 
 
 @contextlib.contextmanager
 def readable(path):
-    """Say which part of a source the system refuses to read."""
+    """Name the file that the system refuses to read."""
     try:
         yield
     except FileNotFoundError:
@@ -372,7 +372,7 @@ def readable(path):
 
 
 def _header(path, commas):
-    """Role -> place of its column, and all columns; refused without a path and an accent."""
+    """Role -> index of its column, and all columns; a table without path and accent is refused."""
     found, columns = _columns(path, commas)
     for role in ("path", "accent"):
         if role not in found:
@@ -389,7 +389,7 @@ def _columns(path, commas):
     try:
         columns = _cells(first.decode("utf-8-sig").rstrip("\r\n"), commas)
     except UnicodeDecodeError:
-        raise DataError(f"{path} is no table: its first line is not UTF-8") from None
+        raise DataError(f"{path} is not a table: its first line is not UTF-8") from None
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
         raise DataError(f"{path} has the column {twice[0]} more than once; its columns are {', '.join(columns)}")
     roles = {role: next((columns.index(n) for n in names if n in columns), None) for role, names in _COLUMNS.items()}
@@ -397,7 +397,7 @@ def _columns(path, commas):
 
 
 def _require_release(folder):
-    """Refuse what is no release, and say what to do with it."""
+    """Refuse a folder that is not a release, and say what to do."""
     expected = "a release is the folder with validated.tsv and clips/, such as cv-corpus-27.0-2026-09-11/en"
     if not folder.exists():
         raise DataError(f"there is no folder {folder}\n{expected}")
@@ -411,8 +411,8 @@ def _require_release(folder):
     packed = sorted(folder.glob("*.tar*")) + sorted(folder.glob("*.zip"))
     if below:
         named = ", ".join(map(str, below[:5]))
-        raise DataError(f"{folder} is no release, but has one inside\ngive {named}")
+        raise DataError(f"{folder} is not a release, but contains one\ngive {named}")
     if packed:
         name = packed[0].name
         raise DataError(f"{folder} holds {name}, which is still packed\nunpack it first: tar -xf {name}")
-    raise DataError(f"{folder} is no release: it has no table (validated.tsv or cv-valid-*.csv)\n{expected}")
+    raise DataError(f"{folder} is not a release: it has no table (validated.tsv or cv-valid-*.csv)\n{expected}")

@@ -1,8 +1,9 @@
-"""Corpora of any kind as text of their clips: a Common Voice release, a table, folders, a DatasetDict, the Hub.
+"""Readers of the metadata of a corpus: a Common Voice release, a table, folders, a DatasetDict, the Hub.
 
-A reader has ``kind`` and ``name`` for people, ``has_clients`` (whether it tells speakers apart), ``fingerprint()``
-(what identifies its contents), ``cells()`` (one dictionary per clip, see ``selection``), ``absent(rows)`` (which have
-no file), ``sound(row)`` (bytes of a file, or its path), and ``damaged`` and ``warnings``, filled by the former two.
+A reader has ``kind`` and ``name`` for messages, ``has_clients`` (whether it names speakers), ``without_clients``
+(advice where it does not), ``fingerprint()`` (identifies its contents), ``cells()`` (one dictionary per clip, see
+``selection``), ``absent(rows)`` (which have no file), ``sound(row)`` (the bytes of a file, or its path), and
+``damaged`` and ``warnings``, which ``cells`` and ``absent`` fill.
 """
 
 import csv
@@ -33,22 +34,22 @@ _TABLE_COLUMNS = {
 
 
 _UNDERSTOOD = (
-    "understood are: a Common Voice release, a DatasetDict, a folder with one sub-folder of audio per accent, a CSV"
-    " file, a folder of Parquet files, the name of a data set on the Hub"
+    "a source is a Common Voice release, a DatasetDict, a folder with one sub-folder of audio per accent, a CSV"
+    " file, a folder of Parquet files, or the name of a data set on the Hub"
 )
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read a source, where that is not to be found out.
+    """How to read a source, where it cannot be detected.
 
     Arguments
     ---------
     files : sequence of str or None
         Tables of a Common Voice release to read.
     client_pattern : str or None
-        For folders per accent: a regular expression whose first group, in a clip's path below the accent's folder, is
-        its speaker.
+        For folders per accent: a regular expression for the path of a clip below its accent's folder; the first group
+        is the speaker.
     config : str or None
         Configuration of a data set on the Hub.
     path_column, accent_column, client_column, sentence_column, audio_column : str or None
@@ -74,15 +75,15 @@ _COLUMNS = tuple(field.name for field in fields(Reading) if field.name.endswith(
 
 
 def open_source(source, reading=None, official=False):
-    """Find out what a source is, and open it.
+    """Detect the kind of a source, and open it.
 
     Arguments
     ---------
     source : str or Path
-        A path, or the name of a data set on the Hub. A reader is given back as it is.
+        A path, or the name of a data set on the Hub. A reader is returned as it is.
     reading : Reading, optional
     official : bool
-        Read the official splits of a release; the splits of other sources are always given.
+        Read the official splits of a Common Voice release; other sources always give theirs.
 
     Returns
     -------
@@ -92,16 +93,16 @@ def open_source(source, reading=None, official=False):
     Raises
     ------
     DataError
-        When it is nothing that can be read.
+        When the source is of no known kind.
     ConfigError
-        When ``reading`` says something that means nothing for this source.
+        When an option of ``reading`` does not apply to this source.
     """
     reading = reading or Reading()
 
     def require_only(what, *allowed):
         given = [field.name for field in fields(Reading) if getattr(reading, field.name)]
         if useless := [name for name in given if name not in allowed]:
-            raise ConfigError(f"{', '.join(useless)} means nothing for {what}: leave it out")
+            raise ConfigError(f"{', '.join(useless)} does not apply to {what}: leave it out")
 
     if not isinstance(source, str | os.PathLike):
         require_only(f"a reader of {source.kind}")
@@ -123,7 +124,7 @@ def open_source(source, reading=None, official=False):
         if any(_sounds(child) for child in path.iterdir() if child.is_dir() and not _looks_like_release(child)):
             require_only("folders per accent", "client_pattern")
             return Folders(path, reading.client_pattern)
-    # A folder that is mistyped must not be looked for on the Hub: that takes half a minute to fail.
+    # A mistyped folder must not be looked for on the Hub, which takes half a minute to fail.
     in_a_folder = str(path.parent) != "." and path.parent.exists()
     if not path.exists() and not in_a_folder and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
         require_only("a data set on the Hub", "config", *_COLUMNS)
@@ -138,7 +139,7 @@ class Table:
     """A CSV or TSV file with columns for path, accent and, if known, speaker; see ``open_source``."""
 
     kind = "table"
-    without_clients = "if a column tells the speakers, name it in client_column"
+    without_clients = "if a column names the speakers, give it as client_column"
 
     def __init__(self, path, columns):
         self.path, self.name = path.absolute(), path.stem
@@ -159,7 +160,7 @@ class Table:
         return {"kind": self.kind, "name": self.name, "files": {self.path.name: {"blake2b": content}}}
 
     def cells(self):
-        """Yield what the table says of each clip."""
+        """Yield the metadata of each clip."""
         self.damaged.clear()
         number = -1
         with self._open() as file:
@@ -201,7 +202,7 @@ class Folders:
     """A folder with one sub-folder of audio per accent, and in those one per speaker where speakers are known."""
 
     kind = "folders per accent"
-    without_clients = "put each speaker's clips in a folder of their own, or tell speakers by client_pattern"
+    without_clients = "put each speaker's clips in a folder of their own, or give client_pattern"
 
     def __init__(self, folder, client_pattern=None):
         self.folder = folder.absolute()
@@ -210,7 +211,7 @@ class Folders:
         try:
             self._pattern = re.compile(client_pattern) if client_pattern else None
         except re.error as error:
-            raise ConfigError(f"client_pattern {client_pattern!r} is no regular expression: {error}") from None
+            raise ConfigError(f"client_pattern {client_pattern!r} is not a regular expression: {error}") from None
         if self._pattern and not self._pattern.groups:
             raise ConfigError(f"client_pattern {client_pattern!r} has no group: put the speaker in parentheses")
         self._files = sorted(
@@ -219,13 +220,13 @@ class Folders:
             if child.is_dir() and not child.name.startswith(".")
             for path in _sounds(child)
         )
-        self.has_clients = any(self._client(*entry) for entry in self._files)
+        self.has_clients = any(self._speaker(*entry) for entry in self._files)
         others = Counter(path.suffix.lower() or path.name for path in _files(self.folder))
         for _, below in self._files:
             others[Path(below).suffix.lower()] -= 1
         if left := +others:
             told = selection.in_words(left)
-            self.warnings.append(f"files that are no audio by their ending, or in no accent's folder: {told}")
+            self.warnings.append(f"files without an audio suffix, or outside the accents' folders: {told}")
 
     def fingerprint(self):
         """Digest of names, sizes and times of all files."""
@@ -237,10 +238,10 @@ class Folders:
         }
 
     def cells(self):
-        """Yield what the folders say of each clip."""
+        """Yield the metadata of each clip."""
         for number, (accent, below) in enumerate(self._files):
             yield {
-                "client": self._client(accent, below),
+                "client": self._speaker(accent, below),
                 "path": f"{accent}/{below}",
                 "sentence": "",
                 "accent": accent,
@@ -258,8 +259,8 @@ class Folders:
         """Path of a clip."""
         return str(self.folder / row.path)
 
-    def _client(self, accent, below):
-        """A speaker's name is his folder's; with the accent's before it, since speakers are often numbered in each."""
+    def _speaker(self, accent, below):
+        """A speaker's folder, after the accent's, since the speakers of each accent are often numbered from 1."""
         if self._pattern:
             match = self._pattern.match(below)
             return f"{accent}/{match[1]}" if match and match[1] else ""
@@ -273,7 +274,7 @@ class Folders:
 class _Datasets:
     """Splits of a Hugging Face data set, opened without decoding anything."""
 
-    without_clients = "if a column tells the speakers, name it in client_column"
+    without_clients = "if a column names the speakers, give it as client_column"
 
     def __init__(self, loaded, where, columns):
         self._loaded, self._where = loaded, where
@@ -284,7 +285,7 @@ class _Datasets:
         self.damaged = Counter()
 
     def cells(self):
-        """Yield what the columns say of each clip."""
+        """Yield the metadata of each clip."""
         for split, data in self._loaded.items():
             for number, cells in enumerate(dataset_dict.read_cells(data, self._columns[split])):
                 yield cells | {"split": split, "row": number}
@@ -320,7 +321,7 @@ class Saved(_Datasets):
         self.name = self._identity["card"].get("name") or self.folder.name
 
     def fingerprint(self):
-        """Names, sizes and times of its files, and the card of who made it."""
+        """Names, sizes and times of its files, and its card."""
         return {"kind": self.kind, "name": self.name, **self._identity}
 
 
@@ -336,8 +337,8 @@ class Hub(_Datasets):
         try:
             loaded = datasets.load_dataset(str(Path(name).absolute()) if local else name, config)
         except Exception as error:
-            # Every way to fetch has exceptions of its own; all mean that there is no data.
-            where = "cannot be read" if local else "is no folder here, and cannot be loaded from the Hub"
+            # Each way to fetch data raises its own exceptions; all mean that there are none.
+            where = "cannot be read" if local else "is not a folder here and cannot be loaded from the Hub"
             raise DataError(
                 f"{name} {where}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
                 "check the name and the connection; for gated data log in first: hf auth login"
@@ -349,7 +350,7 @@ class Hub(_Datasets):
         self._config = config
 
     def fingerprint(self):
-        """What ``datasets`` identifies each split by."""
+        """The fingerprint of each split in ``datasets``."""
         return {"kind": self.kind, "name": self.name, "config": self._config, "splits": self._identity}
 
 
@@ -380,10 +381,10 @@ def _sounds(folder):
 
 
 def _files(folder):
-    """Files in and below a folder, also through links; not those that systems hide, such as macOS's ._a.wav."""
+    """Files in and below a folder, also through links, without hidden ones such as ._a.wav of macOS."""
     seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
-        # A link may lead back to where it came from.
+        # A link may lead back to a folder above it.
         if (real := os.path.realpath(where)) in seen:
             folders.clear()
             continue
@@ -399,5 +400,5 @@ def _looks_like_release(folder):
 def _without_file(reader, rows):
     missing = np.array([not os.path.isfile(reader.sound(row)) for row in rows], bool)
     if len(rows) and missing.all():
-        raise DataError(f"none of the {len(rows)} clips of {reader.name} is there, for example {reader.sound(rows[0])}")
+        raise DataError(f"none of the {len(rows)} clips of {reader.name} exists, for example {reader.sound(rows[0])}")
     return missing

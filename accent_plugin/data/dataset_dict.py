@@ -1,6 +1,6 @@
-"""A DatasetDict on disk, as somebody else made it: its splits, columns and cells, and never its decoded audio.
+"""Read a DatasetDict on disk: its splits, columns and cells, without decoding audio.
 
-``datasets`` is imported only when rows are read: telling whether anything has changed needs file names and times alone.
+``datasets`` is imported only when rows are read: file names and times suffice to see whether anything has changed.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def read_json(path, error=ManifestError, first_line=False):
 
 
 def fingerprint(data_folder):
-    """What identifies the data without reading it: names, sizes and times of the files of each split.
+    """Identify the data without reading it, by names, sizes and times of the files of each split.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def fingerprint(data_folder):
     if not data_folder.is_dir():
         raise DataError(
             f"there is no folder {data_folder}\n"
-            "a DatasetDict saved with save_to_disk is wanted; to make one of a Common Voice release or of other clips:"
+            "give a DatasetDict saved with save_to_disk; to make one from a Common Voice release or of other clips:"
             " accent-plugin prepare\nto try the built-in synthetic corpus instead: make demo"
         )
     listing = data_folder / _LISTING
@@ -63,11 +63,11 @@ def fingerprint(data_folder):
             raise DataError(
                 f"{data_folder} holds a Dataset (or one split), not a DatasetDict\n"
                 "wrap it: datasets.DatasetDict(train=datasets.load_from_disk(OLD)).save_to_disk(NEW)\n"
-                "a single split is then split by client here"
+                "a single split is then split by speaker here"
             )
         raise DataError(
             f"{data_folder} holds no DatasetDict: it has no dataset_dict.json\n"
-            "a DatasetDict saved with save_to_disk is wanted; to make one of a Common Voice release or of other clips:"
+            "give a DatasetDict saved with save_to_disk; to make one from a Common Voice release or of other clips:"
             " accent-plugin prepare"
         )
     found = {}
@@ -82,18 +82,18 @@ def fingerprint(data_folder):
 
 
 def card(data_folder):
-    """What the maker of the data says about it, or nothing."""
+    """The card of the data set, or an empty dictionary."""
     path = data_folder / CARD_JSON
     return read_json(path, DataError) if path.is_file() else {}
 
 
 def open_splits(data_folder, source_splits=None):
-    """Splits that are used, as name in the source -> Dataset in Arrow format, which decodes nothing; and warnings.
+    """Open the splits to use: name in the source -> Dataset in Arrow format, which decodes nothing; and warnings.
 
     Raises
     ------
     DataError
-        When it cannot be read, or its splits are not those of training and testing.
+        When it cannot be read, or its splits are not train, validation and test.
     """
     loaded, asked = _load(data_folder), source_splits
     if missing := [name for name in asked or () if name not in loaded and name not in map(canonical, loaded)]:
@@ -107,12 +107,12 @@ def open_splits(data_folder, source_splits=None):
                 "rename them, or name those to use in source_splits"
             )
     unused = [f"split '{name}' of the source was not used ({len(loaded[name])} clips)" for name in loaded.keys() - used]
-    # Once, not for each clip: it copies the features.
+    # Once, not per clip, because it copies the features.
     return {name: data.with_format("arrow") for name, data in used.items()}, sorted(unused)
 
 
 def open_all(data_folder):
-    """Every split, whatever its name, as name in the source -> Dataset in Arrow format, which decodes nothing.
+    """Open every split, whatever its name: name in the source -> Dataset in Arrow format, which decodes nothing.
 
     Raises
     ------
@@ -132,12 +132,12 @@ def _load(data_folder):
 
 
 def find_columns(split, data, data_folder, given):
-    """Role -> name of the column, None where there is none; ``given`` are those that the user names.
+    """Role -> name of the column, None where there is none; ``given`` holds those that the user names.
 
     Raises
     ------
     DataError
-        When a column is missing or holds something else.
+        When a column is missing or of the wrong type.
     """
     where, listed = data_folder / split, f"columns are {', '.join(data.column_names)}"
     found = {}
@@ -168,7 +168,7 @@ def find_columns(split, data, data_folder, given):
 
 
 def read_cells(data, columns):
-    """Yield the text of one row at a time, never its audio."""
+    """Yield the text of one row at a time, without its audio."""
     import pyarrow.compute
 
     names = {role: getattr(data.features[name], "names", None) for role, name in columns.items() if name}

@@ -1,4 +1,4 @@
-"""Decode the chosen clips, with a journal so that an interrupted preparation continues."""
+"""Decode the selected clips, with a journal from which an interrupted preparation is resumed."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from accent_plugin.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-# Reasons that count as broken files, not as a choice.
+# Reasons that count as broken files; the others follow from the options.
 UNREADABLE = (UNDECODABLE, EMPTY, NON_FINITE)
 
 
@@ -26,7 +26,7 @@ JOURNAL_FILE = "audio.jsonl"
 
 
 class Journal:
-    """Which clips are finished, in a file that survives an interruption at any byte."""
+    """The finished clips, in a file that survives an interruption at any byte."""
 
     def __init__(self, path, header):
         self.path, self.outcomes = path, {}
@@ -40,7 +40,7 @@ class Journal:
 
     def __enter__(self):
         self._file = open(self.path, "a", encoding="utf-8")
-        # Ends a line that was cut short.
+        # Ends a truncated line.
         self._file.write("\n")
         return self
 
@@ -48,15 +48,15 @@ class Journal:
         self._file.close()
 
     def add(self, outcome):
-        """Write down a finished clip."""
-        # Failures are tried again: a disk that was not mounted may be.
+        """Record a finished clip."""
+        # Failures are tried again: a disk that was not mounted may be mounted next time.
         if not outcome.reason:
             self._file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
             self._file.flush()
 
 
 def decode_clips(wanted, loaded, columns, data_folder, folder, choices, journal, workers, progress):
-    """Decode what is not there yet; id -> outcome for all of ``wanted``."""
+    """Decode the clips that are missing; return id -> outcome for all of ``wanted``."""
     from tqdm import tqdm
 
     outcomes = {id_: o for id_, o in journal.outcomes.items() if id_ in wanted and _still_there(folder, o)}

@@ -95,13 +95,13 @@ _GENDERS = {
 }
 
 
-# What a table that went through pandas, or a cautious speaker, writes for "nothing".
+# Empty values, as pandas writes them.
 _NOTHING = {"", "nan", "none", "null", "na", "n/a"}
 
 
 @dataclass(frozen=True)
 class ParsedAccent:
-    """What one raw accent cell says.
+    """The parsed content of one raw accent cell.
 
     Arguments
     ---------
@@ -110,7 +110,7 @@ class ParsedAccent:
     reason : str or None
         Why there is no label: "no accent", "unknown accent" or "compound accent".
     parts : tuple
-        Label, or None where unknown, of each accent that the cell lists.
+        Label of each accent in the cell, or None where unknown.
     """
 
     label: str | None
@@ -119,7 +119,7 @@ class ParsedAccent:
 
 
 def normalise(text):
-    """Lower-case text with ``_``, ``-`` and runs of spaces made single spaces."""
+    """Lower-case text, with ``_``, ``-`` and runs of spaces replaced by single spaces."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.sub(r"[\s_\-]+", " ", text).split())
 
@@ -127,14 +127,14 @@ def normalise(text):
 def parse(raw, extra=None):
     """Find the canonical label of one raw accent cell.
 
-    A cell that lists several accents is compound even where all map to one label: ``parts`` lets the caller decide.
+    A cell with several accents is compound even where all map to one label: the caller can decide by ``parts``.
 
     Arguments
     ---------
     raw : str or None
         The cell as it stands in the data.
     extra : dict, optional
-        More spellings, ``{spelling: label}``; they win over the built-in table.
+        More spellings, ``{spelling: label}``, which override the built-in table.
 
     Returns
     -------
@@ -158,12 +158,12 @@ def inverse(label, extra=None):
 
 
 def preset(accents):
-    """Labels of a preset's name, of a text with commas, or of a sequence.
+    """Labels from the name of a preset, a comma-separated text, or a sequence.
 
     Raises
     ------
     ConfigError
-        When there is none, or one is there twice.
+        When it is empty or names a label twice.
 
     Example
     -------
@@ -182,7 +182,7 @@ def preset(accents):
 
 @lru_cache(maxsize=1000)
 def gender(raw):
-    """The gender that a cell gives in any release's spelling: "male", "female", another as given, or ""."""
+    """The gender in a cell, in the spelling of any release: "male", "female", another as given, or ""."""
     text = normalise(raw or "")
     return next((name for name, spellings in _GENDERS.items() if text == name or text in spellings), raw)
 
@@ -203,7 +203,7 @@ def read_mapping(path):
     Raises
     ------
     ConfigError
-        When it cannot be read, holds something else, or gives a spelling two labels.
+        When it cannot be read, is not such a table, or gives a spelling two labels.
     """
     import yaml
 
@@ -212,9 +212,9 @@ def read_mapping(path):
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from None
+        raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(table, dict) or not table:
-        raise ConfigError(f"{path} holds no table; write one line for each spelling, such as 'Geordie: england'")
+        raise ConfigError(f"{path} is not a table; write one line for each spelling, such as 'Geordie: england'")
     mapping = {}
     for key, value in table.items():
         for spelling, label in [(key, value)] if not isinstance(value, list) else [(each, key) for each in value]:
@@ -244,7 +244,7 @@ def _parse(raw, extra):
 
 
 def _pieces(text):
-    """Cut at ``|``, else at commas outside parentheses; unbalanced parentheses count as none."""
+    """Split at ``|``, or else at commas outside parentheses; unbalanced parentheses are ignored."""
     if "|" in text:
         pieces = text.split("|")
     elif text.count("(") == text.count(")"):

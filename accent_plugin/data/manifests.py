@@ -47,10 +47,10 @@ class Clip:
 
 
 class Clips(Sequence):
-    """Clips held in two objects, however many they are; each is made anew where it is asked for.
+    """Any number of clips in two objects; each clip is unpickled on access.
 
-    Counting its references writes to an object wherever it is only looked at: as objects, all clips would in the course
-    of an epoch be copied into every process that reads audio.
+    Reference counts are written even when an object is only read: in the course of an epoch, every worker process would
+    copy all clips if they were objects.
 
     Arguments
     ---------
@@ -88,7 +88,7 @@ class Clips(Sequence):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a prepared folder holds.
+    """The contents of a prepared folder.
 
     Arguments
     ---------
@@ -99,7 +99,7 @@ class Prepared:
     synthetic : bool
         Whether its speech is synthetic.
     speakers_disjoint : bool or None
-        False for a random split; None where the data has no client ids.
+        False for a random split; None where the data names no speakers.
     splits : dict
         Split -> CSV path; empty when there are folds.
     folds : tuple of dict
@@ -107,15 +107,15 @@ class Prepared:
     counts : dict
         Split -> accent -> {"clips", "speakers", "seconds"}; with folds, "fold_<k>" -> such a dictionary.
     dropped : dict
-        Reason -> number of clips left out (what single folds leave out is in prepare.json).
+        Reason -> number of dropped clips (those of single folds are in prepare.json).
     warnings : tuple of str
-        To repeat in the report.
+        For the report.
     fingerprint : str
         Of source and arguments.
     arguments : dict
-        Of ``Choices``.
+        Of ``PreparationChoices``.
     card : dict
-        What the maker of the data says of it; empty where he says nothing.
+        The card of the data set; empty where it has none.
     """
 
     folder: Path
@@ -142,7 +142,7 @@ class Prepared:
 
 
 def load_prepared(prepared_folder):
-    """Read a prepared folder back, and check that it is whole.
+    """Read a prepared folder, and check that it is complete.
 
     Raises
     ------
@@ -154,8 +154,8 @@ def load_prepared(prepared_folder):
     try:
         if made["format_version"] != FORMAT_VERSION:
             raise ManifestError(
-                f"{folder / PREPARE_JSON} has format_version {made['format_version']}, {FORMAT_VERSION} is understood: "
-                "prepare the data again into a new folder"
+                f"{folder / PREPARE_JSON} has format_version {made['format_version']}; this version reads"
+                f" {FORMAT_VERSION}: prepare the data again into a new folder"
             )
         for name, size in made["files"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
@@ -191,7 +191,7 @@ def read_manifest(csv_path, data_root=None):
     ---------
     csv_path : str or Path
     data_root : str or Path, optional
-        What ``$data_root`` stands for; None takes the folder that holds prepare.json: the CSV's own or the one above.
+        Value of ``$data_root``; None takes the folder that holds prepare.json: the CSV's own or the one above.
 
     Returns
     -------
@@ -232,7 +232,7 @@ def write_manifest(path, rows, outcomes):
         table.writerow(COLUMNS)
         for row in rows:
             duration = f"{outcomes[row.id].frames / SAMPLE_RATE:.4f}"
-            cells = map(escape_cell, (row.accent, row.client, row.gender, row.age))
+            cells = map(escape_cell, (row.accent, row.speaker, row.gender, row.age))
             table.writerow((row.id, duration, f"{DATA_ROOT}/{wav_cell(row.id)}", *cells))
 
 
@@ -252,7 +252,7 @@ def _clip(row, data_root):
 
 
 def escape_cell(text):
-    """Escape what SpeechBrain and CSV readers would take for something else."""
+    """Escape characters that SpeechBrain or CSV readers would interpret."""
     return re.sub(r"[%$\r\n\0]", lambda match: f"%{ord(match[0]):02X}", text)
 
 
@@ -262,7 +262,7 @@ def _unescape(text):
 
 def wav_cell(id_):
     """Path of a clip's audio within the prepared folder."""
-    # Folders of some thousand files at most, also for a whole release.
+    # At most some thousand files per folder, even for a whole release.
     return f"{AUDIO_FOLDER}/{id_[:2]}/{id_}.flac"
 
 

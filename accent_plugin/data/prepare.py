@@ -1,11 +1,11 @@
-"""A DatasetDict on disk -> 16 kHz clips, CSV manifests and ``prepare.json``; and back.
+"""Prepare a DatasetDict on disk: write 16 kHz clips, CSV manifests and ``prepare.json``.
 
-What is made, in ``prepared_folder``::
+The files in ``prepared_folder``::
 
     audio/3f/3f...e1.flac    one clip: 16 kHz, mono, 16 bit
     train.csv valid.csv test.csv, or with folds fold_1/train.csv ... fold_5/test.csv
-    prepare.json             arguments, source, counts, what was left out and why; written last
-    audio.jsonl              what became of each clip that was decoded; lets an interrupted run go on
+    prepare.json             arguments, source, counts, dropped clips by reason; written last
+    audio.jsonl              the result of each decoded clip, from which an interrupted run is resumed
 
 The columns of the CSV files are ``COLUMNS``; ``wav`` begins with ``$data_root/``, which stands for ``prepared_folder``.
 SpeechBrain would replace any other ``$word``: so ``%``, ``$``, line breaks and NUL in other cells are written as ``%``
@@ -49,31 +49,31 @@ _EXAMPLES = 20
 
 @dataclass(frozen=True)
 class PreparationChoices(selection.SharedChoices):
-    """What a preparation is asked to make; together with the source it decides every byte of the result.
+    """The options of a preparation; with the source they determine every byte of the result.
 
     Arguments
     ---------
     accents : sequence of str
-        Canonical labels to keep. Names outside ``labels`` are taken as they are.
+        Labels to keep; names that ``labels`` does not know are used as they are.
     seed : int
-        Decides every draw.
+        Determines every draw.
     balance : str
         "downsample": each accent of train has as many clips as the rarest; "sampler" and "none" keep all.
     max_clips_per_client : int or None
-        Cap in every split.
+        Most clips of one speaker.
     min_seconds, max_seconds : float
-        Shorter and longer clips are left out.
+        Shorter and longer clips are dropped.
     max_unreadable_share : float
-        Above this share of undecodable, empty or non-finite clips, preparation stops.
+        Preparation stops when a larger fraction of clips is undecodable, empty or non-finite.
     split : str
-        "speaker": no client in two splits; "random": by clip, ignoring the source's splits, leaky on purpose; "all":
-        every clip in test, for speech that is only to be scored.
+        "speaker": no speaker in two splits; "random": by clip, ignoring the source's splits, so that splits share
+        speakers; "all": every clip in test, for speech that is only scored.
     n_folds : int
         0, or the number of folds that the pooled source is cut into.
     valid_fraction, test_fraction : float
-        Share of clients taken for splits that the source lacks; in folds, share of training clients for valid.
+        Fraction of the speakers for each split that the source lacks; in folds, of the training speakers for valid.
     disjoint_sentences : bool
-        Leave sentences of test out of train and valid, and those of valid out of train.
+        Drop sentences of test from train and valid, and those of valid from train.
     source_splits : sequence of str or None
         Splits of the source to use; None uses all.
     accent_column, client_column, sentence_column, audio_column : str or None
@@ -99,7 +99,7 @@ class PreparationChoices(selection.SharedChoices):
     audio_column: str | None = None
 
     def __post_init__(self):
-        """Refuse values that cannot be meant, all at once."""
+        """Refuse invalid values, all at once."""
         accents, share = self.accents, self.max_unreadable_share
         listed = not isinstance(accents, str) and all(isinstance(a, str) and a and escape_cell(a) == a for a in accents)
         distinct = listed and 0 < len(accents) == len(set(accents))
@@ -113,22 +113,22 @@ class PreparationChoices(selection.SharedChoices):
 
 
 def prepare_data(data_folder, prepared_folder, *, workers=None, progress=True, **choices):
-    """Turn a DatasetDict on disk into clips and manifests; when they are there already, do nothing.
+    """Turn a DatasetDict on disk into clips and manifests, unless ``prepared_folder`` holds them already.
 
-    An interrupted run goes on where it was. With other arguments than those in ``prepared_folder`` it is refused.
+    An interrupted run is resumed. A ``prepared_folder`` that was made with other arguments is refused.
 
     Arguments
     ---------
     data_folder : str or Path
-        A DatasetDict saved with ``save_to_disk``; splits that it lacks are made here, by client. Only read.
+        A DatasetDict saved with ``save_to_disk``; missing splits are made by speaker. Only read.
     prepared_folder : str or Path
-        Where to write; see ``default_folder``.
+        Output folder; see ``default_prepared_folder``.
     workers : int, optional
-        Processes that decode; None takes the machine's cores, or none for a few clips.
+        Processes that decode; None takes one per core, or none for a few clips.
     progress : bool
         Whether to draw a progress bar on stderr.
     **choices
-        Fields of ``Choices``; ``accents`` and ``seed`` are required.
+        Fields of ``PreparationChoices``; ``accents`` and ``seed`` are required.
 
     Returns
     -------
@@ -151,7 +151,7 @@ def prepare_data(data_folder, prepared_folder, *, workers=None, progress=True, *
 
 
 def check_preparation(data_folder, prepared_folder, **choices):
-    """Refuse what ``prepare`` with the same arguments would refuse, before it writes anything.
+    """Refuse what ``prepare_data`` with the same arguments would refuse, without writing anything.
 
     Raises
     ------
@@ -166,7 +166,7 @@ def check_preparation(data_folder, prepared_folder, **choices):
 
 
 def _begin(data_folder, prepared_folder, choices):
-    """Checked choices, absolute folders, and what prepare.json says of them."""
+    """Checked choices, absolute folders, and the first fields of prepare.json."""
     choices = PreparationChoices(**choices)
     data_folder, folder = Path(data_folder).absolute(), Path(prepared_folder).absolute()
     source = dataset_dict.fingerprint(data_folder)
@@ -184,7 +184,7 @@ def preparation_fingerprint(data_folder, **choices):
 
 
 def default_prepared_folder(data_folder, root="data/prepared", **choices):
-    """Where ``prepare`` with these arguments writes unless told otherwise."""
+    """The default output folder of ``prepare_data`` with these arguments."""
     return Path(root) / preparation_fingerprint(data_folder, **choices)
 
 
@@ -193,9 +193,9 @@ def default_prepared_folder(data_folder, root="data/prepared", **choices):
 
 def _prepare(data_folder, folder, choices, header, workers, progress):
     notes = selection.DropLog()
-    loaded, columns, layouts, has_clients = _plan(data_folder, choices, notes)
+    loaded, columns, layouts, knows_speakers = _plan(data_folder, choices, notes)
     logger.info("columns of %s: %s", data_folder, next(iter(columns.values())))
-    notes.warnings += selection.leaks(has_clients, choices.split)
+    notes.warnings += selection.leaks(knows_speakers, choices.split)
     for warning in notes.warnings:
         logger.warning(warning)
 
@@ -205,11 +205,11 @@ def _prepare(data_folder, folder, choices, header, workers, progress):
         outcomes = decode_clips(wanted, loaded, columns, data_folder, folder, choices, journal, workers, progress)
     layouts = _without_failures(layouts, outcomes, choices, notes)
     _require_filled(layouts, choices, notes)
-    return _write(folder, data_folder, layouts, outcomes, choices, header, columns, notes, has_clients)
+    return _write(folder, data_folder, layouts, outcomes, choices, header, columns, notes, knows_speakers)
 
 
 def _plan(data_folder, choices, notes):
-    """Choose clips by what the table says of them: all that can be refused before a file is read or written."""
+    """Select and split clips by their metadata, and refuse what can be refused before a file is read or written."""
     loaded, unused = dataset_dict.open_splits(data_folder, choices.source_splits)
     notes.warnings += unused
     given = {role: getattr(choices, f"{role}_column") for role in ("audio", "accent", "client", "sentence")}
@@ -224,22 +224,22 @@ def _plan(data_folder, choices, notes):
         return dataset_dict.content_digest(loaded[row.split], columns[row.split], row.row)
 
     extra = {"content_of": content_of, "precedence": _precedence}
-    rows, has_clients = selection.select(table(), choices.accents, notes, data_folder, **extra)
+    rows, knows_speakers = selection.select(table(), choices.accents, notes, data_folder, **extra)
     layouts = _lay_out(rows, list(loaded), choices, notes)
     _require_filled(layouts, choices, notes)
-    return loaded, columns, layouts, has_clients
+    return loaded, columns, layouts, knows_speakers
 
 
 def _lay_out(rows, names, choices, notes):
-    """One dictionary of splits, or one for each fold; train balanced."""
+    """One dictionary of splits, or one per fold, with train balanced."""
     found = set(map(splits.canonical, names))
     keep_given = len(found) > 1 and choices.split == "speaker" and not choices.n_folds
     if keep_given:
-        # Before the cap, which might hide that a client is in two of them.
+        # Before the cap, which might hide a speaker in two of them.
         splits.require_disjoint(splits.given(rows, **choices.draw()))
     rows = selection.cap(rows, choices, notes)
     if choices.n_folds:
-        by = "client" if choices.split == "speaker" else "clip"
+        by = "speaker" if choices.split == "speaker" else "clip"
         fraction = choices.valid_fraction
         layouts = splits.folds(rows, choices.n_folds, valid_fraction=fraction, seed=choices.seed, by=by)
     elif choices.split == "all":
@@ -249,7 +249,7 @@ def _lay_out(rows, names, choices, notes):
     elif keep_given:
         layouts = (splits.given(rows, **choices.draw(), missing=set(splits.SPLITS) - found),)
     else:
-        layouts = (splits.by_client(rows, **choices.draw()),)
+        layouts = (splits.by_speaker(rows, **choices.draw()),)
 
     made = []
     for fold, parts in selection.numbered(layouts):
@@ -270,11 +270,11 @@ def _balanced(parts, choices, notes, fold):
 
 
 def _without_failures(layouts, outcomes, choices, notes):
-    """Take out what could not be decoded and what sounds the same as another clip, then trim train again."""
-    # In folds every clip is tested once, so none has precedence.
+    """Drop clips that could not be decoded or sound exactly like another, then balance train again."""
+    # With folds, every clip is in test once, so none has precedence.
     place_of = {r.id: len(layouts) == 1 and _PLACES[name] for parts in layouts for name in parts for r in parts[name]}
     out, heard, failures = set(), {}, []
-    # Test before valid before train: a clip that is heard twice stays where it is tested.
+    # Test before valid before train: of two equal clips, the one in test is kept.
     for id_ in sorted(place_of, key=lambda id_: (place_of[id_], id_)):
         outcome = outcomes[id_]
         if outcome.reason:
@@ -295,7 +295,7 @@ def _without_failures(layouts, outcomes, choices, notes):
     return [_balanced(parts, choices, notes, fold) for fold, parts in selection.numbered(kept)]
 
 
-def _write(folder, data_folder, layouts, outcomes, choices, header, columns, notes, has_clients):
+def _write(folder, data_folder, layouts, outcomes, choices, header, columns, notes, knows_speakers):
     counts, sizes = {}, {}
     for number, parts in enumerate(layouts, 1):
         below = f"fold_{number}" if choices.n_folds else ""
@@ -309,7 +309,7 @@ def _write(folder, data_folder, layouts, outcomes, choices, header, columns, not
         "format_version": FORMAT_VERSION,
         "name": str(card.get("name") or data_folder.name),
         "synthetic": bool(card.get("synthetic", False)),
-        "speakers_disjoint": False if choices.split == "random" else True if has_clients else None,
+        "speakers_disjoint": False if choices.split == "random" else True if knows_speakers else None,
         "fingerprint": selection.digest({key: header[key] for key in ("arguments", "source")}),
         **header,
         "columns": columns,
@@ -338,7 +338,7 @@ def _require_filled(layouts, choices, notes):
 
 
 def _finished(folder, header):
-    """The prepared folder when it is what is asked for, None when there is work to do; refused when it is another."""
+    """The prepared folder when it is finished, None when there is work to do; a different one is refused."""
     finished, started = folder / PREPARE_JSON, folder / JOURNAL_FILE
     if finished.is_file():
         made = dataset_dict.read_json(finished)
@@ -354,7 +354,7 @@ def _finished(folder, header):
     try:
         return load_prepared(folder)
     except ManifestError as error:
-        logger.warning("%s: mending it", error)
+        logger.warning("%s: repairing it", error)
         return None
 
 
@@ -365,7 +365,7 @@ def _count(rows, outcomes):
     return {
         accent: {
             "clips": len(members),
-            "speakers": len({row.client for row in members} - {""}),
+            "speakers": len({row.speaker for row in members} - {""}),
             "seconds": round(sum(outcomes[row.id].frames for row in members) / SAMPLE_RATE, 2),
         }
         for accent, members in sorted(by_accent.items())

@@ -1,6 +1,9 @@
-"""From what tables say of clips to the clips that are used: pure functions that count what they leave out by reason.
+"""The selection pipeline of corpus and data: pure functions on rows that count dropped clips by reason.
 
-Whoever reads a corpus gives one dictionary of text per clip, never its audio, with the keys ``client``, ``path``,
+The steps are ``select`` (labels, duplicates, doubtful speakers), ``cap``, a division into splits (see ``splits``),
+``drop_sentences``, ``balance`` or ``balance_gender``, and ``require_filled``.
+
+A reader gives one dictionary of text per clip, without audio, with the keys ``client``, ``path``,
 ``sentence``, ``accent``, ``gender``, ``age`` ("" where unknown), ``split`` (its name at the source) and ``row``, and
 where the source has them ``variant``, ``up_votes``, ``down_votes`` and ``seconds``.
 """
@@ -19,7 +22,7 @@ from accent_plugin.errors import ConfigError, DataError
 OTHER_ACCENT = "other accent"
 
 
-NO_CLIENT = "no client id"
+NO_SPEAKER = "no client id"
 
 
 CONTRADICTING = "contradicting accents"
@@ -28,7 +31,7 @@ CONTRADICTING = "contradicting accents"
 DUPLICATE = "duplicate"
 
 
-CLIENT_CAP = "client cap"
+SPEAKER_CAP = "client cap"
 
 
 BALANCE = "balance"
@@ -43,7 +46,7 @@ GENDER_OTHER = "gender neither male nor female"
 GENDER_BALANCE = "gender balance"
 
 
-NO_CLIENT_IDS = "no client ids: splits may share speakers"
+NO_SPEAKERS = "no client ids: splits may share speakers"
 
 
 RANDOM_SPLIT = "split at random by clip: speakers are shared between splits, accuracies flatter"
@@ -65,7 +68,7 @@ _EXAMPLES_PER_REASON = 5
 
 @dataclass(frozen=True, slots=True)
 class Row(splits.Item):
-    """An item, what else its source says of it, and where in the source its audio is."""
+    """An item with its other metadata and the place of its audio in the source."""
 
     gender: str = ""
     age: str = ""
@@ -78,7 +81,7 @@ class Row(splits.Item):
 
 
 class SharedChoices:
-    """What corpus and prepared data are asked for alike; the base of two dataclasses."""
+    """The options that ``CorpusChoices`` and ``PreparationChoices`` share; their base class."""
 
     accents: tuple[str, ...] | str
     seed: int
@@ -90,14 +93,14 @@ class SharedChoices:
     test_fraction: float
 
     def require(self, kinds, *more):
-        """Refuse values that cannot be meant, all at once.
+        """Refuse invalid values, all at once.
 
         Arguments
         ---------
         kinds : sequence of str
-            What ``split`` may be.
+            Valid values of ``split``.
         *more : tuple
-            Further checks: whether a value is right, and the problem where it is not.
+            Further checks: whether a value is valid, and the message where it is not.
 
         Raises
         ------
@@ -130,7 +133,7 @@ class SharedChoices:
 
 
 class DropLog:
-    """What was left out and why, as it is found."""
+    """Dropped clips by reason, examples of them, and warnings; filled by each step."""
 
     def __init__(self):
         self.dropped = Counter()
@@ -148,31 +151,31 @@ class DropLog:
 
 
 def select(table, accents, notes, where, *, mapping=None, compound="drop", content_of=None, precedence=None):
-    """Clips of the wanted accents, each once, without doubtful clients.
+    """Clips of the wanted accents, each once, without doubtful speakers.
 
     Arguments
     ---------
     table : iterable of dict
-        What the source says of each clip, see above.
+        The metadata of each clip, see above.
     accents : sequence of str
         Labels to keep. Names outside ``labels`` are taken as they are.
     notes : DropLog
-        Receives what is left out.
+        Receives what is dropped.
     where : object
-        What to call the source in messages.
+        Name of the source in messages.
     mapping : dict, optional
         More spellings, ``{spelling: label}``.
     compound : str
-        "drop" leaves a clip with several accents out; "agree" takes it where all map to one label.
+        "drop" drops clips with several accents; "agree" keeps those whose accents all map to one label.
     content_of : callable, optional
-        Row -> digest of its audio; tells clips apart that have the same client, path and sentence, or no name.
+        Row -> digest of its audio; distinguishes clips of the same speaker, path and sentence, or without a name.
     precedence : callable, optional
-        Row -> sort key; of rows that repeat one another, the smallest stays. None keeps the first.
+        Row -> sort key; the smallest of several equal rows is kept. None keeps the first.
 
     Returns
     -------
     tuple
-        Rows, and whether the source tells clients apart.
+        Rows, and whether the source names speakers.
 
     Raises
     ------
@@ -193,17 +196,17 @@ def select(table, accents, notes, where, *, mapping=None, compound="drop", conte
             notes.drop(accent.reason, example={"id": f"{cells['split']}:{cells['row']}", "message": message})
             continue
         found[accent.label] += 1
-        # Interned, because a release has millions of rows and thousands of clients.
-        client = sys.intern(cells["client"])
-        if client:
-            accents_of[client].add(accent.label)
+        # Interned, because a release has millions of rows and thousands of speakers.
+        speaker = sys.intern(cells["client"])
+        if speaker:
+            accents_of[speaker].add(accent.label)
         if accent.label not in accents:
             notes.drop(OTHER_ACCENT)
             continue
         row = Row(
-            id=digest([client, cells["path"], cells["sentence"]]),
+            id=digest([speaker, cells["path"], cells["sentence"]]),
             accent=accent.label,
-            client=client,
+            speaker=speaker,
             sentence=splits.normalise_sentence(cells["sentence"]),
             gender=sys.intern(labels.gender(cells["gender"])),
             age=sys.intern(cells["age"]),
@@ -222,7 +225,7 @@ def select(table, accents, notes, where, *, mapping=None, compound="drop", conte
 
 
 def read_accent(accent, variant="", extra=None, compound="drop"):
-    """Parse an accent cell; a variant fills in where it is empty, and makes it compound where it says another."""
+    """Parse an accent cell; the variant is used where it is empty, and another accent there makes it compound."""
     parsed = labels.parse(accent, extra)
     if variant:
         second = labels.parse(variant, extra)
@@ -236,9 +239,9 @@ def read_accent(accent, variant="", extra=None, compound="drop"):
 
 
 def cap(rows, choices, notes):
-    """Keep at most ``max_clips_per_client`` clips of each client."""
+    """Keep at most ``max_clips_per_client`` clips of each speaker."""
     choice = splits.cap(rows, choices.max_clips_per_client, choices.seed)
-    notes.drop(CLIENT_CAP, len(choice.dropped))
+    notes.drop(SPEAKER_CAP, len(choice.dropped))
     return choice.kept
 
 
@@ -265,7 +268,7 @@ def balance_gender(rows, choices, notes):
 
 
 def drop_sentences(parts, notes, *, trim=None, fold=None):
-    """Drop the sentences of test and valid from the splits after them, and count the clips that this costs.
+    """Drop clips whose sentence is in test or valid from the splits after them, and count them.
 
     Returns
     -------
@@ -281,14 +284,14 @@ def drop_sentences(parts, notes, *, trim=None, fold=None):
 
 
 def numbered(layouts):
-    """Yield the number of each fold and its splits; None for the only layout where there are no folds."""
+    """Yield the number of each fold, or None where there are no folds, and its splits."""
     for number, parts in enumerate(layouts, 1):
         yield number if len(layouts) > 1 else None, parts
 
 
-def leaks(tells_clients, split):
-    """Warnings where splits may share speakers, or do."""
-    return [NO_CLIENT_IDS] * (not tells_clients) + [RANDOM_SPLIT] * (split == "random")
+def leaks(knows_speakers, split):
+    """Warnings for splits that share speakers, or may share them."""
+    return [NO_SPEAKERS] * (not knows_speakers) + [RANDOM_SPLIT] * (split == "random")
 
 
 def require_filled(layouts, accents, notes, wanted=splits.SPLITS, remedy=""):
@@ -304,12 +307,12 @@ def require_filled(layouts, accents, notes, wanted=splits.SPLITS, remedy=""):
     wanted : sequence of str
         Splits that must be filled.
     remedy : str
-        One more line, of what the caller knows to help.
+        One more line of advice.
 
     Raises
     ------
     DataError
-        Naming all empty splits of the first such fold.
+        Naming all empty splits of the first fold that has one.
     """
     for number, parts in enumerate(layouts, 1):
         reasons = notes.dropped + notes.folds[number]
@@ -331,7 +334,7 @@ def in_words(counts):
 
 
 def digest(value):
-    """Twenty hexadecimal digits that stand for plain JSON values."""
+    """Digest of plain JSON values: twenty hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True)
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
@@ -340,12 +343,12 @@ def _without_doubtful(candidates, nameless, accents_of, notes, content_of, prece
     same_name = Counter(row.id for row in candidates)
     rows = {}
     for row in candidates:
-        if accents_of and not row.client:
-            notes.drop(NO_CLIENT)
+        if accents_of and not row.speaker:
+            notes.drop(NO_SPEAKER)
             continue
-        if row.client and len(accents_of[row.client]) > 1:
-            named = " and ".join(sorted(accents_of[row.client]))
-            notes.drop(CONTRADICTING, example={"id": row.client, "message": f"this client has clips of {named}"})
+        if row.speaker and len(accents_of[row.speaker]) > 1:
+            named = " and ".join(sorted(accents_of[row.speaker]))
+            notes.drop(CONTRADICTING, example={"id": row.speaker, "message": f"this speaker has clips of {named}"})
             continue
         if content_of and (same_name[row.id] > 1 or row.id in nameless):
             row = dataclasses.replace(row, id=digest([row.id, content_of(row)]))
@@ -358,7 +361,7 @@ def _without_doubtful(candidates, nameless, accents_of, notes, content_of, prece
 
 
 def _require_accents(where, accents, found, raw, parsed):
-    """Refuse when the source has no clip of an accent that is asked for."""
+    """Refuse a source without a clip of one of the accents."""
     missing = [accent for accent in accents if not found[accent]]
     if not missing:
         return

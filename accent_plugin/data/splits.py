@@ -1,7 +1,7 @@
 """Splits, folds, balance and caps: pure functions on frozen records.
 
-Every draw is ordered by a seeded hash of names, so results do not depend on the order of the rows, and no random state
-is used. An item is anything frozen with ``id`` (unique), ``accent``, ``client`` ("" where unknown) and ``sentence``
+A seeded hash of names orders every draw, so results do not depend on the order of the rows or on random state.
+An item is anything frozen with ``id`` (unique), ``accent``, ``speaker`` ("" where unknown) and ``sentence``
 (normalised, "" where unknown). Splits are a dictionary from the names in ``SPLITS`` to tuples of items, sorted by id.
 """
 
@@ -26,7 +26,7 @@ class Item:
 
     id: str
     accent: str
-    client: str = ""
+    speaker: str = ""
     sentence: str = ""
 
 
@@ -38,17 +38,17 @@ class Choice:
     dropped: tuple
 
 
-def by_client(items, *, valid_fraction, test_fraction, seed):
-    """Split one pool so that no client is in two splits, stratified by accent.
+def by_speaker(items, *, valid_fraction, test_fraction, seed):
+    """Split one pool so that no speaker is in two splits, stratified by accent.
 
-    Clients of each accent are put in the order of a seeded hash: the first go to test, the next to valid. A fraction
-    above zero takes at least one client. Items without a client stand for themselves.
+    A seeded hash orders the speakers of each accent: the first go to test, the next to valid. A fraction above zero
+    takes at least one speaker. An item without a speaker counts as a speaker of its own.
 
     Arguments
     ---------
     items : iterable of Item
     valid_fraction : float
-        Share of the clients of each accent; 0 leaves valid out.
+        Fraction of the speakers of each accent; 0 makes no valid split.
     test_fraction : float
         Likewise for test.
     seed : int
@@ -61,22 +61,22 @@ def by_client(items, *, valid_fraction, test_fraction, seed):
     Raises
     ------
     DataError
-        When an accent has too few clients.
+        When an accent has too few speakers.
     """
-    return _split(items, _client_of, "client(s)", valid_fraction, test_fraction, seed)
+    return _split(items, _speaker_of, "speaker(s)", valid_fraction, test_fraction, seed)
 
 
 def by_hash(items, *, valid_fraction, test_fraction, seed):
-    """Split one pool by a hash of each client, so that a client keeps its split for ever, whatever is added later.
+    """Split one pool by a hash of each speaker, so that a speaker stays in the same split when data are added.
 
-    The shares are met on average only: a small accent may leave a split empty, which is the caller's to refuse.
+    The fractions are met on average only: a small accent may leave a split empty, which the caller should refuse.
 
     Arguments
     ---------
     items : iterable of Item
-        Items without a client stand for themselves.
+        An item without a speaker counts as a speaker of its own.
     valid_fraction, test_fraction : float
-        Probability of a client to be in valid and in test.
+        Probability of a speaker to be in valid and in test.
     seed : int
 
     Returns
@@ -86,7 +86,7 @@ def by_hash(items, *, valid_fraction, test_fraction, seed):
     """
     places, parts = {}, {split: [] for split in SPLITS}
     for item in items:
-        unit = item.accent, _client_of(item)
+        unit = item.accent, _speaker_of(item)
         if unit not in places:
             place = rank(seed, "split", *unit) / 2**64
             places[unit] = TEST if place < test_fraction else VALID if place < test_fraction + valid_fraction else TRAIN
@@ -95,14 +95,14 @@ def by_hash(items, *, valid_fraction, test_fraction, seed):
 
 
 def given(items, *, valid_fraction, test_fraction, seed, missing=()):
-    """Keep the splits of the source; those that it lacks are drawn from its train, by client.
+    """Keep the splits of the source; those that it lacks are drawn from its train, by speaker.
 
     Arguments
     ---------
     items : iterable of Item
         Each also has ``split``, the name of its split in the source.
     valid_fraction, test_fraction, seed
-        As in ``by_client``, for the missing splits.
+        As in ``by_speaker``, for the missing splits.
     missing : collection of str
         Names in ``SPLITS`` that the source lacks.
 
@@ -117,17 +117,17 @@ def given(items, *, valid_fraction, test_fraction, seed, missing=()):
             "valid_fraction": valid_fraction if VALID in missing else 0,
             "test_fraction": test_fraction if TEST in missing else 0,
         }
-        parts |= by_client(parts[TRAIN], **fractions, seed=seed)
+        parts |= by_speaker(parts[TRAIN], **fractions, seed=seed)
     return _sorted(parts)
 
 
 def at_random(items, *, valid_fraction, test_fraction, seed):
-    """Split one pool by clip: clients are shared between splits, so accuracies measured on it flatter. On purpose."""
+    """Split one pool by clip; splits then share speakers, which inflates the accuracy measured on them."""
     return _split(items, _id_of, "clip(s)", valid_fraction, test_fraction, seed)
 
 
-def folds(items, count, *, valid_fraction, seed, by="client"):
-    """Cut one pool into folds by client, stratified by accent; each client is in test of exactly one.
+def folds(items, count, *, valid_fraction, seed, by="speaker"):
+    """Cut one pool into folds by speaker, stratified by accent; each speaker is in test of exactly one.
 
     Arguments
     ---------
@@ -135,17 +135,17 @@ def folds(items, count, *, valid_fraction, seed, by="client"):
     count : int
         Number of folds, 2 or more.
     valid_fraction : float
-        Share of each fold's training clients, by accent, that become its valid; at least one client.
+        Fraction of each fold's training speakers of each accent that become its valid; at least one speaker.
     seed : int
     by : str
-        "client", or "clip" for folds that leak speakers on purpose.
+        "speaker", or "clip" for folds that share speakers.
 
     Returns
     -------
     tuple of dict
         One dictionary of train, valid and test per fold.
     """
-    unit_of, noun = (_client_of, "client(s)") if by == "client" else (_id_of, "clip(s)")
+    unit_of, noun = {"speaker": (_speaker_of, "speaker(s)"), "clip": (_id_of, "clip(s)")}[by]
     if count < 2:
         raise DataError(f"{count} fold(s) cannot be made: choose 2 or more, 5 is usual")
     pool = _units(items, unit_of)
@@ -174,13 +174,13 @@ def folds(items, count, *, valid_fraction, seed, by="client"):
 
 
 def cap(items, limit, seed):
-    """Keep at most ``limit`` clips of each client; None keeps all, and clips without a client are not counted."""
+    """Keep at most ``limit`` clips of each speaker; None keeps all, and clips without a speaker are not counted."""
     if limit is None:
         return Choice(_by_id(items), ())
     counts, kept, dropped = Counter(), [], []
     for item in _drawn(items, seed):
-        counts[item.client] += bool(item.client)
-        (dropped if counts[item.client] > limit else kept).append(item)
+        counts[item.speaker] += bool(item.speaker)
+        (dropped if counts[item.speaker] > limit else kept).append(item)
     return Choice(_by_id(kept), _by_id(dropped))
 
 
@@ -189,13 +189,13 @@ def _accent_of(item):
 
 
 def downsample(items, seed, key=_accent_of):
-    """Leave every accent (or other ``key``) as many clips as the rarest has, as evenly over clients as they allow."""
+    """Keep as many clips of every accent (or other ``key``) as of the rarest, spread evenly over speakers."""
     counts = Counter(map(key, items))
     least = min(counts.values(), default=0)
-    # Every client's first clip comes before anybody's second.
+    # The first clip of every speaker comes before the second clip of any.
     turns, queue = Counter(), []
     for place, item in enumerate(_drawn(items, seed)):
-        unit = _client_of(item)
+        unit = _speaker_of(item)
         turns[unit] += 1
         queue.append((turns[unit], place, item))
     taken, kept, dropped = Counter(), [], []
@@ -233,24 +233,24 @@ def drop_sentences(parts, trim=None):
 
 
 def require_disjoint(parts):
-    """Refuse splits that share a client.
+    """Refuse splits that share a speaker.
 
     Raises
     ------
     DataError
-        Naming two such clients (where there are two) and the splits they are in.
+        Naming up to two such speakers and their splits.
     """
     found = defaultdict(set)
     for split, items in parts.items():
         for item in items:
-            if item.client:
-                found[item.client].add(split)
-    shared = sorted(client for client, where in found.items() if len(where) > 1)
+            if item.speaker:
+                found[item.speaker].add(split)
+    shared = sorted(speaker for speaker, where in found.items() if len(where) > 1)
     if shared:
         named = ", ".join(f"'{c}' (in {' and '.join(s for s in parts if s in found[c])})" for c in shared[:2])
         raise DataError(
-            f"{len(shared)} client(s) are in more than one split: {named}\n"
-            "its scores would not be on unseen speakers: join the splits into one, and it is split by client here"
+            f"{len(shared)} speaker(s) are in more than one split: {named}\n"
+            "scores would not be on unseen speakers: join the splits into one, which is then split by speaker here"
         )
 
 
@@ -290,8 +290,8 @@ def _share(fraction, count):
     return max(1, round(fraction * count)) if fraction > 0 else 0
 
 
-def _client_of(item):
-    return item.client or item.id
+def _speaker_of(item):
+    return item.speaker or item.id
 
 
 def _id_of(item):
@@ -299,7 +299,7 @@ def _id_of(item):
 
 
 def _units(items, unit_of):
-    """accent -> unit -> items; a client with several accents would be several units and is refused earlier."""
+    """accent -> unit -> items; speakers with several accents were dropped before, or they would be several units."""
     pool = defaultdict(lambda: defaultdict(list))
     for item in items:
         pool[item.accent][unit_of(item)].append(item)

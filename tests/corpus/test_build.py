@@ -750,7 +750,7 @@ def test_nobody_moves_when_others_come(items, seed, known):
     before = splits.by_hash(items[:known], seed=seed, **FRACTIONS)
     after = splits.by_hash(items, seed=seed, **FRACTIONS)
     for split, part in before.items():
-        assert {item.client for item in part} <= {item.client for item in after[split]}
+        assert {item.speaker for item in part} <= {item.speaker for item in after[split]}
 
 
 def test_shares_of_a_hash():
@@ -831,7 +831,7 @@ def test_folders_leave_nothing_out_in_silence(tmp_path):
     (source / "loose.wav").touch()
     made = build(source, tmp_path / "out", accents=TWO)
     assert kept(made) == {"us": 40, "england": 40}
-    assert made.warnings == ("files that are no audio by their ending, or in no accent's folder: .m4a 1, .wav 1",)
+    assert made.warnings == ("files without an audio suffix, or outside the accents' folders: .m4a 1, .wav 1",)
 
 
 def test_a_mapping_to_a_label_that_nobody_asks_for(tmp_path):

@@ -149,15 +149,15 @@ def test_a_mapping_is_written_either_way(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[Geordie]", "holds no table"),
-        ("", "holds no table"),
-        ("Geordie: [", "is no YAML"),
+        ("[Geordie]", "is not a table"),
+        ("", "is not a table"),
+        ("Geordie: [", "is not YAML"),
         ("no: england", "in quotes"),
         ("Geordie: null", "in quotes"),
         ("Geordie: ' '", "in quotes"),
         ("' ': england", "in quotes"),
         ("Geordie: england\ngeordie: wales", "maps 'geordie' to england and to wales"),
-        ("!!python/object/apply:os.system [ls]", "is no YAML"),
+        ("!!python/object/apply:os.system [ls]", "is not YAML"),
     ],
 )
 def test_a_mapping_that_cannot_be_meant(tmp_path, text, message):

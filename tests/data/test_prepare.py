@@ -133,7 +133,7 @@ def test_train_is_balanced_also_after_bad_clips(tmp_path):
     assert made.dropped == {"undecodable": 1, "balance": 1}
 
 
-def test_one_split_is_split_by_client(pool, tmp_path):
+def test_one_split_is_split_by_speaker(pool, tmp_path):
     made = prepare(pool, tmp_path / "out", test_fraction=0.25, valid_fraction=0.125)
     speakers = {split: {a: c["speakers"] for a, c in counts.items()} for split, counts in made.counts.items()}
     assert speakers == {

@@ -12,41 +12,41 @@ ACCENTS = ("us", "england", "australia")
 
 
 @st.composite
-def pools(draw, least_clients=5):
-    """Clips of at least so many clients per accent, some with a sentence that others read too."""
+def pools(draw, least_speakers=5):
+    """Clips of at least so many speakers per accent, some with a sentence that others read too."""
     items = []
     for accent in ACCENTS[: draw(st.integers(1, 3))]:
-        for client, clips in enumerate(draw(st.lists(st.integers(1, 4), min_size=least_clients, max_size=9))):
+        for speaker, clips in enumerate(draw(st.lists(st.integers(1, 4), min_size=least_speakers, max_size=9))):
             for clip in range(clips):
-                sentence = draw(st.sampled_from(["", "one", "two", *(f"own {accent} {client} {k}" for k in range(3))]))
-                items.append(Item(f"{accent}-{client}-{clip}", accent, f"{accent}{client}", sentence))
+                sentence = draw(st.sampled_from(["", "one", "two", *(f"own {accent} {speaker} {k}" for k in range(3))]))
+                items.append(Item(f"{accent}-{speaker}-{clip}", accent, f"{accent}{speaker}", sentence))
     return draw(st.permutations(items))
 
 
 seeds = st.integers(0, 2**40)
 
 
-def clients(items):
-    return {item.client for item in items}
+def speakers(items):
+    return {item.speaker for item in items}
 
 
 @settings(deadline=None, max_examples=60)
 @given(pools(), seeds, st.randoms())
-def test_split_by_client(items, seed, random):
-    parts = splits.by_client(items, valid_fraction=0.2, test_fraction=0.3, seed=seed)
+def test_split_by_speaker(items, seed, random):
+    parts = splits.by_speaker(items, valid_fraction=0.2, test_fraction=0.3, seed=seed)
     splits.require_disjoint(parts)
     assert sorted(i.id for part in parts.values() for i in part) == sorted(i.id for i in items)
     for accent in {item.accent for item in items}:
-        total = len({i.client for i in items if i.accent == accent})
-        shares = {s: len({i.client for i in part if i.accent == accent}) for s, part in parts.items()}
+        total = len({i.speaker for i in items if i.accent == accent})
+        shares = {s: len({i.speaker for i in part if i.accent == accent}) for s, part in parts.items()}
         assert shares["test"] == max(1, round(0.3 * total))
         assert shares["valid"] == max(1, round(0.2 * total))
     shuffled = random.sample(items, len(items))
-    assert splits.by_client(shuffled, valid_fraction=0.2, test_fraction=0.3, seed=seed) == parts
+    assert splits.by_speaker(shuffled, valid_fraction=0.2, test_fraction=0.3, seed=seed) == parts
 
 
 @settings(deadline=None, max_examples=60)
-@given(pools(), seeds, st.integers(2, 5), st.sampled_from(["client", "clip"]), st.randoms())
+@given(pools(), seeds, st.integers(2, 5), st.sampled_from(["speaker", "clip"]), st.randoms())
 def test_folds(items, seed, count, by, random):
     made = splits.folds(items, count, valid_fraction=0.25, seed=seed, by=by)
     assert len(made) == count
@@ -57,10 +57,10 @@ def test_folds(items, seed, count, by, random):
         assert {i.id for part in parts.values() for i in part} == everywhere
         for part in parts.values():
             assert {i.accent for i in part} == {i.accent for i in items}
-        if by == "client":
+        if by == "speaker":
             splits.require_disjoint(parts)
-    if by == "client":
-        folds_of = Counter(client for parts in made for client in clients(parts["test"]))
+    if by == "speaker":
+        folds_of = Counter(speaker for parts in made for speaker in speakers(parts["test"]))
         assert set(folds_of.values()) == {1}
     assert splits.folds(random.sample(items, len(items)), count, valid_fraction=0.25, seed=seed, by=by) == made
 
@@ -69,8 +69,8 @@ def test_folds(items, seed, count, by, random):
 @given(pools(1), seeds, st.integers(1, 3), st.randoms())
 def test_cap(items, seed, limit, random):
     choice = splits.cap(items, limit, seed)
-    before, after = Counter(i.client for i in items), Counter(i.client for i in choice.kept)
-    assert after == {client: min(n, limit) for client, n in before.items()}
+    before, after = Counter(i.speaker for i in items), Counter(i.speaker for i in choice.kept)
+    assert after == {speaker: min(n, limit) for speaker, n in before.items()}
     assert len(choice.kept) + len(choice.dropped) == len(items)
     assert splits.cap(random.sample(items, len(items)), limit, seed) == choice
 
@@ -83,14 +83,14 @@ def test_downsampling(items, seed, random):
     assert Counter(i.accent for i in choice.kept) == dict.fromkeys(counts, min(counts.values()))
     assert splits.downsample(random.sample(items, len(items)), seed) == choice
     for accent in counts:
-        wanted = min(min(counts.values()), len({i.client for i in items if i.accent == accent}))
-        assert len({i.client for i in choice.kept if i.accent == accent}) == wanted
+        wanted = min(min(counts.values()), len({i.speaker for i in items if i.accent == accent}))
+        assert len({i.speaker for i in choice.kept if i.accent == accent}) == wanted
 
 
 @settings(deadline=None, max_examples=60)
 @given(pools(), seeds)
 def test_no_sentence_in_two_splits(items, seed):
-    before = splits.by_client(items, valid_fraction=0.2, test_fraction=0.2, seed=seed)
+    before = splits.by_speaker(items, valid_fraction=0.2, test_fraction=0.2, seed=seed)
     after, dropped = splits.drop_sentences(before)
     read = {split: {i.sentence for i in part} - {""} for split, part in after.items()}
     assert not read["train"] & read["valid"]
@@ -133,15 +133,15 @@ def test_two_offenders_are_named():
         "valid": (Item("5", "us", "dora"), Item("6", "us", "")),
         "test": (Item("7", "us", "bert"), Item("8", "us", "anna")),
     }
-    with pytest.raises(DataError, match=r"2 client.*'anna' \(in train and test\), 'bert' \(in train and test\)"):
+    with pytest.raises(DataError, match=r"2 speaker.*'anna' \(in train and test\), 'bert' \(in train and test\)"):
         splits.require_disjoint(parts)
     splits.require_disjoint({name: part for name, part in parts.items() if name != "test"})
 
 
 def test_the_seed_matters():
-    items = [Item(f"{client}", "us", f"c{client}") for client in range(40)]
+    items = [Item(f"{speaker}", "us", f"c{speaker}") for speaker in range(40)]
     chosen = {
-        seed: splits.by_client(items, valid_fraction=0.2, test_fraction=0.2, seed=seed)["test"] for seed in (1, 2)
+        seed: splits.by_speaker(items, valid_fraction=0.2, test_fraction=0.2, seed=seed)["test"] for seed in (1, 2)
     }
     assert chosen[1] != chosen[2]
 
@@ -201,30 +201,30 @@ def test_a_client_keeps_its_split_whatever_is_added():
 
 
 def test_a_fraction_of_zero_makes_no_split():
-    items = [Item(f"{client}", "us", f"c{client}") for client in range(4)]
-    assert list(splits.by_client(items, valid_fraction=0.2, test_fraction=0, seed=1)) == ["train", "valid"]
+    items = [Item(f"{speaker}", "us", f"c{speaker}") for speaker in range(4)]
+    assert list(splits.by_speaker(items, valid_fraction=0.2, test_fraction=0, seed=1)) == ["train", "valid"]
 
 
-def test_random_split_shares_clients_on_purpose():
-    items = [Item(f"{client}-{clip}", "us", f"c{client}") for client in range(4) for clip in range(20)]
+def test_random_split_shares_speakers_on_purpose():
+    items = [Item(f"{speaker}-{clip}", "us", f"c{speaker}") for speaker in range(4) for clip in range(20)]
     parts = splits.at_random(items, valid_fraction=0.2, test_fraction=0.2, seed=1)
     assert {split: len(part) for split, part in parts.items()} == {"train": 48, "valid": 16, "test": 16}
     with pytest.raises(DataError, match="in more than one split"):
         splits.require_disjoint(parts)
 
 
-def test_too_few_clients():
-    items = [Item(f"{client}", "us", f"c{client}") for client in range(2)]
-    with pytest.raises(DataError, match=r"us has 2 client\(s\), too few for train, valid, test"):
-        splits.by_client(items, valid_fraction=0.1, test_fraction=0.1, seed=1)
-    with pytest.raises(DataError, match=r"us has 2 client\(s\), 5 folds need 5"):
+def test_too_few_speakers():
+    items = [Item(f"{speaker}", "us", f"c{speaker}") for speaker in range(2)]
+    with pytest.raises(DataError, match=r"us has 2 speaker\(s\), too few for train, valid, test"):
+        splits.by_speaker(items, valid_fraction=0.1, test_fraction=0.1, seed=1)
+    with pytest.raises(DataError, match=r"us has 2 speaker\(s\), 5 folds need 5"):
         splits.folds(items, 5, valid_fraction=0.1, seed=1)
     with pytest.raises(DataError, match="choose 2 or more"):
         splits.folds(items, 1, valid_fraction=0.1, seed=1)
 
 
-def test_items_without_client_stand_for_themselves():
+def test_items_without_speaker_stand_for_themselves():
     items = [Item(str(k), "us") for k in range(10)]
-    parts = splits.by_client(items, valid_fraction=0.2, test_fraction=0.2, seed=1)
+    parts = splits.by_speaker(items, valid_fraction=0.2, test_fraction=0.2, seed=1)
     assert {split: len(part) for split, part in parts.items()} == {"train": 6, "valid": 2, "test": 2}
     assert splits.cap(items, 1, 1).dropped == ()

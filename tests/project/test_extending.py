@@ -137,5 +137,5 @@ def test_a_corpus_of_ones_own_becomes_a_dataset(folder):
     table.write_text(table.read_text(encoding="utf-8").replace("Am0 male", "Am0 female"), encoding="utf-8")
     with pytest.raises(ManifestError, match="changed since"):
         build_corpus(reader("speech"), "data/by_speaker", **options)
-    with pytest.raises(ConfigError, match="client_pattern means nothing for a reader of folders by speaker"):
+    with pytest.raises(ConfigError, match="client_pattern does not apply to a reader of folders by speaker"):
         build_corpus(reader("speech"), "data/other", client_pattern="(.*)")
