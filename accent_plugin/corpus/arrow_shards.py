@@ -12,21 +12,13 @@ from accent_plugin import files
 from accent_plugin.errors import DataError
 
 AUDIO = "audio"
-
-
 _LISTING = "dataset_dict.json"
-
-
 _CLIPS_EMBEDDED = 1000
-
-
 _CLIPS_REFERRED = 100_000
 
 
 # A record batch is written when it reaches this number of clips or bytes.
 _BATCH_CLIPS = 100
-
-
 _BATCH_BYTES = 1 << 26
 
 

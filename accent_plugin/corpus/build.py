@@ -33,24 +33,13 @@ logger = logging.getLogger(__name__)
 
 
 NO_AUDIO = "no audio file"
-
-
 FEW_UP_VOTES = "too few up-votes"
-
-
 MANY_DOWN_VOTES = "too many down-votes"
-
-
 COLUMNS = ("client_id", "path", "sentence", "accent", "raw_accent", "gender", "age")
-
-
 _DIVIDE = {"client": splits.by_hash, "official": splits.given, "random": splits.at_random}
-
-
 _BUILDING = ".building.json"
-
-
 _README = "README.md"
+_ABSENT_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -157,7 +146,7 @@ def build_corpus(source, out, *, workers=None, progress=True, **arguments):
     choices, out = CorpusChoices(**arguments), Path(out).absolute()
     reader = readers.open_source(source, reading, official=choices.split == "official")
     _require_outside(source, out)
-    _require_speakers(reader, choices)
+    _require_speakers(reader, choices, reader.has_clients)
     header = {"arguments": choices.as_json() | dataclasses.asdict(reading), "source": reader.fingerprint()}
     header = json.loads(json.dumps(header))
     if workers is not None and workers < 1:
@@ -205,49 +194,21 @@ def plan_corpus(reader, choices, notes, progress=False):
     tuple
         Split -> rows, and split -> because of split -> clips dropped for their sentence.
     """
-    from tqdm import tqdm
-
-    read = tqdm(reader.cells(), desc="reading", unit="row", mininterval=1.0, leave=False, disable=not progress)
-    table = _filtered(read, choices, notes)
-    extra = {
-        "precedence": lambda row: (row.gender, row.age, row.raw_accent, row.split),
-        "mapping": choices.mapping,
-        "compound": choices.compound,
-        "content_of": getattr(reader, "content_of", None),
-    }
-    rows, knows_speakers = selection.select(table, choices.accents, notes, reader.name, **extra)
-    if not extra["content_of"]:
-        rows = _each_file_once(rows, notes)
-    notes.dropped += reader.damaged
-    if not knows_speakers and choices.split == "client":
-        raise DataError(_no_speakers(reader))
-    absent = reader.absent(rows)
-    notes.drop(NO_AUDIO, int(absent.sum()))
-    notes.examples += [{"reason": NO_AUDIO, "id": r.path, "message": ""} for r in _first(rows, absent)]
-    notes.warnings += reader.warnings
-    strange = sorted(set(choices.mapping.values()) - labels.SPELLINGS.keys() - set(choices.accents))
-    if strange:
-        known = ", ".join(labels.SPELLINGS)
-        notes.warnings.append(f"mapping gives labels that are not asked for: {', '.join(strange)}; known are {known}")
-    there = [row for row, gone in zip(rows, absent, strict=True) if not gone]
-    if choices.split == "official":
-        _require_official(there)
-    parts = _DIVIDE[choices.split](there, **choices.draw())
-    notes.warnings += selection.leaks(knows_speakers, choices.split)
-    if choices.split != "random":
-        splits.require_disjoint(parts)
-    elif knows_speakers:
-        notes.warnings.append("the recipe refuses splits that share speakers, unless it is given --split random")
 
     def trim(rows):
         rows = selection.cap(rows, choices, notes)
         return selection.balance_gender(rows, choices, notes) if choices.balance_gender else rows
 
-    if choices.disjoint_sentences:
-        parts, lost = selection.drop_sentences(parts, notes, trim=trim)
-    else:
-        parts = {split: trim(rows) for split, rows in parts.items()}
-        lost = {split: {} for split in reversed(splits.SPLITS)}
+    rows, knows_speakers = _select(reader, choices, notes, progress)
+    if choices.split == "official":
+        _require_official(rows)
+    parts = _DIVIDE[choices.split](rows, **choices.draw())
+    notes.warnings += selection.leaks(knows_speakers, choices.split)
+    if choices.split != "random":
+        splits.require_disjoint(parts)
+    elif knows_speakers:
+        notes.warnings.append("the recipe refuses splits that share speakers, unless it is given --split random")
+    parts, lost = selection.drop_sentences(parts, notes, disjoint=choices.disjoint_sentences, trim=trim)
     remedy = ""
     if choices.split == "client":
         speakers = Counter(accent for accent, _ in {(row.accent, row.speaker) for row in rows})
@@ -255,6 +216,34 @@ def plan_corpus(reader, choices, notes, progress=False):
         remedy = f"speakers: {told}; each falls into a split by its hash: few need larger fractions, or another seed"
     selection.require_filled([parts], choices.accents, notes, remedy=remedy)
     return parts, lost
+
+
+def _select(reader, choices, notes, progress):
+    """Clips of the wanted accents that have audio, and whether the source names speakers."""
+    from tqdm import tqdm
+
+    read = tqdm(reader.cells(), desc="reading", unit="row", mininterval=1.0, leave=False, disable=not progress)
+    extra = {
+        "precedence": lambda row: (row.gender, row.age, row.raw_accent, row.split),
+        "mapping": choices.mapping,
+        "compound": choices.compound,
+        "content_of": getattr(reader, "content_of", None),
+    }
+    table = _filtered(read, choices, notes)
+    rows, knows_speakers = selection.select(table, choices.accents, notes, reader.name, **extra)
+    if not extra["content_of"]:
+        rows = _each_file_once(rows, notes)
+    notes.dropped += reader.damaged
+    _require_speakers(reader, choices, knows_speakers)
+    absent = reader.absent(rows)
+    gone = [row for row, missing in zip(rows, absent, strict=True) if missing]
+    notes.drop(NO_AUDIO, len(gone))
+    notes.examples += [{"reason": NO_AUDIO, "id": row.path, "message": ""} for row in gone[:_ABSENT_LISTED]]
+    notes.warnings += reader.warnings
+    if strange := sorted(set(choices.mapping.values()) - labels.SPELLINGS.keys() - set(choices.accents)):
+        known = ", ".join(labels.SPELLINGS)
+        notes.warnings.append(f"mapping gives labels that are not asked for: {', '.join(strange)}; known are {known}")
+    return [row for row, missing in zip(rows, absent, strict=True) if not missing], knows_speakers
 
 
 def _build(reader, out, choices, header, workers, progress):
@@ -353,10 +342,6 @@ def _finished(out, header):
     return load_corpus(out) if arrow_shards.is_finished(out) and not begun.is_file() else None
 
 
-def _first(rows, chosen, count=5):
-    return [row for row, taken in zip(rows, chosen, strict=True) if taken][:count]
-
-
 @contextlib.contextmanager
 def _without_collection():
     """Turn off garbage collection: text records form no cycles, and among millions the search costs a fifth."""
@@ -375,14 +360,10 @@ def _require_outside(source, out):
         raise DataError(f"--out {out} is inside the source, which is only read: choose another folder")
 
 
-def _require_speakers(reader, choices):
-    if choices.split == "client" and not reader.has_clients:
-        raise DataError(_no_speakers(reader))
-
-
-def _no_speakers(reader):
-    return (
-        f"{reader.name} has no client ids, so no split can keep speakers apart\n{reader.without_clients}\n"
-        "or give split official to keep its own splits, or split random: every report will then warn that splits may"
-        " share speakers, which inflates its figures"
-    )
+def _require_speakers(reader, choices, knows_speakers):
+    if choices.split == "client" and not knows_speakers:
+        raise DataError(
+            f"{reader.name} has no client ids, so no split can keep speakers apart\n{reader.without_clients}\n"
+            "or give split official to keep its own splits, or split random: every report will then warn that splits"
+            " may share speakers, which inflates its figures"
+        )

@@ -22,29 +22,13 @@ import numpy as np
 from accent_plugin.errors import DataError
 
 WRONG_CELLS = "wrong number of cells"
-
-
 NOT_UTF8 = "invalid UTF-8"
-
-
 OUTSIDE = "path outside clips"
-
-
 NO_PATH = "no path"
-
-
 VALIDATED = "validated.tsv"
-
-
 _OFFICIAL = {"train.tsv": "train", "dev.tsv": "dev", "test.tsv": "test"}
-
-
 _OFFICIAL_V1 = {"cv-valid-train.csv": "train", "cv-valid-dev.csv": "dev", "cv-valid-test.csv": "test"}
-
-
 _CLIPS = "clips"
-
-
 _DURATIONS = "clip_durations.tsv"
 
 
@@ -276,8 +260,6 @@ class Release:
 
 # Nearly all names match, and this is fast.
 _PLAIN_NAME = re.compile(r"[a-z0-9_-]+\.mp3", re.ASCII).fullmatch
-
-
 _TEXTS = ("client", "path", "sentence", "accent", "variant", "gender", "age")
 
 

@@ -10,11 +10,7 @@ from accent_plugin.data.splits import SPLITS, TRAIN, canonical
 from accent_plugin.errors import DataError, ManifestError
 
 CARD_JSON = "accent_plugin.json"
-
-
 _LISTING = "dataset_dict.json"
-
-
 _STATE = "state.json"
 
 

@@ -17,8 +17,6 @@ logger = logging.getLogger(__name__)
 
 # Reasons that count as broken files; the others follow from the options.
 UNREADABLE = (UNDECODABLE, EMPTY, NON_FINITE)
-
-
 JOURNAL_FILE = "audio.jsonl"
 
 

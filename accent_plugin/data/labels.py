@@ -20,11 +20,7 @@ from pathlib import Path
 from accent_plugin.errors import ConfigError
 
 NO_ACCENT = "no accent"
-
-
 UNKNOWN_ACCENT = "unknown accent"
-
-
 COMPOUND_ACCENT = "compound accent"
 
 

@@ -19,17 +19,9 @@ from accent_plugin.data import splits as data_splits
 from accent_plugin.errors import ManifestError
 
 COLUMNS = ("ID", "duration", "wav", "accent", "client_id", "gender", "age")
-
-
 DATA_ROOT = "$data_root"
-
-
 PREPARE_JSON = "prepare.json"
-
-
 FORMAT_VERSION = 1
-
-
 AUDIO_FOLDER = "audio"
 
 

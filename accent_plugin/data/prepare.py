@@ -39,11 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 BALANCES = ("downsample", "sampler", "none")
-
-
 SPLIT_KINDS = ("speaker", "random", "all")
-
-
 _EXAMPLES = 20
 
 
@@ -255,10 +251,10 @@ def _lay_out(rows, names, choices, notes):
     for fold, parts in selection.numbered(layouts):
         if choices.split == "speaker":
             splits.require_disjoint(parts)
-            if choices.disjoint_sentences:
-                parts, lost = selection.drop_sentences(parts, notes, fold=fold)
-                for split, source, count in ((a, b, lost[a][b]) for a in lost for b in lost[a] if lost[a][b]):
-                    logger.info("%d of %s's clips read a sentence of %s: left out", count, split, source)
+        disjoint = choices.disjoint_sentences and choices.split == "speaker"
+        parts, lost = selection.drop_sentences(parts, notes, disjoint=disjoint, fold=fold)
+        for split, source, count in ((a, b, lost[a][b]) for a in lost for b in lost[a] if lost[a][b]):
+            logger.info("%d of %s's clips read a sentence of %s: dropped", count, split, source)
         made.append(_balanced(parts, choices, notes, fold))
     return made
 

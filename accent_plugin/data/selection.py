@@ -20,38 +20,16 @@ from accent_plugin.data import labels, splits
 from accent_plugin.errors import ConfigError, DataError
 
 OTHER_ACCENT = "other accent"
-
-
 NO_SPEAKER = "no client id"
-
-
 CONTRADICTING = "contradicting accents"
-
-
 DUPLICATE = "duplicate"
-
-
 SPEAKER_CAP = "client cap"
-
-
 BALANCE = "balance"
-
-
 GENDER_UNKNOWN = "gender not given"
-
-
 GENDER_OTHER = "gender neither male nor female"
-
-
 GENDER_BALANCE = "gender balance"
-
-
 NO_SPEAKERS = "no client ids: splits may share speakers"
-
-
 RANDOM_SPLIT = "split at random by clip: speakers are shared between splits, accuracies flatter"
-
-
 COMPOUNDS = ("drop", "agree")
 
 
@@ -61,8 +39,6 @@ _SAME_TEXT = (
 
 
 _LISTED = 10
-
-
 _EXAMPLES_PER_REASON = 5
 
 
@@ -267,16 +243,27 @@ def balance_gender(rows, choices, notes):
     return tuple(sorted(kept, key=lambda row: row.id))
 
 
-def drop_sentences(parts, notes, *, trim=None, fold=None):
-    """Drop clips whose sentence is in test or valid from the splits after them, and count them.
+def drop_sentences(parts, notes, *, disjoint=True, trim=None, fold=None):
+    """Trim each split, test first, drop clips whose sentence a split before it has, and count them.
+
+    Arguments
+    ---------
+    parts : dict
+        Split -> rows.
+    notes : DropLog
+        Receives what is dropped.
+    disjoint : bool
+        Whether to drop sentences; False only trims.
+    trim, fold
+        As in ``splits.drop_sentences`` and ``DropLog.drop``.
 
     Returns
     -------
     tuple
-        The splits, and split -> because of split -> clips dropped.
+        The splits, and split -> because of split -> clips dropped for their sentence.
     """
-    parts, dropped = splits.drop_sentences(parts, trim)
-    counts = {split: {} for split in (splits.TEST, splits.VALID, splits.TRAIN)}
+    parts, dropped = splits.drop_sentences(parts, trim, disjoint)
+    counts = {split: {} for split in reversed(splits.SPLITS)}
     for (split, source), rows in dropped.items():
         counts[split][source] = len(rows)
         notes.drop(f"sentence in {source}", len(rows), fold=fold)

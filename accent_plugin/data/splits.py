@@ -205,7 +205,7 @@ def downsample(items, seed, key=_accent_of):
     return Choice(_by_id(kept), _by_id(dropped))
 
 
-def drop_sentences(parts, trim=None):
+def drop_sentences(parts, trim=None, disjoint=True):
     """Drop test's sentences from valid and train, and valid's from train.
 
     Arguments
@@ -215,6 +215,8 @@ def drop_sentences(parts, trim=None):
     trim : callable, optional
         Items of a split -> those to keep. It runs before the sentences of the split are dropped from the next ones, so
         that fewer clips are lost.
+    disjoint : bool
+        Whether to drop sentences; False only trims.
 
     Returns
     -------
@@ -228,7 +230,8 @@ def drop_sentences(parts, trim=None):
             dropped[split, source] = tuple(item for item in items if item.sentence in sentences)
             items = tuple(item for item in items if item.sentence not in sentences)
         kept[split] = trim(items) if trim else items
-        taken[split] = {item.sentence for item in kept[split]} - {""}
+        if disjoint:
+            taken[split] = {item.sentence for item in kept[split]} - {""}
     return {split: kept[split] for split in SPLITS if split in kept}, dropped
 
 

@@ -207,7 +207,7 @@ def test_sentences_of_test_leave_train(tmp_path, caplog):
     caplog.set_level(logging.INFO, "accent_plugin.data.prepare")
     made = prepare(data, tmp_path / "out", balance="none")
     assert made.dropped == {"sentence in test": 2, "sentence in valid": 1}
-    assert "1 of valid's clips read a sentence of test: left out" in caplog.text
+    assert "1 of valid's clips read a sentence of test: dropped" in caplog.text
     assert prepare(data, tmp_path / "kept", balance="none", disjoint_sentences=False).dropped == {}
 
 
@@ -465,7 +465,7 @@ def test_killed_it_goes_on(corpus, tmp_path):
     assert everything(tmp_path / "out") == everything(prepare(corpus, tmp_path / "whole").folder)
 
 
-def test_a_damaged_result_is_mended(corpus, tmp_path, caplog):
+def test_a_damaged_result_is_repaired(corpus, tmp_path, caplog):
     made = prepare(corpus, tmp_path / "out")
     whole = everything(made.folder)
     Path(read_manifest(made.splits["test"])[0].wav).unlink()
@@ -473,7 +473,7 @@ def test_a_damaged_result_is_mended(corpus, tmp_path, caplog):
         load_prepared(made.folder)
     made.splits["train"].write_text("ID\n")
     prepare(corpus, made.folder)
-    assert "mending" in caplog.text
+    assert "repairing" in caplog.text
     assert everything(made.folder) == whole
 
 
@@ -693,7 +693,7 @@ def test_loading_what_is_not_prepared(corpus, tmp_path):
     for text, message in {
         "[]": "is damaged",
         '{"format_version": 1}': "is damaged",
-        '{"format_version": 9}': "9, 1 is",
+        '{"format_version": 9}': "9; this version reads 1",
     }.items():
         (tmp_path / "prepare.json").write_text(text)
         with pytest.raises(ManifestError, match=message):
