@@ -12,11 +12,12 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def atomic_write(path):
-    """A file under a temporary name that takes its own when it is whole."""
+def atomic_write(path, mode="w"):
+    """Open a file under a temporary name and rename it when it is complete; ``mode`` "wb" writes bytes, not UTF-8."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
     try:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
+        with open(temporary, mode, **text) as file:
             yield file
         os.replace(temporary, path)
     finally:

@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from accent_plugin import files
 from accent_plugin.audio.samples import (
     EMPTY,
     NON_FINITE,
@@ -224,13 +225,8 @@ def write(path, samples):
     # Encoded in memory, because libsndfile hides the system's errno when a disk is full.
     encoded = io.BytesIO()
     soundfile.write(encoded, steps, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(encoded.getbuffer())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with files.atomic_write(path, "wb") as file:
+        file.write(encoded.getbuffer())
 
 
 def encode_mp3(samples, bitrate):

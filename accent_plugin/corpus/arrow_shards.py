@@ -122,26 +122,21 @@ def _names(clips, size):
 def _write_shard(path, rows, schema, record, sound, embed, done):
     import pyarrow
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            with pyarrow.ipc.new_stream(file, schema) as stream:
-                batch, held = [], 0
-                for row in rows:
-                    content = _sound(row, sound(row), embed)
-                    held += len(content["bytes"] or b"")
-                    batch.append(record(row) | {AUDIO: content})
-                    if len(batch) == _BATCH_CLIPS or held > _BATCH_BYTES:
-                        stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
-                        done(len(batch))
-                        batch, held = [], 0
-                stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
-                done(len(batch))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.atomic_write(path, "wb") as file:
+        with pyarrow.ipc.new_stream(file, schema) as stream:
+            batch, held = [], 0
+            for row in rows:
+                content = _sound(row, sound(row), embed)
+                held += len(content["bytes"] or b"")
+                batch.append(record(row) | {AUDIO: content})
+                if len(batch) == _BATCH_CLIPS or held > _BATCH_BYTES:
+                    stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
+                    done(len(batch))
+                    batch, held = [], 0
+            stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
+            done(len(batch))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sound(row, content, embed):

@@ -1,11 +1,11 @@
 """predictions.csv: one row for each clip."""
 
 import csv
-import os
 from pathlib import Path
 
 import numpy as np
 
+from accent_plugin import files
 from accent_plugin.errors import ReportError
 from accent_plugin.evaluation.predictions import ScoredClips
 
@@ -25,22 +25,17 @@ def write_predictions(path, predictions):
     """
     p, path = predictions, Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     clients = p.client_ids or ("",) * len(p.ids)
-    try:
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            columns = [PROBABILITY + label for label in p.labels]
-            writer.writerow(["ID", "client_id", "accent", "predicted", *columns, "gender", "age", "seconds"])
-            truth, predicted = p.truth.tolist(), p.predicted.tolist()
-            for i, row in enumerate(p.probabilities.tolist()):
-                answer = p.labels[predicted[i]]
-                writer.writerow(
-                    [p.ids[i], clients[i], p.labels[truth[i]], answer, *row, p.gender[i], p.age[i], p.seconds[i].item()]
-                )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with files.atomic_write(path) as file:
+        writer = csv.writer(file)
+        columns = [PROBABILITY + label for label in p.labels]
+        writer.writerow(["ID", "client_id", "accent", "predicted", *columns, "gender", "age", "seconds"])
+        truth, predicted = p.truth.tolist(), p.predicted.tolist()
+        for i, row in enumerate(p.probabilities.tolist()):
+            answer = p.labels[predicted[i]]
+            writer.writerow(
+                [p.ids[i], clients[i], p.labels[truth[i]], answer, *row, p.gender[i], p.age[i], p.seconds[i].item()]
+            )
 
 
 def read_predictions(path):

@@ -5,11 +5,11 @@ The text is built once, as a list of blocks, and written twice, as Markdown here
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
+from accent_plugin import files
 from accent_plugin.evaluation.compare import compare_models
 from accent_plugin.evaluation.evaluate import evaluate, speaker_rows
 from accent_plugin.report import figures, html
@@ -40,12 +40,8 @@ def write_text(path, text):
     """Write a file whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with files.atomic_write(path) as file:
+        file.write(text)
 
 
 def _strict(value):
