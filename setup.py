@@ -29,6 +29,8 @@ setup(
         "transformers>=5.4.0,<6",
         "huggingface_hub",
         "packaging",
+        # Older ones let a forked child keep a lock.
+        "filelock>=4.1",
         "safetensors",
         "hyperpyyaml>=1.2.3",
         "pyyaml",

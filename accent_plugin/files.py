@@ -71,19 +71,28 @@ def _take_place(new, folder, aside):
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Let one process at a time work in ``folder``; the lock goes with the process."""
+def lock(folder, name=".lock", wait=True):
+    """Let one process at a time work in ``folder``; the lock ends with the process, and a forked child never has it.
+
+    Raises
+    ------
+    BlockingIOError
+        When another process has the lock and ``wait`` is False.
+    """
+    from filelock import FileLock, Timeout
+
+    # The soft lock that it would fall back to is a file, which a killed process leaves behind.
+    held = FileLock(folder / name, fallback_to_soft=False)
     try:
-        import fcntl
-    except ImportError:
+        held.acquire(blocking=False)
+    except Timeout:
+        if not wait:
+            raise BlockingIOError(f"{folder} is locked") from None
+        logger.info("another process works in %s: waiting for it", folder)
+        held.acquire()
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): do not run two processes in it at once", folder, error)
+    try:
         yield
-        return
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process works in %s: waiting for it", folder)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): do not run two processes in it at once", folder, error)
-        yield
+    finally:
+        held.release()

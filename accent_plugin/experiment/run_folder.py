@@ -6,7 +6,6 @@ evaluated as what they are not. A folder in which nothing has been trained yet b
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -27,6 +26,10 @@ IDENTITY_FILE = "run.json"
 
 
 LOCK_FILE = ".run.lock"
+
+
+# Not the lock's file: on Windows nobody else can read that.
+HOLDER_FILE = ".run.holder.json"
 
 
 # Why they may change -> hyperparameters that make no other run. What is not named here counts: forgetting a new one
@@ -270,20 +273,6 @@ def _holds_work(folder, save_folder):
 
 # ------------------------------------------------------------------------------------------------------ who is in it
 
-# File descriptors of the locks that this process holds.
-_held = set()
-
-
-def _let_go_in_child():
-    """Leave the lock to the parent alone: a data loader's worker may outlive it, and the lock would with it."""
-    while _held:
-        with contextlib.suppress(OSError):
-            os.close(_held.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_child)
-
 
 @contextlib.contextmanager
 def claimed(folder):
@@ -296,26 +285,18 @@ def claimed(folder):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # No file object: in a forked child it would close a descriptor that may be another file's by then.
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-    _held.add(descriptor)
-    try:
-        if not _lock(descriptor, folder):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.lock(folder, LOCK_FILE, wait=False))
+        except BlockingIOError:
             raise ConfigError(
-                f"{folder} is in use by {_holder(descriptor)}\n"
+                f"{folder} is in use by {_holder(folder)}\n"
                 "wait until it has ended, end it there, or choose another --output_folder"
-            )
+            ) from None
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.write(descriptor, json.dumps(me).encode())
+        (folder / HOLDER_FILE).write_text(json.dumps(me), encoding="utf-8")
         _sweep(folder)
         yield folder
-    finally:
-        # Closed, not unlocked: that a child which comes here has forgotten it leaves the lock to the parent.
-        if descriptor in _held:
-            _held.remove(descriptor)
-            os.close(descriptor)
 
 
 def _sweep(folder):
@@ -332,39 +313,12 @@ def _sweep(folder):
             left.rmdir()
 
 
-def _lock(descriptor, folder):
-    """Take a lock without waiting for it; whether nobody else has it."""
+def _holder(folder):
+    """Name the process that holds a folder's lock."""
     try:
-        _system_lock(descriptor)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            return False
-        logger.warning("%s cannot be locked (%s): do not run two processes in it at once", folder, error)
-    return True
-
-
-def _system_lock(descriptor):
-    try:
-        import fcntl
-    except ImportError:
-        fcntl = None  # type: ignore[assignment]  # a module, or None where the system has none
-    if fcntl is not None:
-        return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
-        import msvcrt
-    except ImportError:
-        raise OSError(errno.ENOSYS, "this system has no locks") from None
-    # Far behind the text, which nobody else could read otherwise.
-    os.lseek(descriptor, 1 << 30, os.SEEK_SET)
-    return msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-
-
-def _holder(descriptor):
-    """Who wrote the lock's file."""
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    try:
-        return "process {pid} on {host}, since {since}".format_map(json.loads(os.read(descriptor, 1000)))
-    except (ValueError, KeyError, TypeError):
+        held_by = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
+        return "process {pid} on {host}, since {since}".format_map(held_by)
+    except (OSError, ValueError, KeyError, TypeError):
         # It has the lock, and has not written yet.
         return "another process"
 

@@ -1,6 +1,8 @@
 """A run folder: which configuration it belongs to, which process works in it, and what is deleted to begin anew."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -345,14 +347,17 @@ def test_a_worker_that_ends_first_leaves_the_lock_to_its_parent(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "{}", "[1]"])
 def test_a_holder_that_has_not_written_its_name(tmp_path, text):
     with run_folder.claimed(tmp_path):
-        (tmp_path / ".run.lock").write_text(text)
+        (tmp_path / ".run.holder.json").write_text(text)
         with pytest.raises(ConfigError, match="is in use by another process"), run_folder.claimed(tmp_path):
             pass
 
 
-def test_where_the_system_has_no_locks_there_is_a_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", None)
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_where_the_file_system_has_no_locks_there_is_a_warning(tmp_path, monkeypatch, caplog, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with run_folder.claimed(tmp_path):
         assert "cannot be locked (" in caplog.text
 
