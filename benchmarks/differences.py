@@ -21,10 +21,10 @@ from speechbrain.utils.checkpoints import Checkpointer, mark_as_loader, mark_as_
 from torch.utils.data import DataLoader
 
 from accent_plugin.encoder.factory import make_encoder
-from accent_plugin.experiment.reports import versions
 from accent_plugin.pooling import MeanPooling
 from accent_plugin.training.batches import BucketBatchSampler
 from accent_plugin.training.checkpoints import AtomicCheckpointer
+from accent_plugin.versions import installed_versions
 
 RATE = 16_000
 
@@ -219,7 +219,7 @@ def main():
         one_bad_batch()
         padding_in_batches()
         killed_save(folder)
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(", ".join(f"{name} {version}" for name, version in installed_versions().items()))
 
 
 if __name__ == "__main__":

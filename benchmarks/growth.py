@@ -26,8 +26,8 @@ from accent_plugin.audio import codecs
 from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.data import manifests as data_manifests
 from accent_plugin.data.manifests import DATA_ROOT
-from accent_plugin.experiment.reports import versions
 from accent_plugin.training.loaders import LoadingOptions, make_loaders
+from accent_plugin.versions import installed_versions
 
 ACCENTS = ("us", "england", "australia")
 FILES = 64
@@ -236,7 +236,7 @@ def main():
                 numbers = [f"{found[name]:.2f}" if "(s)" in name else f"{found[name]:.0f}" for name in COLUMNS[2:]]
                 print(f"| {clips:,} | {peer} | {' | '.join(numbers)} |", flush=True)
     print(f"\n{options.workers} workers; a worker is measured after {options.batches} batches (or all there are)")
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(", ".join(f"{name} {version}" for name, version in installed_versions().items()))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from accent_plugin import devices
 from accent_plugin.audio import codecs
 from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.data.manifests import Clip
-from accent_plugin.experiment.reports import versions
 from accent_plugin.training.batches import BucketBatchSampler, ClipDataset, make_loader
 from accent_plugin.training.brain import AccentBrain
+from accent_plugin.versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,7 +140,7 @@ def main():
         words = [sys.executable, __file__, str(path), "--steps", str(options.steps)]
         words += ["--precision", options.precision] + ["--gradient_checkpointing"] * options.gradient_checkpointing
         subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(", ".join(f"{name} {version}" for name, version in installed_versions().items()))
 
 
 if __name__ == "__main__":

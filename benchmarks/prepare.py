@@ -240,9 +240,9 @@ def main():
         print(f"{name}: {turns[0].audio:.0f} s of audio in a turn; {turns[0].remark}".rstrip("; "))
     say(took)
     # Imports torch, which the processes above need not share.
-    from accent_plugin.experiment.reports import versions
+    from accent_plugin.versions import installed_versions
 
-    print(f"medians of {arguments.turns} turns;", ", ".join(f"{k} {v}" for k, v in versions().items()))
+    print(f"medians of {arguments.turns} turns;", ", ".join(f"{k} {v}" for k, v in installed_versions().items()))
 
 
 if __name__ == "__main__":

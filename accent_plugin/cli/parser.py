@@ -6,25 +6,12 @@ import accent_plugin
 from accent_plugin.cli.data import run_accents, run_check, run_demo, run_prepare, split_list
 from accent_plugin.cli.models import EXPORTS, run_classify, run_evaluate, run_export, run_import, run_push, run_serve
 from accent_plugin.cli.runs import run_compare, run_summarise
-
-
-def _versions():
-    """Versions that matter in a bug report, without importing anything heavy."""
-    import importlib.metadata
-    import platform
-
-    lines = [f"accent_plugin {accent_plugin.__version__}", f"Python {platform.python_version()}, {platform.platform()}"]
-    for package in ("speechbrain", "transformers", "torch", "torchaudio", "datasets", "numpy", "soundfile"):
-        try:
-            lines.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{package} is not installed")
-    return "\n".join(lines)
+from accent_plugin.versions import installed_versions
 
 
 class _Version(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        print(_versions())
+        print("\n".join(f"{name} {version}" for name, version in installed_versions().items()))
         parser.exit()
 
 

@@ -1,12 +1,9 @@
 """Reports of runs, folds and seeds."""
 
-import importlib.metadata
 import json
 import logging
-import platform
 from pathlib import Path
 
-import torch
 from speechbrain import Stage
 
 from accent_plugin.audio.degradations import DEGRADATIONS
@@ -23,6 +20,7 @@ from accent_plugin.report.predictions_csv import read_predictions
 from accent_plugin.report.write import METRICS_FILE
 from accent_plugin.training import distributed
 from accent_plugin.training.options import read_history
+from accent_plugin.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +31,6 @@ _NAMED = 10
 
 # Of the card that a DatasetDict carries, what a report repeats.
 _CARD_REPEATED = ("made_by", "source", "arguments", "counts", "dropped", "lost_sentences", "labels", "warnings")
-
-
-_PACKAGES = ("accent_plugin", "speechbrain", "transformers", "torch", "torchaudio", "datasets", "scikit-learn", "numpy")
 
 
 def describe_data(prepared, fold=None):
@@ -77,19 +72,6 @@ def _encoder_name(hparams):
     encoder = start or hparams["wav2vec2_hub"]
     # The folder's name alone: a report travels, a local path should not.
     return Path(encoder).name if Path(encoder).is_dir() else encoder
-
-
-def versions():
-    """Versions that matter when a result is to be repeated."""
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 def write_report(brain, loaders, prepared, hparams, command, temperature=1.0, fold=None, outsiders=None):
@@ -229,7 +211,7 @@ def write_run_report(output_folder, predictions, **parts):
     if not distributed.is_main():
         return None
     folder = Path(output_folder) / "report"
-    metrics = report_write.write_report(folder, predictions, versions=versions(), **parts)
+    metrics = report_write.write_report(folder, predictions, versions=installed_versions(), **parts)
     recall = metrics["clip"]["unweighted_average_recall"]
     logger.info(
         "unweighted average recall by clip %.3f (95 %%: %.3f to %.3f); report: %s",

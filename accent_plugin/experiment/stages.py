@@ -15,7 +15,7 @@ from accent_plugin.data.manifests import load_prepared, read_manifest
 from accent_plugin.errors import ConfigError, DataError
 from accent_plugin.exchange.start import initialise_head
 from accent_plugin.experiment.predict import as_predictions, calibrate
-from accent_plugin.experiment.reports import describe_data, describe_model, split_sources, versions, write_run_report
+from accent_plugin.experiment.reports import describe_data, describe_model, split_sources, write_run_report
 from accent_plugin.experiment.settings import read_settings
 from accent_plugin.report.write import METRICS_FILE
 from accent_plugin.training import distributed, feature_cache
@@ -23,6 +23,7 @@ from accent_plugin.training.batches import BucketBatchSampler, ClipDataset, make
 from accent_plugin.training.brain import AccentBrain
 from accent_plugin.training.checkpoints import AtomicCheckpointer
 from accent_plugin.training.loaders import evaluation_batch_seconds, make_loader_of, whole_clips
+from accent_plugin.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def write_bundle(folder, brain, hparams, calibrated, metrics=None):
         speeds=hparams["evaluation"]["test_speeds"],
         calibration=calibrated,
         metrics=metrics,
-        versions=versions(),
+        versions=installed_versions(),
     )
     logger.info("bundle: %s", written)
 

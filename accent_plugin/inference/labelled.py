@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import logging
 from collections import Counter
@@ -15,10 +14,11 @@ import numpy as np
 from accent_plugin.data import dataset_dict, labels, splits
 from accent_plugin.data.manifests import Clip, read_manifest
 from accent_plugin.errors import DataError
-from accent_plugin.evaluation.predictions import ScoredClips
+from accent_plugin.evaluation.predictions import FLOOR, ScoredClips
 from accent_plugin.inference.records import Failure, printable
 from accent_plugin.report.comparisons import COMPARISON_FILES
 from accent_plugin.report.write import METRICS_FILE, remove_report, write_report
+from accent_plugin.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,6 @@ ROLES = ("audio", "accent", "client", "gender", "age")
 
 # What a report says of how it came about, where it came about here.
 _COMMAND = "accent-plugin evaluate"
-
-
-_PACKAGES = ("accent_plugin", "speechbrain", "transformers", "torch", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def evaluate_model(classifier, rows, progress=True, **reading):
         ids=tuple(clip.id for clip, _, _ in seen),
         client_ids=tuple(clients) if any(clients) else None,
         truth=np.array([classifier.labels.index(accent) for _, accent, _ in seen]),
-        log_probabilities=np.maximum(log_probabilities, -700.0),
+        log_probabilities=np.maximum(log_probabilities, FLOOR),
         labels=tuple(classifier.labels),
         seconds=np.array([seconds for _, _, seconds in seen]),
         gender=tuple(labels.gender(clip.gender) for clip, _, _ in seen),
@@ -190,21 +187,10 @@ def write_evaluation(folder, classifier, predictions, data, left_out, command=_C
             "left_out": dict(left_out),
         },
         model={"bundle": classifier.identity, "encoder": encoder["name"], "family": encoder["family"]},
-        versions=versions(),
+        versions=installed_versions(),
         command=command,
         notes=["whether the model has heard these speakers in training is not known to the evaluation"],
     )
-
-
-def versions():
-    """Versions that matter when a result is to be repeated, without importing the packages."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
 
 
 def _of_manifest(path, columns):

@@ -205,8 +205,8 @@ def make_bundles(recipe, folder, scratch):
 def write_expected(folder):
     """Classify the clips with each bundle; refuse those whose answers would say nothing."""
     from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier
-    from accent_plugin.experiment.reports import versions
     from accent_plugin.inference.classifier import AccentClassifier
+    from accent_plugin.versions import installed_versions
 
     found = {}
     for bundle in (folder / "finished/bundle", *sorted((folder / "bundles").iterdir())):
@@ -221,7 +221,7 @@ def write_expected(folder):
         if np.ptp(table, axis=0).max() < 0.005 or (table * (1 - table)).max() < 0.005:
             sys.exit(f"{bundle}: these probabilities prove little")
     words = command_line(folder, folder / "finished", folder / "encoder")
-    text = json.dumps({"versions": versions(), "command": words, "probabilities": found}, indent=1)
+    text = json.dumps({"versions": installed_versions(), "command": words, "probabilities": found}, indent=1)
     (folder / "expected.json").write_text(text + "\n", encoding="utf-8")
 
 

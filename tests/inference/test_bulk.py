@@ -315,7 +315,7 @@ def test_version_names_what_a_bug_report_needs(capsys):
     with pytest.raises(SystemExit):
         main.main(["--version"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("accent_plugin", "speechbrain", "transformers", "torch", "Python"))
+    assert all(name in printed for name in ("accent_plugin", "speechbrain", "transformers", "torch", "python"))
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
