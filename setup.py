@@ -75,6 +75,7 @@ setup(
             "httpx",
             # Drives the browser that the system has; none is downloaded.
             "playwright",
+            "markdown-it-py",
             "nbclient",
             "nbformat",
             "ipykernel",

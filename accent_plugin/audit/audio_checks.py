@@ -13,9 +13,10 @@ from accent_plugin.audio.samples import EMPTY, NON_FINITE, SILENT, TOO_LONG, UND
 from accent_plugin.audio.workers import map_in_workers, worker_count
 from accent_plugin.audit import confounds
 from accent_plugin.audit.findings import AUDIO, CHANNEL, ERROR, EXAMPLES, UNDECODABLE_CLIP, WARNING, Example, Finding
-from accent_plugin.audit.text_checks import count_in_words, name_splits, runs_of_equal
+from accent_plugin.audit.text_checks import name_splits, runs_of_equal
 from accent_plugin.data import dataset_dict
 from accent_plugin.errors import AudioError
+from accent_plugin.report.text import count_in_words
 
 MAX_SECONDS = 600.0  # longer than any clip; decoding a whole audio book would take all memory
 

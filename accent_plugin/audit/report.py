@@ -1,14 +1,14 @@
 """An audit as text for the terminal, Markdown, JSON and pictures."""
 
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
 from accent_plugin import files
 from accent_plugin.audit import confounds
 from accent_plugin.audit.findings import medians_by_accent
-from accent_plugin.audit.text_checks import count_in_words
+from accent_plugin.report.markdown import escape_markdown, to_markdown
+from accent_plugin.report.text import count_in_words
 
 MARKDOWN_FILE = "check.md"
 
@@ -76,7 +76,7 @@ def write_audit(folder, audit):
             permutations(folder / "channel.png", c.permuted, c.uar, c.p)
             shown.append(("channel.png", "accents told apart by the recording alone, against chance"))
         with files.atomic_write(folder / MARKDOWN_FILE) as file:
-            file.write(_markdown(audit, shown))
+            file.write(to_markdown(_blocks(audit, shown)))
         # Last, since it is what other programs look for.
         with files.atomic_write(folder / JSON_FILE) as file:
             file.write(json.dumps(audit.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -87,48 +87,34 @@ def _title(audit):
     return f"{audit.name}: {count_in_words(errors, 'error')}, {count_in_words(len(audit.findings) - errors, 'warning')}"
 
 
-def _markdown(audit, shown):
+def _blocks(audit, shown):
+    """Yield the blocks of check.md, as `accent_plugin.report.markdown.to_markdown` wants them."""
     columns, rows = _counted(audit)
-    lines = [f"# Check of {_escape(_title(audit))}", ""]
-    for found in audit.findings:
-        lines.append(f"* **{found.severity}, {found.kind}**: {_escape(found.message)}")
-        lines += [f"    * {_escape(example.text)}" for example in found.examples]
-    if not audit.findings:
-        lines.append("Nothing was found.")
-    lines += [
-        "",
-        "## Accents and splits",
-        "",
-        *_markdown_table(["accent", *(f"{split} {c}" for split in audit.counts for c in columns)], rows),
-        "",
-    ]
-    if audit.confound:
-        lines += ["## What the recording alone gives away", ""]
-        c = audit.confound
-        lines += [
-            _escape(f"{_tested(c)[0].upper()}{_tested(c)[1:]}." if c.possible else f"Not tested: {c.reason}."),
-            "",
-        ]
+    yield "heading", 1, f"Check of {_title(audit)}"
+    yield "markdown", "\n".join(_findings(audit)) or "Nothing was found."
+    yield "heading", 2, "Accents and splits"
+    yield "table", ["accent", *(f"{split} {c}" for split in audit.counts for c in columns)], rows
+    c = audit.confound
+    if c:
+        yield "heading", 2, "What the recording alone gives away"
+        yield "text", f"{_tested(c)[0].upper()}{_tested(c)[1:]}." if c.possible else f"Not tested: {c.reason}."
     if medians := medians_by_accent(audit.measured):
-        header = [
-            "median",
-            *(f"{_spaced(name)}{f' ({unit})' if unit else ''}" for name, unit in confounds.UNITS.items()),
-        ]
-        rows = [[accent, *(_plain(value) for value in cells.values())] for accent, cells in medians.items()]
-        if audit.confound.possible:
-            rows.append(
-                ["average recall alone", *(f"{audit.confound.by_feature[name]:.2f}" for name in confounds.UNITS)]
-            )
-        lines += [*_markdown_table(header, rows), ""]
-    lines += [f"![{words}]({name})\n" for name, words in shown]
+        units = (f"{_spaced(name)}{f' ({unit})' if unit else ''}" for name, unit in confounds.UNITS.items())
+        rows = [[accent, *map(_plain, cells.values())] for accent, cells in medians.items()]
+        if c.possible:
+            rows.append(["average recall alone", *(f"{c.by_feature[name]:.2f}" for name in confounds.UNITS)])
+        yield "table", ["median", *units], rows
+    for name, words in shown:
+        yield "picture", name, words
     if audit.notes:
-        lines += ["## Notes", "", *(f"* {_escape(note)}" for note in audit.notes)]
-    return "\n".join(lines).rstrip() + "\n"
+        yield "heading", 2, "Notes"
+        yield "list", audit.notes
 
 
-def _markdown_table(header, rows):
-    cells = [[_escape(cell) for cell in header], ["---"] * len(header), *([_escape(c) for c in row] for row in rows)]
-    return ["| " + " | ".join(row) + " |" for row in cells]
+def _findings(audit):
+    for found in audit.findings:
+        yield f"* **{found.severity}, {found.kind}**: {escape_markdown(found.message)}"
+        yield from (f"    * {escape_markdown(example.text)}" for example in found.examples)
 
 
 def _counted(audit):
@@ -197,8 +183,3 @@ def _plain(value):
 
 def _spaced(name):
     return name.replace("_", " ")
-
-
-def _escape(words):
-    """Make plain text safe in Markdown, also in a table's cell."""
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(words.split())).replace("<", "&lt;").replace(">", "&gt;")

@@ -20,6 +20,7 @@ from accent_plugin.audit.findings import (
     Finding,
 )
 from accent_plugin.data import dataset_dict, labels, splits
+from accent_plugin.report.text import count_in_words
 
 MOST_UNBALANCED = 3.0
 
@@ -243,11 +244,6 @@ def _examples(table, found, name):
         clips = tuple(map(table.clip, rows))
         made.append(Example(f"'{_short(name(rows[0]))}': {' and '.join(map(str, clips))}", clips))
     return tuple(made)
-
-
-def count_in_words(count, word):
-    """Count in words: 1 clip, 2 clips."""
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
 def _short(words, most=60):

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 import accent_plugin
 from accent_plugin.data import splits
 from accent_plugin.data.provenance import show_value
+from accent_plugin.report.markdown import to_markdown
 
 FORMAT_VERSION = 1
 
@@ -21,27 +22,31 @@ _SPELLINGS_LISTED = 20
 
 def corpus_card_to_markdown(card):
     """A card as Markdown: what it is, tables of clips and of what was left out."""
+    return to_markdown(_blocks(card))
+
+
+def _blocks(card):
     source = card["source"]
-    lines = [f"# {card['name']}", "", f"Made by {card['made_by']} from {source['name']} ({source['kind']}).", ""]
-    lines += ["| split | accent | clips | speakers | hours |", "|---|---|---|---|---|"]
-    for split, by_accent in card["counts"].items():
-        for accent, n in by_accent.items():
-            hours = "unknown" if n["seconds"] is None else f"{n['seconds'] / 3600:.2f}"
-            lines.append(f"| {REASON_NAMES[split]} | {accent} | {n['clips']} | {n['clients']} | {hours} |")
+    yield "heading", 1, card["name"]
+    yield "text", f"Made by {card['made_by']} from {source['name']} ({source['kind']})."
+    yield "table", ["split", "accent", "clips", "speakers", "hours"], [
+        [REASON_NAMES[split], accent, n["clips"], n["clients"],
+         "unknown" if n["seconds"] is None else f"{n['seconds'] / 3600:.2f}"]
+        for split, by_accent in card["counts"].items() for accent, n in by_accent.items()
+    ]  # fmt: skip
     disjoint = {True: "No speaker is in two splits.", False: "Split by clip: speakers may be in several splits."}
-    lines += ["", disjoint.get(card["clients_disjoint"], "The source does not tell speakers apart.")]
-    lines += [f"Note: {warning}." for warning in card["warnings"]]
-    lines += ["", "Left out:", "", "| reason | clips |", "|---|---|"]
-    lines += [f"| {reason} | {n} |" for reason, n in card["dropped"].items()] or ["| nothing | 0 |"]
-    lines += ["", "Values of the source that became each label:", "", "| label | values, with clips |", "|---|---|"]
-    for label, values in card["labels"].items():
-        shown = "; ".join(f"{_in_cell(value)} {n}" for value, n in values.items())
-        lines.append(f"| {label} | {shown} |")
-    given = ", ".join(
-        f"{key} {show_value(value)}" for key, value in card["arguments"].items() if value not in (None, {})
-    )
-    lines += ["", f"Arguments: {_in_cell(given)}.", ""]
-    return "\n".join(lines)
+    yield "text", disjoint.get(card["clients_disjoint"], "The source does not tell speakers apart.")
+    for warning in card["warnings"]:
+        yield "text", f"Note: {warning}."
+    yield "text", "Left out:"
+    yield "table", ["reason", "clips"], list(card["dropped"].items()) or [["nothing", 0]]
+    yield "text", "Values of the source that became each label:"
+    yield "table", ["label", "values, with clips"], [
+        [label, "; ".join(f"{value or '(empty)'} {n}" for value, n in values.items())]
+        for label, values in card["labels"].items()
+    ]  # fmt: skip
+    given = {key: value for key, value in card["arguments"].items() if value not in (None, {})}
+    yield "text", f"Arguments: {', '.join(f'{key} {show_value(value)}' for key, value in given.items())}."
 
 
 def make_corpus_card(reader, parts, lost, choices, header, notes):
@@ -81,7 +86,3 @@ def _count(rows):
         }
         for accent, members in sorted(by_accent.items())
     }
-
-
-def _in_cell(text):
-    return str(text).replace("|", "\\|").replace("\n", " ") or "(empty)"

@@ -27,30 +27,41 @@ def _plain(value):
     return f"{value:,}" if isinstance(value, int) and abs(value) > 9999 else str(value)
 
 
-def _escape(text):
-    """Make plain text safe in Markdown, also in a table's cell."""
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(str(text).split())).replace("<", "&lt;").replace(">", "&gt;")
+def escape_markdown(text):
+    r"""Make plain text safe in Markdown, also in a table's cell.
+
+    Example
+    -------
+    >>> escape_markdown("<b> a_b _c_ [d](e) | `f`")
+    '&lt;b&gt; a_b \\_c\\_ \\[d\\](e) \\| \\`f\\`'
+    """
+    text = re.sub(r"([\\`*~\[\]|])", r"\\\1", " ".join(str(text).split()))
+    # Between letters and digits, an underscore is one.
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)
+    return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def to_markdown(blocks):
-    """Write blocks as GitHub's Markdown."""
+    """Write blocks as GitHub's Markdown; a block of the kind "markdown" is Markdown already."""
     lines = []
     for kind, *rest in blocks:
         if kind == "heading":
-            lines.append("#" * rest[0] + " " + _escape(rest[1]))
+            lines.append("#" * rest[0] + " " + escape_markdown(rest[1]))
         elif kind == "warning":
-            lines.append(f"> **{_escape(rest[0])}**")
+            lines.append(f"> **{escape_markdown(rest[0])}**")
         elif kind == "text":
-            lines.append(_escape(rest[0]))
+            lines.append(escape_markdown(rest[0]))
         elif kind == "list":
-            lines.append("\n".join(f"* {_escape(item)}" for item in rest[0]))
+            lines.append("\n".join(f"* {escape_markdown(item)}" for item in rest[0]))
         elif kind == "table":
             header, rows = rest
             cells = [header, ["---"] * len(header), *rows]
-            body = [[_escape(c) if i != 1 else c for c in row] for i, row in enumerate(cells)]
+            body = [[escape_markdown(c) if i != 1 else c for c in row] for i, row in enumerate(cells)]
             lines.append("\n".join("| " + " | ".join(row) + " |" for row in body))
         elif kind == "picture":
-            lines.append(f"![{_escape(rest[1])}]({rest[0]})")
+            lines.append(f"![{escape_markdown(rest[1])}]({rest[0]})")
+        elif kind == "markdown":
+            lines.append(rest[0])
         elif kind == "code":
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", rest[0])), default=0))
             lines.append(f"{fence}\n{rest[0]}\n{fence}")
