@@ -34,6 +34,8 @@ setup(
         "safetensors",
         "hyperpyyaml>=1.2.3",
         "pyyaml",
+        "jinja2>=3",
+        "markupsafe",
         "datasets>=4.0.0,<6",
         "pyarrow",
         "numpy>=2.0",

@@ -3,11 +3,12 @@
 import base64
 import io
 import re
-from html import escape
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import soundfile
+from markupsafe import Markup
 
 from accent_plugin.errors import AudioError
 from accent_plugin.report.figures import SCALE
@@ -45,6 +46,44 @@ audio { height: 2rem; width: 15rem; }
 """
 
 
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>{{ style }}</style>
+</head>
+<body>
+{% for kind, first, second in blocks %}
+{% if kind == "heading" %}
+<h{{ first }}>{{ second }}</h{{ first }}>
+{% elif kind == "warning" %}
+<p class="warning">{{ first }}</p>
+{% elif kind == "text" %}
+<p>{{ first }}</p>
+{% elif kind == "list" %}
+<ul>{% for item in first %}<li>{{ item }}</li>{% endfor %}</ul>
+{% elif kind == "table" %}
+<div class="scroll{{ " long" if second | length > 24 }}"><table>\
+<tr>{% for cell in first %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in second %}
+<tr>{% for cell in row %}<td{% if cell is figure %} class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% elif kind == "picture" %}
+{% set content = read(first) %}
+<figure><img width="{{ width(content) }}" alt="{{ second }}" src="data:image/png;base64,{{ encode(content) }}"></figure>
+{% elif kind == "code" %}
+<pre>{{ first }}</pre>
+{% endif %}
+{% endfor %}
+</body>
+</html>
+"""
+
+
 def render(title, blocks, folder, players=()):
     """Write blocks as one HTML page.
 
@@ -62,60 +101,33 @@ def render(title, blocks, folder, players=()):
     -------
     page : str
     """
-    body = "\n".join(filter(None, (_block(block, folder, players) for block in blocks)))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    environment.tests["figure"] = lambda cell: re.fullmatch(r"[+-]?\d[\d.,%]*( \(.*\))?", str(cell))
+    shown = [part for block in blocks for part in (_errors(players) if block[0] == "errors" else [block])]
+    return environment.from_string(_PAGE).render(
+        title=title,
+        style=Markup(_STYLE),
+        blocks=[(*block, None)[:3] for block in shown],
+        read=lambda name: (Path(folder) / name).read_bytes(),
+        # A PNG says its width there.
+        width=lambda content: round(int.from_bytes(content[16:20], "big") * SCALE),
+        encode=lambda content: base64.b64encode(content).decode(),
     )
-
-
-def _block(block, folder, players):
-    kind, *rest = block
-    if kind == "heading":
-        return f"<h{rest[0]}>{escape(rest[1])}</h{rest[0]}>"
-    if kind == "warning":
-        return f'<p class="warning">{escape(rest[0])}</p>'
-    if kind == "text":
-        return f"<p>{escape(rest[0])}</p>"
-    if kind == "list":
-        return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in rest[0]) + "</ul>"
-    if kind == "table":
-        return _table(rest[0], [[_cell(c) for c in row] for row in rest[1]])
-    if kind == "picture":
-        content = (Path(folder) / rest[0]).read_bytes()
-        width = round(int.from_bytes(content[16:20], "big") * SCALE)  # a PNG says its width there
-        source = "data:image/png;base64," + base64.b64encode(content).decode()
-        return f'<figure><img width="{width}" alt="{escape(rest[1])}" src="{source}"></figure>'
-    if kind == "code":
-        return f"<pre>{escape(rest[0])}</pre>"
-    return _errors(players) if kind == "errors" else ""
-
-
-def _cell(text):
-    number = ' class="number"' if re.fullmatch(r"[+-]?\d[\d.,%]*( \(.*\))?", str(text)) else ""
-    return f"<td{number}>{escape(str(text))}</td>"
-
-
-def _table(header, rows):
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "\n".join("<tr>" + "".join(row) + "</tr>" for row in rows)
-    return f'<div class="scroll{" long" if len(rows) > 24 else ""}"><table><tr>{head}</tr>\n{body}</table></div>'
 
 
 def _errors(players):
-    if not players:
-        return ""
-    rows = [
-        [*(_cell(p[key]) for key in ("id", "client_id", "accent", "answer", "probability")),
-         f'<td><audio controls preload="metadata" src="{p["source"]}"></audio></td>']
-        for p in players
-    ]  # fmt: skip
-    return (
-        "<h2>Most confident errors</h2>\n<p>Clips answered wrongly with the largest probability, at most "
-        f"{MOST_PER_SPEAKER} of a speaker and {MOST_SECONDS:.0f} s of each.</p>\n"
-        + _table(["clip", "speaker", "true accent", "answer", "probability", "listen"], rows)
-    )
+    if players:
+        yield "heading", 2, "Most confident errors"
+        yield (
+            "text",
+            "Clips answered wrongly with the largest probability, at most "
+            f"{MOST_PER_SPEAKER} of a speaker and {MOST_SECONDS:.0f} s of each.",
+        )
+        audio = Markup('<audio controls preload="metadata" src="{}"></audio>')
+        yield "table", ["clip", "speaker", "true accent", "answer", "probability", "listen"], [
+            [*(p[key] for key in ("id", "client_id", "accent", "answer", "probability")), audio.format(p["source"])]
+            for p in players
+        ]  # fmt: skip
 
 
 def players(predictions, audio):
