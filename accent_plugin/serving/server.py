@@ -88,7 +88,7 @@ def _make(classifier, card, limits, token, page, local, folder):
     try:
         import uvicorn
 
-        from accent_plugin.serving import api
+        from accent_plugin.serving import api, guard
 
         if page:
             import gradio  # noqa: F401
@@ -105,11 +105,11 @@ def _make(classifier, card, limits, token, page, local, folder):
         app = serving_page.mount(app, serving_page.make_page(service, card, folder), limits)
 
         def is_served(method, path):
-            return path.startswith(f"{api.API}/") or serving_page.is_served(method, path, folder)
+            return path.startswith(f"{guard.API}/") or serving_page.is_served(method, path, folder)
 
         doors = {"is_served": is_served, "has_room": lambda: serving_page.has_room(folder, limits)}
 
-    guard = api.Guard(app, service, token, local=local, **doors)
+    guarded = guard.Guard(app, service, token, local=local, **doors)
 
     class Server(uvicorn.Server):
         ending: _Flag
@@ -122,11 +122,11 @@ def _make(classifier, card, limits, token, page, local, folder):
             self.ending.set()
 
     config = uvicorn.Config(
-        guard, http=api.Connection, ws="none", log_level="warning", access_log=False, server_header=False,
+        guarded, http=guard.Connection, ws="none", log_level="warning", access_log=False, server_header=False,
         timeout_keep_alive=5, timeout_graceful_shutdown=round(limits.timeout) + 5,
     )  # fmt: skip
     server = Server(config)
-    return server, guard, service
+    return server, guarded, service
 
 
 async def _serve(server, guard, listening, service, folder, page):

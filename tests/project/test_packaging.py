@@ -27,7 +27,7 @@ MODULES = sorted(
     if path.stem != "__main__"
 )
 # `serve` imports it, and says which extra is missing.
-WITH_AN_EXTRA = {"accent_plugin.serving.api"}
+WITH_AN_EXTRA = {"accent_plugin.serving.api", "accent_plugin.serving.guard"}
 # Extras of those who work on the package.
 NOT_FOR_USERS = {"test", "lint", "bench"}
 

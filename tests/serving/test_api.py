@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from accent_plugin.inference.classifier import AccentClassifier
 from accent_plugin.serving import api
+from accent_plugin.serving import guard as guarding
 from accent_plugin.serving.service import Limits, Service
 
 CLIP = encode(noise(1.5))
@@ -29,7 +30,7 @@ def serve(classifier):
 
     def serve(token=None, local=True, base_url="http://127.0.0.1", **limits):
         service = Service(classifier, Limits(**limits))
-        guard = api.Guard(api.make_app(service), service, token, local=local)
+        guard = guarding.Guard(api.make_app(service), service, token, local=local)
         client = TestClient(guard, base_url=base_url, follow_redirects=False)
         client.service, client.guard = service, guard
         return client
@@ -182,7 +183,7 @@ def test_what_else_is_mounted_does_not_answer_for_the_api(classifier):
     service = Service(classifier)
     app = api.make_app(service)
     app.mount("/", lambda scope, receive, send: pytest.fail(scope["path"]))
-    client = TestClient(api.Guard(app, service), base_url="http://127.0.0.1")
+    client = TestClient(guarding.Guard(app, service), base_url="http://127.0.0.1")
     assert client.get("/api/classify").status_code == 405
     assert client.get("/api/nope").status_code == 404
 
@@ -334,7 +335,7 @@ def test_streams_end_when_the_server_does(classifier):
         began.set()
         assert await receive() == {"type": "http.disconnect"}
 
-    guard = api.Guard(stream, Service(classifier), is_served=lambda method, path: True)
+    guard = guarding.Guard(stream, Service(classifier), is_served=lambda method, path: True)
     scope, _, send, events = connection([], "/gradio_api/heartbeat/x")
     messages = [{"type": "http.request", "body": b""}]
 
@@ -353,13 +354,13 @@ def test_streams_end_when_the_server_does(classifier):
     assert events[-1] == {"type": "http.response.body", "body": b""}
 
 
-@pytest.mark.parametrize(("path", "status"), [("/gradio_api/queue/join", 413), (api.UPLOAD, 200)])
+@pytest.mark.parametrize(("path", "status"), [("/gradio_api/queue/join", 413), (guarding.UPLOAD, 200)])
 def test_only_uploads_may_be_large(classifier, path, status):
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    guard = api.Guard(app, Service(classifier), is_served=lambda method, path: True)
+    guard = guarding.Guard(app, Service(classifier), is_served=lambda method, path: True)
     response = TestClient(guard, base_url="http://127.0.0.1").post(path, content=b"x" * 300_000)
     assert response.status_code == status
 
@@ -370,7 +371,7 @@ def test_no_other_server_is_let_read(classifier):
         await send({"type": "http.response.start", "status": 200, "headers": allowed})
         await send({"type": "http.response.body", "body": b""})
 
-    guard = api.Guard(app, Service(classifier), is_served=lambda method, path: True)
+    guard = guarding.Guard(app, Service(classifier), is_served=lambda method, path: True)
     headers = TestClient(guard, base_url="http://127.0.0.1").get("/").headers
     assert "access-control-allow-origin" not in headers and headers["x-other"] == "1"
 
@@ -392,7 +393,7 @@ def talk(say, app=None):
     """Serve an application as `accent-plugin serve` does its own; what `say`, given a connection, returns."""
 
     async def both():
-        server = uvicorn.Server(uvicorn.Config(app, http=api.Connection, ws="none", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(app, http=guarding.Connection, ws="none", lifespan="off"))
         with socket.create_server(("127.0.0.1", 0)) as bound:
             serving = asyncio.create_task(server.serve(sockets=[bound]))
             try:
@@ -410,7 +411,7 @@ def impatient(monkeypatch):
     """Function: from now on hardly any time is left for headers."""
 
     def impatient():
-        monkeypatch.setattr(api, "_HEADER_SECONDS", 0.5)
+        monkeypatch.setattr(guarding, "_HEADER_SECONDS", 0.5)
 
     return impatient
 
@@ -453,7 +454,7 @@ async def answer(send, text):
 
 
 def test_an_answer_may_take_longer_than_headers(monkeypatch):
-    wait, timers = api.Connection._wait_for_headers, []
+    wait, timers = guarding.Connection._wait_for_headers, []
 
     def watched(connection):
         wait(connection)
@@ -469,7 +470,7 @@ def test_an_answer_may_take_longer_than_headers(monkeypatch):
         writer.write(b"Connection: close\r\n\r\n")
         return await reader.read()
 
-    monkeypatch.setattr(api.Connection, "_wait_for_headers", watched)
+    monkeypatch.setattr(guarding.Connection, "_wait_for_headers", watched)
     assert talk(say, app).endswith(b"done")
     connected, begun, whole = timers
     assert begun is connected and connected.cancelled() and whole is None

@@ -19,6 +19,7 @@ from accent_plugin.audio.codecs import Header
 from accent_plugin.inference.classifier import AccentClassifier
 from accent_plugin.inference.records import Failure, Prediction, Window
 from accent_plugin.serving import api, page, server
+from accent_plugin.serving import guard as guarding
 from accent_plugin.serving.service import Limits, Service, ServiceAnswer
 from accent_plugin.serving.signal_quality import SignalQuality
 
@@ -233,7 +234,7 @@ def visiting(bundle, folder):
         made = page.make_page(service, page.read_card(bundle), folder)
         app = page.mount(api.make_app(service), made, service.limits)
         doors = {"is_served": lambda method, path: page.is_served(method, path, folder)}
-        guard = api.Guard(app, service, **doors, has_room=lambda: page.has_room(folder, service.limits))
+        guard = guarding.Guard(app, service, **doors, has_room=lambda: page.has_room(folder, service.limits))
         with TestClient(guard, base_url="http://127.0.0.1") as client:
             client.folder, client.service = folder, service
             yield client
