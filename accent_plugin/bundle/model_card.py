@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from accent_plugin import files
+from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.bundle.config import CARD_FILE
 from accent_plugin.errors import BundleError
 from accent_plugin.evaluation.evaluate import SMALL
@@ -32,11 +33,11 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _USE_HEADING = "How to use it"
 
 
-_USE_IN_TRANSFORMERS = """\
+_USE_IN_TRANSFORMERS = f"""\
 from transformers import pipeline
 
 classify = pipeline("audio-classification", "FOLDER")
-print(classify({"array": samples, "sampling_rate": 16_000}))  # mono; a file's name needs FFmpeg
+print(classify({{"array": samples, "sampling_rate": {SAMPLE_RATE:_}}}))  # mono; a file's name needs FFmpeg
 
 # Its full report on labelled speech, with accent_plugin installed:
 # accent-plugin evaluate --model FOLDER --data DATASETDICT"""

@@ -27,13 +27,9 @@ import numpy as np
 import soundfile as sf
 import soxr
 
+from accent_plugin.audio.samples import SAMPLE_RATE
+from accent_plugin.data.dataset_dict import CARD_JSON
 from accent_plugin.errors import AccentPluginError, DataError
-
-CARD = "accent_plugin.json"  # read by accent_plugin.data.dataset_dict, which this room may not import
-
-
-SAMPLE_RATE = 16000  # hertz
-
 
 SECONDS = (2.0, 6.0)  # every clip lies between
 
@@ -362,7 +358,7 @@ def make_corpus(folder, seed=0, voices=48, clips_per_voice=16, say=None):
             splits[split] = dataset.cast_column("audio", Audio(sampling_rate=SAMPLE_RATE))
             say(f"{split}: {len(rows)} clips of {len({row['variant'] for row in rows})} voices")
         splits.save_to_disk(temporary)
-        (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        (temporary / CARD_JSON).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     say(f"{folder} is ready, made in {time.monotonic() - start:.0f} s; synthetic speech: {card['note']}")
     return card
 
@@ -373,7 +369,7 @@ def _found(folder, arguments):
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        card = json.loads((folder / CARD_JSON).read_text(encoding="utf-8"))
         if not card["synthetic"]:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:

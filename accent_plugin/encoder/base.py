@@ -33,7 +33,7 @@ _NORMALISATION_FLOOR = 1e-7
 
 
 # Of the names of the encoder's tensors in a bundle: an AccentModel holds them so.
-_IN_BUNDLE = "wav2vec2.model."
+PREFIX = "wav2vec2.model."
 
 
 class InvariantEncoder:
@@ -270,7 +270,7 @@ class InvariantEncoder:
         state = self.model.state_dict()
         try:
             with safe_open(path, framework="pt") as file, torch.no_grad():
-                names = {key.removeprefix(_IN_BUNDLE): key for key in file.keys() if key.startswith(_IN_BUNDLE)}  # noqa: SIM118
+                names = {key.removeprefix(PREFIX): key for key in file.keys() if key.startswith(PREFIX)}  # noqa: SIM118
                 self._require_keys(path, state.keys(), names.keys())
                 for name, value in state.items():
                     if name in names:

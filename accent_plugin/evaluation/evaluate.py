@@ -49,9 +49,6 @@ UNKNOWN = "unknown"
 _AGES = ("teens", "twenties", "thirties", "forties", "fifties", "sixties", "seventies", "eighties", "nineties")
 
 
-_GENDERS = {"m": "male", "f": "female", "male_masculine": "male", "female_feminine": "female"}
-
-
 _DURATIONS = ((3.0, "under 3 s"), (5.0, "3 to 5 s"), (8.0, "5 to 8 s"), (np.inf, "8 s and over"))
 
 
@@ -70,7 +67,7 @@ def _age(text):
 
 
 def _gender(text):
-    return _GENDERS.get(text.lower(), text.lower()) or UNKNOWN
+    return text.lower() or UNKNOWN
 
 
 def _groups(p):

@@ -35,6 +35,7 @@ from accent_plugin.bundle.load import load_bundle, make_bundle
 from accent_plugin.bundle.modules import Embedding, Head
 from accent_plugin.bundle.write import make_config, write_bundle
 from accent_plugin.data import labels
+from accent_plugin.encoder.base import PREFIX
 from accent_plugin.encoder.factory import build_encoder
 from accent_plugin.encoder.sources import NOT_ARCHITECTURE, local_folder, quiet_transformers, read_config
 from accent_plugin.errors import EncoderError, ExchangeError
@@ -50,9 +51,6 @@ CLASSIFIERS = {
     "wavlm": WavLMForSequenceClassification,
     "data2vec-audio": Data2VecAudioForSequenceClassification,
 }
-
-
-_ENCODER = "wav2vec2.model."
 
 
 LAYER_WEIGHTS = "wav2vec2.layer_weights"
@@ -261,7 +259,7 @@ def _accent_model(classifier, extractor):
         projector_size=config.classifier_proj_size,
     )
     theirs = classifier.state_dict()
-    state = {_ENCODER + key: value for key, value in classifier.base_model.state_dict().items()}
+    state = {PREFIX + key: value for key, value in classifier.base_model.state_dict().items()}
     model.load_state_dict(state | {ours: theirs[name] for ours, name in _HEAD.items() if name in theirs})
     return model.eval()
 

@@ -6,6 +6,7 @@ import logging
 import numpy as np
 from scipy.special import log_softmax
 
+from accent_plugin.data import labels
 from accent_plugin.evaluation import calibration
 from accent_plugin.evaluation.predictions import ScoredClips
 from accent_plugin.training.loaders import ChainedChanges, change_clip_speed, whole_clips
@@ -81,6 +82,6 @@ def as_predictions(clips, log_probabilities, accents):
         log_probabilities=log_probabilities,
         labels=tuple(accents),
         seconds=np.array([clip.duration for clip in clips]),
-        gender=tuple(clip.gender for clip in clips),
+        gender=tuple(labels.gender(clip.gender) for clip in clips),
         age=tuple(clip.age for clip in clips),
     )
