@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 def atomic_write(path, mode="w"):
     """Open a file under a temporary name and rename it when it is complete; ``mode`` "wb" writes bytes, not UTF-8."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
+    newline, encoding = (None, None) if "b" in mode else ("", "utf-8")
     try:
-        with open(temporary, mode, **text) as file:
+        with open(temporary, mode, newline=newline, encoding=encoding) as file:
             yield file
         os.replace(temporary, path)
     finally:
