@@ -13,6 +13,8 @@ What stands side by side is not the same everywhere: PyTorch's GroupNorm does no
 adds noise, its attention has a weight for each feature of a frame, and its batch holds more than waveforms and labels.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -115,8 +117,7 @@ def test_group_norm(benchmark, name, way):
     torch.manual_seed(0)
     norm = nn.GroupNorm(512, 512)
     if "Masked" in name:
-        norm = MaskedGroupNorm.replacing(norm)
-        norm.valid = valid(shares(CLIPS), FIRST_FRAMES)
+        norm = functools.partial(MaskedGroupNorm.replacing(norm), valid=valid(shares(CLIPS), FIRST_FRAMES))
     hidden = torch.randn(CLIPS, 512, FIRST_FRAMES)
     if way == "forward and backward":
         work = backward(norm, hidden)

@@ -222,8 +222,7 @@ class InvariantEncoder:
     def _checkpointed(self, forward, *arguments, **keywords):
         """A block, which in training keeps only what enters it; the backward pass computes the rest again.
 
-        Not Hugging Face's switch: it leaves out layers in evaluation mode, as those around adapters are, and takes in
-        the convolutions, whose masks are gone by the time of the backward pass.
+        Not Hugging Face's switch, which leaves out layers in evaluation mode, as those around adapters are.
         """
         if self.training and torch.is_grad_enabled():
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from accent_plugin import devices
+from accent_plugin.encoder.masking import MaskedGroupNorm, valid_frames
 
 # Frames of output computed at a time, 2 s: larger blocks leave the cache, smaller ones make poor matrices.
 _BLOCK_FRAMES = 100
@@ -36,8 +37,6 @@ class WaveformConvolutions(nn.Module):
     config : transformers.PretrainedConfig
     """
 
-    # Samples of each clip, set by the encoder around each pass; None where nothing is padded.
-    counts = None
     # False runs torch's convolutions on every device, to compare.
     as_products = True
 
@@ -50,32 +49,31 @@ class WaveformConvolutions(nn.Module):
         self._has_products = config.feat_extract_activation == "gelu" and channelwise
         self._matrices = {}
 
-    def forward(self, wavs):
+    def forward(self, inputs):
         """Convolve.
 
         Arguments
         ---------
-        wavs : (batch, samples) torch.Tensor
-            16 kHz.
+        inputs : (batch, samples) torch.Tensor, or tuple
+            16 kHz; for a padded batch a pair of it and the clips' numbers of samples, (batch,) torch.Tensor of int64.
+            A pair, because Hugging Face's models pass on one argument.
 
         Returns
         -------
         (batch, channels, frames) torch.Tensor
-            What stands in padded frames is finite and meaningless.
+            Padded frames are finite and meaningless.
         """
+        wavs, counts = inputs if isinstance(inputs, tuple) else (inputs, None)
         learning = torch.is_grad_enabled() and (wavs.requires_grad or any(p.requires_grad for p in self.parameters()))
         if learning or torch.compiler.is_compiling() or not (self._has_products and self.as_products):
-            hidden = wavs[:, None]
-            for layer in self.conv_layers:
-                hidden = layer(hidden)
-            return hidden
+            return self._convolve_with_torch(wavs, counts)
         device = wavs.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         kind = torch.get_autocast_dtype(device) if casts else torch.float32
         if not devices.takes_cpu_path(wavs):
             with torch.no_grad(), torch.autocast(device, enabled=False):
-                return self._convolve_batch(wavs.float(), kind).transpose(1, 2)
-        counts = [wavs.shape[1]] * len(wavs) if self.counts is None else self.counts.tolist()
+                return self._convolve_batch(wavs.float(), counts, kind).transpose(1, 2)
+        counts = [wavs.shape[1]] * len(wavs) if counts is None else counts.tolist()
         frames = self._span(wavs.shape[1])
         output = torch.zeros(len(wavs), frames, self.conv_layers[-1].conv.out_channels, dtype=kind)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -83,10 +81,23 @@ class WaveformConvolutions(nn.Module):
                 self._convolve(clip[:count], row[: self._span(count)])
         return output.transpose(1, 2)
 
-    def _convolve_batch(self, wavs, kind):
+    def _convolve_with_torch(self, wavs, counts):
+        first, *later = self.conv_layers
+        hidden = wavs[:, None]
+        if counts is None or not isinstance(getattr(first, "layer_norm", None), MaskedGroupNorm):
+            hidden = first(hidden)
+        else:
+            hidden = first.conv(hidden)
+            counts = (counts - first.conv.kernel_size[0]) // first.conv.stride[0] + 1
+            hidden = first.activation(first.layer_norm(hidden, valid_frames(counts, hidden.shape[-1])))
+        for layer in later:
+            hidden = layer(hidden)
+        return hidden
+
+    def _convolve_batch(self, wavs, counts, kind):
         """(batch, frames, channels) of (batch, samples), all clips at once, without looking at a value."""
         first, *later = self.conv_layers
-        hidden = self._convolve_first(wavs, kind)
+        hidden = self._convolve_first(wavs, counts, kind)
         for layer, (products, bias) in zip([first, *later], [(None, None), *self._later_kernels(kind)], strict=True):
             if products is not None:
                 hidden = _slide_batch(hidden, products, bias, layer.conv.stride[0])
@@ -97,7 +108,7 @@ class WaveformConvolutions(nn.Module):
             torch.ops.aten.gelu_(hidden)
         return hidden
 
-    def _convolve_first(self, wavs, kind):
+    def _convolve_first(self, wavs, counts, kind):
         """The first layer of a batch, its group normalisation included: (batch, frames, channels).
 
         Windows that are centred, and zero in the padding, give products whose mean is zero and whose norm is the
@@ -113,7 +124,7 @@ class WaveformConvolutions(nn.Module):
         if not isinstance(norm, nn.GroupNorm):
             bias = None if layer.conv.bias is None else layer.conv.bias.to(kind)
             return nn.functional.linear(nn.functional.pad(windows, wider).to(kind), weight.to(kind), bias)
-        counts = torch.full((len(wavs),), wavs.shape[1], device=wavs.device) if self.counts is None else self.counts
+        counts = torch.full((len(wavs),), wavs.shape[1], device=wavs.device) if counts is None else counts
         counts = ((counts - kernel) // stride + 1).view(-1, 1, 1)
         padding = torch.arange(windows.shape[1], device=wavs.device).view(1, -1, 1) >= counts
         mean = windows.masked_fill(padding, 0.0).sum(dim=1, keepdim=True) / counts
@@ -178,6 +189,30 @@ class WaveformConvolutions(nn.Module):
         if self._matrices.get(kind, (None,))[0] != state:
             self._matrices[kind] = state, [_products(conv, kind) for conv in convolutions]
         return self._matrices[kind][1]
+
+
+class PositionalConvolutions(nn.Module):
+    """Takes the place of data2vec-audio's stack of positional convolutions; same state-dict keys.
+
+    Each of them would carry padding into the next. Hugging Face's encoder sets padded frames to zero before it calls
+    the stack, and passes nothing else, so padding is found by that.
+
+    Arguments
+    ---------
+    layers : torch.nn.ModuleList
+    """
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, frames):
+        """Convolve (batch, frames, features); returns the same shape."""
+        padding = (frames == 0).all(dim=-1).unsqueeze(1)
+        frames = frames.transpose(1, 2)
+        for layer in self.layers:
+            frames = layer(frames.masked_fill(padding, 0.0))
+        return frames.transpose(1, 2)
 
 
 def _products(conv, kind):

@@ -64,32 +64,39 @@ def masked_group_norm(inputs, valid, groups, weight, bias, eps):
 
 
 class MaskedGroupNorm(nn.GroupNorm):
-    """Group normalisation over the valid frames only, with sums in float32; same parameters and keys as torch's.
+    """Group normalisation over the valid frames only, with sums in float32; same parameters and keys as torch's."""
 
-    `valid` is set by the encoder around each forward pass; None means that every frame counts.
-    """
+    def forward(self, inputs, valid=None):
+        """Normalise.
 
-    valid = None
+        Arguments
+        ---------
+        inputs : (batch, channels, frames) torch.Tensor
+        valid : (batch, frames) torch.Tensor of bool
+            None where every frame is valid.
 
-    def forward(self, inputs):
-        """Normalise (batch, channels, frames); what stands in padded frames afterwards is finite and meaningless."""
+        Returns
+        -------
+        (batch, channels, frames) torch.Tensor
+            Padded frames are finite and meaningless.
+        """
         own = (self.num_groups, self.weight, self.bias, self.eps)
         with torch.autocast(inputs.device.type, enabled=False):
             if devices.takes_cpu_path(inputs):
-                return self._clip_by_clip(inputs, own)
-            if self.valid is None:
+                return self._clip_by_clip(inputs, valid, own)
+            if valid is None:
                 # On a GPU torch's own wants one type.
                 return nn.functional.group_norm(inputs.float(), *own).to(inputs.dtype)
-            return masked_group_norm(inputs, self.valid, *own)
+            return masked_group_norm(inputs, valid, *own)
 
-    def _clip_by_clip(self, inputs, own):
+    def _clip_by_clip(self, inputs, valid, own):
         """The same with torch's own kernel, which goes over memory twice where the formula above does six times.
 
         It adds up in float32 whatever the inputs are, and gives back their type.
         """
-        if self.valid is None:
+        if valid is None:
             return nn.functional.group_norm(inputs, *own)
-        counts = self.valid.sum(dim=-1).tolist()
+        counts = valid.sum(dim=-1).tolist()
         if torch.is_grad_enabled() and (inputs.requires_grad or self.weight.requires_grad):
             # A tensor that is filled bit by bit would be copied for each clip in the backward pass.
             clips = [nn.functional.group_norm(clip[None, :, :n], *own) for clip, n in zip(inputs, counts, strict=True)]

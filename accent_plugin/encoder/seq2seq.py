@@ -76,17 +76,13 @@ class MoonshineEncoder(EncoderHalf):
         return counts
 
     def _encode(self, wavs, counts, padded, all_states):
-        model, valid = self.model, None
+        model, valid, valid_first = self.model, None, None
+        frames = torch.tanh(model.conv1(wavs.unsqueeze(1)))
         if padded:
             kernel, stride = self._CONVOLUTIONS[0]
-            model.groupnorm.valid = valid_frames(
-                (counts - kernel) // stride + 1, (wavs.shape[1] - kernel) // stride + 1
-            )
+            valid_first = valid_frames((counts - kernel) // stride + 1, frames.shape[-1])
             valid = valid_frames(self.frame_counts(counts), self.frame_counts(wavs.shape[1]))
-        try:
-            frames = model.groupnorm(torch.tanh(model.conv1(wavs.unsqueeze(1))))
-        finally:
-            model.groupnorm.valid = None
+        frames = model.groupnorm(frames, valid_first)
         frames = nn.functional.gelu(model.conv3(nn.functional.gelu(model.conv2(frames)))).transpose(1, 2)
         # Hugging Face's own forward pass takes a mask over samples, which counts frames that reach into the padding.
         mask = create_bidirectional_mask(model.config, inputs_embeds=frames, attention_mask=valid)

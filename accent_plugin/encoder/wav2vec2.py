@@ -1,12 +1,10 @@
 """wav2vec 2.0 and its relatives: XLSR, HuBERT, WavLM, data2vec-audio."""
 
-import contextlib
-
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from torch import nn
 
 from accent_plugin.encoder.base import InvariantEncoder
-from accent_plugin.encoder.convolutions import WaveformConvolutions
+from accent_plugin.encoder.convolutions import PositionalConvolutions, WaveformConvolutions
 from accent_plugin.encoder.masking import MaskedGroupNorm, valid_frames
 from accent_plugin.errors import EncoderError
 
@@ -37,6 +35,8 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         if isinstance(layers[0].layer_norm, nn.GroupNorm):
             layers[0].layer_norm = MaskedGroupNorm.replacing(layers[0].layer_norm)
         self.model.feature_extractor = WaveformConvolutions(layers, self.config)
+        if positional := getattr(self.model.encoder.pos_conv_embed, "layers", None):
+            self.model.encoder.pos_conv_embed = PositionalConvolutions(positional)
         # Hugging Face's own derives it from a mask of samples, and waits for a GPU to do so.
         self.model._get_feature_vector_attention_mask = _mask_of_frames
 
@@ -75,20 +75,5 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
     def _encode(self, wavs, counts, padded, all_states):
         if not padded:
             return self.model(wavs, output_hidden_states=all_states)
-        with contextlib.ExitStack() as stack:
-            self.feature_encoder.counts = counts
-            stack.callback(setattr, self.feature_encoder, "counts", None)
-            norm = self.feature_encoder.conv_layers[0].layer_norm
-            if isinstance(norm, MaskedGroupNorm):
-                kernel, stride = self.config.conv_kernel[0], self.config.conv_stride[0]
-                first_frames = (wavs.shape[1] - kernel) // stride + 1
-                norm.valid = valid_frames((counts - kernel) // stride + 1, first_frames)
-                stack.callback(setattr, norm, "valid", None)
-            valid = valid_frames(self.frame_counts(counts), self.frame_counts(wavs.shape[1]))
-            # data2vec-audio stacks positional convolutions, each of which carries padding into the next.
-            if positional := getattr(self.model.encoder.pos_conv_embed, "layers", None):
-                padding = ~valid.unsqueeze(1)
-                for layer in positional:
-                    hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].masked_fill(padding, 0.0),))
-                    stack.callback(hook.remove)
-            return self.model(wavs, attention_mask=valid, output_hidden_states=all_states)
+        valid = valid_frames(self.frame_counts(counts), self.frame_counts(wavs.shape[1]))
+        return self.model((wavs, counts), attention_mask=valid, output_hidden_states=all_states)

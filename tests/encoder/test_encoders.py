@@ -3,12 +3,14 @@
 import copy
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers.encoders import TINY
+from helpers.encoders import TINY, family_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoFeatureExtractor, AutoModel
 
@@ -58,7 +60,7 @@ def path(request, monkeypatch):
 
 
 def test_every_family_is_tested_here():
-    assert {name.removesuffix("-group").removesuffix("-layer") for name in TINY} == set(FAMILIES)
+    assert set(map(family_of, TINY)) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -141,7 +143,7 @@ def test_without_the_masked_norm_scores_would_depend_on_the_batch(model, name, p
     # Guards the test above: it must be able to fail.
     model, clips = model(name, freeze_feature_extractor=False), waves([16000, 3000])
     norm = next(m for m in model.modules() if isinstance(m, MaskedGroupNorm))
-    norm.forward = lambda inputs: torch.nn.GroupNorm.forward(norm, inputs)
+    norm.forward = lambda inputs, valid=None: torch.nn.GroupNorm.forward(norm, inputs)
     assert not torch.allclose(learning(model, clips[1:])[0], learning(model, clips)[1], atol=1e-4)
 
 
@@ -154,8 +156,8 @@ def test_the_state_has_hugging_faces_keys_once(tiny_encoder, name):
 
 def test_masked_group_norm_by_hand(path):
     norm = MaskedGroupNorm(1, 1, eps=0.0)
-    norm.valid = torch.tensor([[True, True, False]])
-    assert torch.allclose(norm(torch.tensor([[[1.0, 3.0, 1000.0]]]))[..., :2], torch.tensor([[[-1.0, 1.0]]]))
+    found = norm(torch.tensor([[[1.0, 3.0, 1000.0]]]), torch.tensor([[True, True, False]]))
+    assert torch.allclose(found[..., :2], torch.tensor([[[-1.0, 1.0]]]))
 
 
 COUNTS = torch.tensor([40, 13, 2])
@@ -163,8 +165,8 @@ COUNTS = torch.tensor([40, 13, 2])
 
 def normalise(inputs, norm):
     """A MaskedGroupNorm of a batch whose padding is garbage: the valid frames, clip by clip."""
-    norm.valid = torch.arange(inputs.shape[-1]) < COUNTS.unsqueeze(1)
-    batch = norm(inputs.masked_fill(~norm.valid.unsqueeze(1), 1000.0))
+    valid = torch.arange(inputs.shape[-1]) < COUNTS.unsqueeze(1)
+    batch = norm(inputs.masked_fill(~valid.unsqueeze(1), 1000.0), valid)
     assert batch.isfinite().all()
     return [clip[:, :count] for clip, count in zip(batch, COUNTS, strict=True)]
 
@@ -263,6 +265,25 @@ def test_no_number_is_written_to_indexed_places(tiny_encoder, name, path):
     with Written() as written:
         encoder(*padded(waves([4000, 3000])))
     assert written.kinds <= {torch.bool}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_two_threads_may_run_one_encoder_at_once(tiny_encoder, name, path):
+    encoder = make_encoder(str(tiny_encoder(name)), freeze=True).eval()
+    batches = [padded(waves(lengths)) for lengths in ([4000, 900], [4000, 2500, 3100])]
+    with torch.no_grad():
+        alone = [encoder(*batch)[0] for batch in batches]
+    start = threading.Barrier(len(batches))
+
+    def run(batch):
+        start.wait()
+        with torch.no_grad():
+            return [encoder(*batch)[0] for _ in range(30)]
+
+    with ThreadPoolExecutor(len(batches)) as threads:
+        together = list(threads.map(run, batches))
+    for expected, passes in zip(alone, together, strict=True):
+        assert all(torch.equal(frames, expected) for frames in passes)
 
 
 # Freezing

@@ -14,6 +14,11 @@ TINY = {
 }
 
 
+def family_of(name):
+    """Hugging Face's model_type of a name in `TINY`."""
+    return name.removesuffix("-group").removesuffix("-layer")
+
+
 def make(name, folder):
     """Write an encoder of `TINY` to a folder, unless it is there; return the folder."""
     import torch
