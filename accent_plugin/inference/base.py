@@ -90,7 +90,7 @@ class InferenceOptions:
 class RecordingClassifier:
     """From recordings of any kind to answers, whatever the network runs on: that is in `_log_probabilities`."""
 
-    _together = None
+    _batcher = None
 
     def _set_up(self, config, options, device_type="cpu"):
         """Keep a bundle's configuration and the `Options`, which have no problems."""
@@ -119,11 +119,11 @@ class RecordingClassifier:
         accent_plugin.inference.batcher.DynamicBatcher
             To count batches, or to give up in time.
         """
-        if self._together is None:
-            self._together = DynamicBatcher(
+        if self._batcher is None:
+            self._batcher = DynamicBatcher(
                 self._score_batch, lambda lengths: _buckets(lengths, self.batch_seconds * SAMPLE_RATE)
             )
-        return self._together
+        return self._batcher
 
     def predict_file(self, source):
         """Classify one file.
@@ -230,12 +230,14 @@ class RecordingClassifier:
         try:
             while items := ahead.take(_BATCHES_AHEAD * batch_seconds):
                 short = [item for item in items if isinstance(item, SourceAudio) and item.rest is None]
-                heard = iter(self._hear([item.blocks[0] for item in short], batch_seconds))
+                recordings, jobs = self._cut([item.blocks[0] for item in short])
+                self._score(jobs, batch_seconds)
+                recordings = iter(recordings)
                 for item in items:
                     if isinstance(item, Failure):
                         yield item
                     elif item.rest is None:
-                        yield _or_failure(item.source, self._answer, next(heard), item.source)
+                        yield _or_failure(item.source, self._answer, next(recordings), item.source)
                     else:
                         blocks = itertools.chain(item.blocks, item.rest)
                         yield _or_failure(item.source, self.predict_blocks, blocks, item.source, batch_seconds)
@@ -244,16 +246,15 @@ class RecordingClassifier:
 
     def _predict_arrays(self, arrays):
         """Classify (samples,) arrays at 16 kHz."""
-        return [self._answer(recording, None) for recording in self._hear(arrays)]
+        recordings, jobs = self._cut(arrays)
+        self._score(jobs)
+        return [self._answer(recording, None) for recording in recordings]
 
-    def _hear(self, arrays, batch_seconds=None):
-        """Recordings of (samples,) arrays at 16 kHz, heard to their ends and scored."""
+    def _cut(self, arrays):
+        """Whole recordings of (samples,) arrays at 16 kHz, and the jobs of all their windows."""
         recordings = [self._recording() for _ in arrays]
-        jobs = []
-        for recording, samples in zip(recordings, arrays, strict=True):
-            jobs += recording.feed(samples, last=True)
-        self._score(jobs, batch_seconds)
-        return recordings
+        jobs = [job for recording, wave in zip(recordings, arrays, strict=True) for job in recording.feed(wave, True)]
+        return recordings, jobs
 
     def predict_blocks(self, blocks, source=None, batch_seconds=None):
         """Classify one recording in blocks, the next of which is made while the network works.
@@ -292,28 +293,25 @@ class RecordingClassifier:
         return RecordingWindows(round(self.window_seconds * SAMPLE_RATE), round(self.hop_seconds * SAMPLE_RATE))
 
     def _score(self, jobs, batch_seconds=None):
-        """Give each job's recording the log-probabilities of its window."""
-        if self._together is not None:
-            self._together.score(jobs)
+        """Score the windows of jobs; their recordings collect the scores."""
+        if self._batcher is not None:
+            _collect(jobs, self._batcher.score([job.samples for job in jobs]))
             return
         most = (self.batch_seconds if batch_seconds is None else batch_seconds) * SAMPLE_RATE
-        for batch in _buckets([len(job.samples) for job in jobs], most):
-            self._score_batch([jobs[index] for index in batch])
+        for indices in _buckets([len(job.samples) for job in jobs], most):
+            batch = [jobs[index] for index in indices]
+            _collect(batch, self._score_batch([job.samples for job in batch]))
 
-    def _score_batch(self, jobs):
-        """The only place that calls the network; a window that it cannot take spoils its own recording alone."""
+    def _score_batch(self, windows):
+        """Log-probabilities of each (samples,) window, or the `AudioError` of one that the network cannot take.
+
+        No other function calls the network.
+        """
         try:
-            scores = self._log_probabilities([job.samples for job in jobs])
+            return list(self._log_probabilities(windows))
         except AudioError as error:
-            half = len(jobs) // 2
-            if not half:
-                jobs[0].recording.refused = error
-                return
-            self._score_batch(jobs[:half])
-            self._score_batch(jobs[half:])
-            return
-        for job, row in zip(jobs, scores, strict=True):
-            job.recording.scores[job.start] = row
+            half = len(windows) // 2
+            return self._score_batch(windows[:half]) + self._score_batch(windows[half:]) if half else [error]
 
     def _log_probabilities(self, waves):
         """Log-probabilities (batch, classes) in float64 of (samples,) arrays of float32 at 16 kHz, longest first.
@@ -363,6 +361,11 @@ class RecordingClassifier:
 
     def _named(self, probabilities):
         return dict(zip(self.labels, probabilities.tolist(), strict=True))
+
+
+def _collect(jobs, scores):
+    for job, row in zip(jobs, scores, strict=True):
+        job.recording.collect(job.start, row)
 
 
 def _or_failure(source, work, *arguments):

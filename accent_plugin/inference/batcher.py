@@ -11,11 +11,11 @@ import time
 from accent_plugin.errors import LimitError
 
 
-class _Ticket:
-    """How many of one thread's windows are not done yet, and what went wrong with one of them."""
+class _Request:
+    """What one thread asks for: its windows' results, how many are still missing, and an error of one of them."""
 
-    def __init__(self, left):
-        self.left, self.error = left, None
+    def __init__(self, count):
+        self.results, self.missing, self.error = [None] * count, count, None
 
 
 class DynamicBatcher:
@@ -24,7 +24,7 @@ class DynamicBatcher:
     Arguments
     ---------
     work : function
-        Given a list of `accent_plugin.inference.windows.WindowJob`; leaves the scores with their recordings.
+        Given a list of windows, gives a list of their results.
     batches : function
         Given the windows' lengths in samples; yields lists of indices, one for each batch that may be made of them.
     """
@@ -32,7 +32,7 @@ class DynamicBatcher:
     def __init__(self, work, batches):
         self._work, self._batches = work, batches
         self._changed = threading.Condition()
-        # Job and ticket, in the order they came.
+        # Window, its request, and its place there, in the order they came.
         self._waiting = []
         self._closed = False
         self._own = threading.local()
@@ -49,31 +49,41 @@ class DynamicBatcher:
         finally:
             self._own.deadline = None
 
-    def score(self, jobs):
-        """Return when the jobs are done.
+    def score(self, windows):
+        """Wait for the results of windows.
+
+        Arguments
+        ---------
+        windows : list of (samples,) np.ndarray
+
+        Returns
+        -------
+        list
+            What the work gave for each.
 
         Raises
         ------
         LimitError
             "time" at the deadline; what has not begun by then is never done.
         Exception
-            That of the work, in each thread that had a job in the batch.
+            That of the work, in each thread that had a window in the batch.
         """
-        if not jobs:
-            return
-        ticket, deadline = _Ticket(len(jobs)), getattr(self._own, "deadline", None)
+        if not windows:
+            return []
+        request, deadline = _Request(len(windows)), getattr(self._own, "deadline", None)
         with self._changed:
             if self._closed:
                 raise RuntimeError("closed")
-            self._waiting += [(job, ticket) for job in jobs]
+            self._waiting += [(window, request, place) for place, window in enumerate(windows)]
             self._changed.notify_all()
             left = None if deadline is None else deadline - time.monotonic()
-            in_time = self._changed.wait_for(lambda: ticket.error is not None or not ticket.left, left)
-            self._waiting = [entry for entry in self._waiting if entry[1] is not ticket]
-        if ticket.error is not None:
-            raise ticket.error
+            in_time = self._changed.wait_for(lambda: request.error is not None or not request.missing, left)
+            self._waiting = [entry for entry in self._waiting if entry[1] is not request]
+        if request.error is not None:
+            raise request.error
         if not in_time:
             raise LimitError("time", "there was not enough time for the network to hear all of it")
+        return request.results
 
     def close(self):
         """End the thread, after what waits."""
@@ -84,16 +94,17 @@ class DynamicBatcher:
 
     def _run(self):
         while batch := self._next():
-            error = None
+            results, error = [None] * len(batch), None
             try:
-                self._work([job for job, _ in batch])
+                results = self._work([window for window, _, _ in batch])
             except BaseException as raised:
                 # It belongs to those who wait; this thread has others to serve.
                 error = raised
             with self._changed:
-                for _, ticket in batch:
-                    ticket.left -= 1
-                    ticket.error = ticket.error or error
+                for (_, request, place), result in zip(batch, results, strict=True):
+                    request.results[place] = result
+                    request.missing -= 1
+                    request.error = request.error or error
                 self.calls += 1
                 self.windows += len(batch)
                 self._changed.notify_all()
@@ -104,7 +115,7 @@ class DynamicBatcher:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if not self._waiting:
                 return None
-            lengths = [len(job.samples) for job, _ in self._waiting]
+            lengths = [len(window) for window, _, _ in self._waiting]
             chosen = set(next(batch for batch in self._batches(lengths) if 0 in batch))
             batch = [self._waiting[index] for index in sorted(chosen, key=lambda index: -lengths[index])]
             self._waiting = [entry for index, entry in enumerate(self._waiting) if index not in chosen]

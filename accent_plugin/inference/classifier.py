@@ -99,7 +99,8 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
         autocast = torch.autocast(self.device_type, torch.bfloat16, enabled=self.uses_bf16)
         try:
             with self._turn, exact_fp32(), torch.inference_mode(), autocast:
-                log_probabilities = self.classify_batch(wavs, lens)[0]
+                embeddings = self.mods["embedding_model"](wavs.to(self.device), lens.to(self.device))
+                log_probabilities = self.mods["classifier"](embeddings).squeeze(1)
         except AudioError as error:
             if error.reason != TOO_LONG:
                 raise

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from accent_plugin.audio.levels import FRAME_SAMPLES, STEP_SAMPLES, frame_levels
+from accent_plugin.errors import AudioError
 
 # Quieter than any speech that was recorded on purpose.
 _FLOOR_DB = -60.0
@@ -67,7 +68,8 @@ class RecordingWindows:
         self._loudest = np.zeros(0, np.float32)
         # Its power and the job, once there was a window.
         self._strongest: tuple = ()
-        self.scores = {}
+        # Start of a window -> its (classes,) log-probabilities.
+        self._scores = {}
         # The `AudioError` of a window that the network could not take.
         self.refused = None
 
@@ -101,8 +103,15 @@ class RecordingWindows:
             self._held, self._held_from = self._held[starts[-1] - self._held_from :], starts[-1]
         strongest = self._strongest
         if last and not any(self._has_speech(span, threshold) for span in self._spans):
-            jobs = [] if strongest[1].start in self.scores else [strongest[1]]
+            jobs = [] if strongest[1].start in self._scores else [strongest[1]]
         return jobs
+
+    def collect(self, start, scores):
+        """Take the (classes,) log-probabilities of the window at `start`, or the `AudioError` that it gave instead."""
+        if isinstance(scores, AudioError):
+            self.refused = scores
+        else:
+            self._scores[start] = scores
 
     def outcome(self):
         """What counts, now that all of it was heard and scored."""
@@ -115,7 +124,7 @@ class RecordingWindows:
             speech_samples=int(shares[self._levels >= threshold].sum()),
             spans=tuple(self._spans),
             counted=tuple(counted or [self._strongest[1].start]),
-            scores=self.scores,
+            scores=self._scores,
         )
 
     def _measure(self, block, last):

@@ -2,9 +2,8 @@
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import pytest
 
 from accent_plugin.errors import LimitError
@@ -13,9 +12,12 @@ from accent_plugin.inference.batcher import DynamicBatcher
 
 
 @dataclass(frozen=True)
-class Job:
+class Window:
     name: str
-    samples: np.ndarray = field(default_factory=lambda: np.zeros(100, np.float32))
+    length: int = 100
+
+    def __len__(self):
+        return self.length
 
 
 class Work:
@@ -24,13 +26,14 @@ class Work:
     def __init__(self):
         self.batches, self.begun, self.go = [], threading.Event(), threading.Event()
 
-    def __call__(self, jobs):
-        self.batches.append(sorted(job.name for job in jobs))
+    def __call__(self, windows):
+        self.batches.append(sorted(window.name for window in windows))
         if len(self.batches) == 1:
             self.begun.set()
             assert self.go.wait(30)
-        if any(job.name == "bad" for job in jobs):
+        if any(window.name == "bad" for window in windows):
             raise ZeroDivisionError("of the bad one")
+        return [f"of {window.name}" for window in windows]
 
 
 @pytest.fixture
@@ -46,14 +49,13 @@ def batcher(work):
     made.close()
 
 
-def ask(batcher, *jobs):
+def ask(batcher, *windows):
     """Score in a thread of its own; the list that is returned gets what came of it."""
     outcome = []
 
     def run():
         try:
-            batcher.score(list(jobs))
-            outcome.append("done")
+            outcome.extend(batcher.score(list(windows)))
         except BaseException as error:
             outcome.append(error)
 
@@ -72,7 +74,7 @@ def waiting(batcher, count):
 
 def first_and_others(batcher, work, *others):
     """Let the network be at "first" while others come; return the others' outcomes."""
-    started = ask(batcher, Job("first"))
+    started = ask(batcher, Window("first"))
     assert work.begun.wait(30)
     asked = []
     for count, job in enumerate(others, 1):
@@ -85,40 +87,47 @@ def first_and_others(batcher, work, *others):
 
 
 def test_what_comes_meanwhile_goes_together(batcher, work):
-    assert first_and_others(batcher, work, Job("a"), Job("b"), Job("c")) == [["done"]] * 3
+    assert first_and_others(batcher, work, Window("a"), Window("b"), Window("c")) == [["of a"], ["of b"], ["of c"]]
     assert work.batches == [["first"], ["a", "b", "c"]]
     assert (batcher.calls, batcher.windows) == (2, 4)
 
 
+def test_results_come_back_in_the_order_of_the_windows(batcher, work):
+    work.go.set()
+    windows = [Window("short"), Window("long", 900), Window("medium", 300)]
+    assert batcher.score(windows) == ["of short", "of long", "of medium"]
+    assert len(work.batches) > 1
+
+
 def test_of_different_lengths_the_oldest_goes_first(batcher, work):
-    long = Job("long", np.zeros(900, np.float32))
-    first_and_others(batcher, work, Job("short"), long, Job("other"))
+    long = Window("long", 900)
+    first_and_others(batcher, work, Window("short"), long, Window("other"))
     assert work.batches == [["first"], ["other", "short"], ["long"]]
 
 
 def test_an_error_belongs_to_its_batch(batcher, work):
-    far = Job("far", np.zeros(500, np.float32))
-    bad, far, company = first_and_others(batcher, work, Job("bad"), far, Job("company"))
+    far = Window("far", 500)
+    bad, far, company = first_and_others(batcher, work, Window("bad"), far, Window("company"))
     assert isinstance(bad[0], ZeroDivisionError) and isinstance(company[0], ZeroDivisionError)
-    assert far == ["done"]
+    assert far == ["of far"]
 
 
 def test_the_thread_outlives_an_error(batcher, work):
     work.go.set()
     with pytest.raises(ZeroDivisionError):
-        batcher.score([Job("bad")])
-    batcher.score([Job("good")])
+        batcher.score([Window("bad")])
+    assert batcher.score([Window("good")]) == ["of good"]
     assert work.batches == [["bad"], ["good"]]
 
 
 def test_what_has_not_begun_by_its_deadline_is_never_done(batcher, work):
-    ask(batcher, Job("first"))
+    ask(batcher, Window("first"))
     assert work.begun.wait(30)
     with pytest.raises(LimitError, match="not enough time") as caught, batcher.deadline(time.monotonic() + 0.01):
-        batcher.score([Job("late")])
+        batcher.score([Window("late")])
     assert caught.value.reason == "time"
     work.go.set()
-    batcher.score([Job("after")])
+    batcher.score([Window("after")])
     assert work.batches == [["first"], ["after"]]
 
 
@@ -126,18 +135,18 @@ def test_the_deadline_ends_with_its_block(batcher, work):
     work.go.set()
     with batcher.deadline(time.monotonic() - 1):
         pass
-    batcher.score([Job("a")])
+    batcher.score([Window("a")])
     assert work.batches == [["a"]]
 
 
 def test_nothing_to_do_waits_for_nobody(batcher, work):
-    ask(batcher, Job("first"))
+    ask(batcher, Window("first"))
     assert work.begun.wait(30)
-    batcher.score([])
+    assert batcher.score([]) == []
 
 
 def test_after_closing_nothing_is_taken(work):
     made = DynamicBatcher(work, lambda lengths: _buckets(lengths, 1000))
     made.close()
     with pytest.raises(RuntimeError, match="closed"):
-        made.score([Job("a")])
+        made.score([Window("a")])

@@ -686,15 +686,13 @@ def test_wrong_options_for_many_files_are_refused_at_once(options):
         stub().predict_files([], **options)
 
 
-def test_the_network_is_not_rounded_to_tf32(monkeypatch):
+def test_the_network_is_not_rounded_to_tf32():
     network, seen = stub(), []
-    classify = network.classify_batch
 
-    def spied(*arguments):
+    def look(*_):
         seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
-        return classify(*arguments)
 
-    monkeypatch.setattr(network, "classify_batch", spied)
+    network.mods["embedding_model"].register_forward_pre_hook(look)
     network.predict(tone(1.0), 16_000)
     assert seen == [(False, False)]
 
