@@ -77,9 +77,6 @@ _EACH = ("conv_kernel", "conv_stride")
 _SHORTEST_HOP, _LONGEST_HOP = 80, SAMPLE_RATE
 
 
-_PREPROCESSORS = ("Wav2Vec2FeatureExtractor", "WhisperFeatureExtractor")
-
-
 _MODEL_KEYS = {"encoder", "pooling", "projector_size", "projector_activation", "whitening", "speeds"}
 
 
@@ -293,10 +290,6 @@ def _problems_of_encoder(encoder):
     kind = config.get("model_type", encoder.get("family"))
     if kind != encoder.get("family"):
         yield f"model.encoder.config.model_type is {_short(kind)}, the family {_short(encoder.get('family'))}"
-    extractor = preprocessor.get("feature_extractor_type")
-    if extractor not in _PREPROCESSORS:
-        known = " or ".join(_PREPROCESSORS)
-        yield f"model.encoder.preprocessor.feature_extractor_type is {_short(extractor)}, not {known}"
     if "auto_map" in preprocessor:
         yield "model.encoder.preprocessor.auto_map asks for code, which no bundle brings"
     outside = [problem for part in parts for problem in _outside(f"model.encoder.{part}", encoder[part])]

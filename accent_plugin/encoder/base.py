@@ -65,6 +65,7 @@ class InvariantEncoder:
         lora_rank=None,
         lora_alpha=None,
         lora_dropout=0.0,
+        lora_targets=(),
         gradient_checkpointing=False,
         **kwargs,
     ):
@@ -83,7 +84,7 @@ class InvariantEncoder:
         self._freeze_for_good(freeze, freeze_feature_extractor, freeze_layers, adapted=lora_rank is not None)
         if lora_rank is not None:
             blocks = self.layers[freeze_layers:]
-            self._adapted = lora.inject(blocks, self.config.model_type, lora_rank, lora_alpha, lora_dropout)
+            self._adapted = lora.inject(blocks, lora_targets, lora_rank, lora_alpha, lora_dropout)
         if gradient_checkpointing:
             for block in self.layers:
                 block.forward = functools.partial(self._checkpointed, block.forward)

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING
@@ -11,15 +12,57 @@ from accent_plugin.encoder.sources import NOT_ARCHITECTURE, local_folder, read_c
 from accent_plugin.encoder.wav2vec2 import Wav2Vec2Encoder
 from accent_plugin.errors import EncoderError
 
-# Hugging Face's model_type -> class. A family is listed only where a test shows that a clip's frames are the same
+
+@dataclass(frozen=True)
+class Family:
+    """What this package knows of one family of encoders.
+
+    Arguments
+    ---------
+    encoder : type
+        A subclass of `InvariantEncoder`.
+    extractor : str
+        Hugging Face's class of `preprocessor_config.json`.
+    lora_targets : tuple of str
+        Linear layers of a transformer block that get an adapter; none where `lora_rank` is not supported.
+    hf_classifier : str
+        The class of transformers whose scores are the same with the same weights; None where there is none.
+    onnx : bool
+        Whether torch's exporter can follow the encoder.
+    """
+
+    encoder: type
+    extractor: str = "Wav2Vec2FeatureExtractor"
+    lora_targets: tuple = ()
+    hf_classifier: str | None = None
+    onnx: bool = False
+
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+# Hugging Face's model_type -> family. A family is listed only where a test shows that a clip's frames are the same
 # alone and in any batch.
 FAMILIES = {
-    "wav2vec2": Wav2Vec2Encoder,
-    "hubert": Wav2Vec2Encoder,
-    "wavlm": Wav2Vec2Encoder,
-    "data2vec-audio": Wav2Vec2Encoder,
-    "moonshine": MoonshineEncoder,
-    "whisper": WhisperEncoder,
+    "wav2vec2": Family(
+        Wav2Vec2Encoder, lora_targets=_ATTENTION, hf_classifier="Wav2Vec2ForSequenceClassification", onnx=True
+    ),
+    "hubert": Family(
+        Wav2Vec2Encoder, lora_targets=_ATTENTION, hf_classifier="HubertForSequenceClassification", onnx=True
+    ),
+    "wavlm": Family(
+        Wav2Vec2Encoder,
+        # Its attention gives the weights of its layers to a function of torch, which would bypass adapters.
+        lora_targets=("intermediate_dense", "output_dense"),
+        hf_classifier="WavLMForSequenceClassification",
+        onnx=True,
+    ),
+    "data2vec-audio": Family(
+        Wav2Vec2Encoder, lora_targets=_ATTENTION, hf_classifier="Data2VecAudioForSequenceClassification", onnx=True
+    ),
+    "moonshine": Family(MoonshineEncoder, lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"), onnx=True),
+    # transformers' classifier pads every clip to 30 s. The spectrogram needs complex numbers, which ONNX does not have.
+    "whisper": Family(WhisperEncoder, "WhisperFeatureExtractor", lora_targets=_ATTENTION),
 }
 
 
@@ -107,7 +150,8 @@ def make_encoder(
             f"{source} is of the family {config.model_type!r}, whose output has not been shown to be independent of "
             f"the batch; supported are {', '.join(FAMILIES)}"
         )
-    return FAMILIES[config.model_type](str(folder), "", **options)
+    family = FAMILIES[config.model_type]
+    return family.encoder(str(folder), "", lora_targets=family.lora_targets, **options)
 
 
 def build_encoder(description):
@@ -138,6 +182,9 @@ def build_from_description(description, **options):
     family = description["family"]
     if family not in FAMILIES:
         raise EncoderError(f"the encoder's family {family!r} is unknown; known are {', '.join(FAMILIES)}")
+    wanted, extractor = FAMILIES[family].extractor, description["preprocessor"].get("feature_extractor_type")
+    if extractor != wanted:
+        raise EncoderError(f"the encoder's feature_extractor_type is {extractor!r}, not {wanted}")
     known = CONFIG_MAPPING[family]().to_dict().keys() - set(NOT_ARCHITECTURE)
     if strange := sorted(description["config"].keys() - known):
         # Quoted, since a stranger chose them.
@@ -148,7 +195,8 @@ def build_from_description(description, **options):
             text = json.dumps(content | ({"model_type": family} if name == "config" else {}))
             Path(folder, f"{name}.json").write_text(text, encoding="utf-8")
         try:
-            return FAMILIES[family](folder, "", weights=False, **options)
+            targets = FAMILIES[family].lora_targets
+            return FAMILIES[family].encoder(folder, "", weights=False, lora_targets=targets, **options)
         except EncoderError:
             raise
         except Exception as error:

@@ -9,20 +9,6 @@ PEFT makes the adapters. It is imported only where they are asked for: what has 
 
 from accent_plugin.errors import EncoderError
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-
-# Hugging Face's model_type -> linear layers of a transformer block that get an adapter.
-TARGETS = {
-    "wav2vec2": _ATTENTION,
-    "hubert": _ATTENTION,
-    # WavLM's attention gives the weights of its layers to a function of torch, which would go past the adapters.
-    "wavlm": ("intermediate_dense", "output_dense"),
-    "data2vec-audio": _ATTENTION,
-    "moonshine": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "whisper": _ATTENTION,
-}
-
 
 def require_peft():
     """Import PEFT and give back the package.
@@ -41,14 +27,14 @@ def require_peft():
     return peft
 
 
-def inject(blocks, family, rank, alpha=None, dropout=0.0):
+def inject(blocks, targets, rank, alpha=None, dropout=0.0):
     """Put adapters into transformer blocks, in place, and freeze everything else in these.
 
     Arguments
     ---------
     blocks : torch.nn.ModuleList
-    family : str
-        A key of `TARGETS`.
+    targets : sequence of str
+        Names of the linear layers that get an adapter.
     rank : int
         At least 1.
     alpha : float
@@ -64,7 +50,7 @@ def inject(blocks, family, rank, alpha=None, dropout=0.0):
     Raises
     ------
     EncoderError
-        If a value is out of its range, there are no blocks, or PEFT is not installed.
+        If a value is out of its range, there are no blocks or targets, or PEFT is not installed.
     """
     if rank < 1:
         raise EncoderError(f"lora_rank is {rank}; it should be at least 1, or None for no adapters")
@@ -72,11 +58,12 @@ def inject(blocks, family, rank, alpha=None, dropout=0.0):
         raise EncoderError(f"lora_dropout is {dropout}; it should be at least 0 and below 1")
     if not len(blocks):
         raise EncoderError("freeze_layers leaves no layer that adapters could be put into")
+    if not targets:
+        raise EncoderError("this family of encoders has no lora_targets: set lora_rank to None")
     peft = require_peft()
     alpha = 2 * rank if alpha is None else alpha
-    targets = list(TARGETS[family])
     peft.inject_adapter_in_model(
-        peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets), blocks
+        peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets)), blocks
     )
     return [layer for layer in blocks.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
 

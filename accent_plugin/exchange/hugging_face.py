@@ -17,15 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
-from transformers import (
-    AutoFeatureExtractor,
-    Data2VecAudioForSequenceClassification,
-    HubertForSequenceClassification,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForSequenceClassification,
-    WavLMForSequenceClassification,
-)
+from transformers import AutoFeatureExtractor, Wav2Vec2FeatureExtractor
 
 import accent_plugin
 from accent_plugin import files
@@ -36,21 +30,12 @@ from accent_plugin.bundle.modules import Embedding, Head
 from accent_plugin.bundle.write import make_config, write_bundle
 from accent_plugin.data import labels
 from accent_plugin.encoder.base import PREFIX
-from accent_plugin.encoder.factory import build_encoder
+from accent_plugin.encoder.factory import FAMILIES, build_encoder
 from accent_plugin.encoder.sources import NOT_ARCHITECTURE, local_folder, quiet_transformers, read_config
 from accent_plugin.errors import EncoderError, ExchangeError
 from accent_plugin.model import AccentModel
 
 logger = logging.getLogger(__name__)
-
-
-# Hugging Face's model_type -> its audio classifier.
-CLASSIFIERS = {
-    "wav2vec2": Wav2Vec2ForSequenceClassification,
-    "hubert": HubertForSequenceClassification,
-    "wavlm": WavLMForSequenceClassification,
-    "data2vec-audio": Data2VecAudioForSequenceClassification,
-}
 
 
 LAYER_WEIGHTS = "wav2vec2.layer_weights"
@@ -170,10 +155,15 @@ def read_classifier(source):
     return _Checkpoint(folder, model, [str(config.id2label[row]) for row in range(config.num_labels)])
 
 
+def _classifier_class(family):
+    """transformers' audio classifier for a family; looked up late, as each class loads a module of its own."""
+    return getattr(transformers, FAMILIES[family].hf_classifier)
+
+
 def _misfits(config):
     """What a configuration asks for that a bundle cannot hold."""
-    known = [kind.__name__ for kind in CLASSIFIERS.values()]
-    wanted = getattr(CLASSIFIERS.get(config.model_type), "__name__", None)
+    known = [family.hf_classifier for family in FAMILIES.values() if family.hf_classifier]
+    wanted = FAMILIES[config.model_type].hf_classifier if config.model_type in FAMILIES else None
     if wanted is None or wanted not in (config.architectures or []):
         found = ", ".join(config.architectures or []) or f"a {config.model_type} without a class"
         yield f"it is {found}; understood are {', '.join(known)}"
@@ -218,7 +208,7 @@ def _load_classifier(folder, config):
         )
     try:
         with quiet_transformers():
-            classifier, info = CLASSIFIERS[config.model_type].from_pretrained(
+            classifier, info = _classifier_class(config.model_type).from_pretrained(
                 str(folder), config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
             )
     except Exception as error:
@@ -345,10 +335,8 @@ def to_hugging_face(folder, out):
 def _obstacles(described):
     """What a bundle's model has that a classifier of transformers cannot have."""
     family = described["encoder"]["family"]
-    if family == "whisper":
-        yield "its encoder is Whisper, of which transformers' classifier hears every clip padded to 30 s"
-    elif family not in CLASSIFIERS:
-        yield f"its encoder is of the family {family}, for which transformers has no audio classifier"
+    if FAMILIES[family].hf_classifier is None:
+        yield f"its encoder is of the family {family}, for which transformers has no audio classifier with these scores"
     if described["pooling"] != "mean":
         yield f"its pooling is {described['pooling']}; transformers' is mean"
     if described["projector_activation"]:
@@ -387,7 +375,7 @@ def _classifier(model, config):
     """The classifier of transformers that gives a model's scores."""
     names, described = config["labels"], config["model"]["encoder"]
     head = _head(model)
-    kind = CLASSIFIERS[described["family"]]
+    kind = _classifier_class(described["family"])
     values = described["config"] | {
         "id2label": dict(enumerate(names)),
         "label2id": {name: row for row, name in enumerate(names)},

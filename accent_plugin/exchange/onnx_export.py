@@ -30,6 +30,7 @@ from accent_plugin.bundle import config as bundle_config
 from accent_plugin.bundle import model_card
 from accent_plugin.bundle.load import load_bundle
 from accent_plugin.data.splits import VALID
+from accent_plugin.encoder.factory import FAMILIES
 from accent_plugin.errors import BundleError, ExchangeError
 from accent_plugin.evaluation.scores import confusion_matrix, unweighted_average_recall
 from accent_plugin.exchange.onnx_classifier import LENGTHS, LOG_PROBABILITIES, WAVES, OnnxAccentClassifier
@@ -39,10 +40,6 @@ logger = logging.getLogger(__name__)
 
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-
-
-# Families whose masks torch's exporter can follow. Whisper's spectrogram needs complex numbers, which ONNX has not.
-FAMILIES = ("wav2vec2", "hubert", "wavlm", "data2vec-audio", "moonshine")
 
 
 _LONGEST_SECONDS = 600
@@ -101,8 +98,9 @@ def export(folder, out, precision="fp32", data=None, unchecked=False):
     bundle_config.require_replaceable(out, bundle_config.ONNX_FILES)
     loaded = load_bundle(folder)
     family = loaded.config["model"]["encoder"]["family"]
-    if family not in FAMILIES:
-        raise ExchangeError(f"{family} cannot be exported to ONNX; {', '.join(FAMILIES)} can")
+    if not FAMILIES[family].onnx:
+        exportable = ", ".join(name for name in FAMILIES if FAMILIES[name].onnx)
+        raise ExchangeError(f"{family} cannot be exported to ONNX; {exportable} can")
     with files.atomic_folder(out, bundle_config.ONNX_FILES) as temporary:
         exact = temporary if precision == "fp32" else temporary / "fp32"
         exact.mkdir(exist_ok=True)

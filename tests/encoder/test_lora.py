@@ -1,12 +1,13 @@
 """Adapters: every one of them acts and learns, nothing else of the encoder does, and a bundle knows nothing of them."""
 
 import copy
+import dataclasses
 import json
 import sys
 
 import pytest
 import torch
-from helpers.encoders import TINY
+from helpers.encoders import TINY, family_of
 from safetensors.torch import load_file
 
 from accent_plugin.bundle.load import load_bundle
@@ -45,10 +46,6 @@ def scores(model):
         return model(*batch())
 
 
-def test_every_family_has_layers_to_adapt():
-    assert set(lora.TARGETS) == set(FAMILIES)
-
-
 def of_adapters(encoder):
     """Name -> parameter of its adapters."""
     return {name: parameter for name, parameter in encoder.named_parameters() if ".lora_" in name}
@@ -60,7 +57,7 @@ def test_every_adapter_gets_a_gradient_and_nothing_else_of_the_encoder(adapted, 
     model(*batch())[:, 0].sum().backward()
     found = of_adapters(model.wav2vec2)
     # Two matrices for each layer named, in each of three blocks.
-    assert len(found) == 2 * 3 * len(lora.TARGETS[model.wav2vec2.config.model_type])
+    assert len(found) == 2 * 3 * len(FAMILIES[family_of(name)].lora_targets) > 0
     assert [name for name, p in found.items() if p.grad is None or not p.grad.abs().sum() > 0] == []
     assert [name for name, p in model.wav2vec2.named_parameters() if name not in found and p.requires_grad] == []
     assert model.classifier.weight.grad is not None
@@ -81,7 +78,8 @@ def test_every_adapter_has_a_say_in_the_output(adapted, name):
 
 def test_in_wavlms_attention_adapters_would_be_passed_by(tiny_encoder, monkeypatch):
     # Guards the two tests above: they must be able to fail.
-    monkeypatch.setitem(lora.TARGETS, "wavlm", lora.TARGETS["wav2vec2"])
+    targets = FAMILIES["wav2vec2"].lora_targets
+    monkeypatch.setitem(FAMILIES, "wavlm", dataclasses.replace(FAMILIES["wavlm"], lora_targets=targets))
     encoder = make_encoder(str(tiny_encoder("wavlm-layer")), lora_rank=RANK)
     frames, _ = encoder(*batch())
     assert not frames.requires_grad
@@ -108,7 +106,7 @@ def test_by_hand():
     """W + alpha / rank * B A."""
     blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 1, bias=False)})])
     blocks[0]["q_proj"].weight.data = torch.tensor([[1.0, 0.0]])
-    (layer,) = lora.inject(blocks, "wav2vec2", rank=1, alpha=3.0)
+    (layer,) = lora.inject(blocks, ["q_proj"], rank=1, alpha=3.0)
     layer.lora_A["default"].weight.data = torch.tensor([[1.0, 1.0]])
     layer.lora_B["default"].weight.data = torch.tensor([[2.0]])
     clip = torch.tensor([1.0, 10.0])
@@ -225,6 +223,12 @@ def test_adapters_can_start_from_a_bundle_in_which_others_are_merged(adapted, tm
 def test_wrong_values(tiny_encoder, options, message):
     with pytest.raises(EncoderError, match=message):
         make_encoder(str(tiny_encoder("moonshine")), **options)
+
+
+def test_a_family_without_layers_to_adapt(tiny_encoder, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "moonshine", dataclasses.replace(FAMILIES["moonshine"], lora_targets=()))
+    with pytest.raises(EncoderError, match="this family of encoders has no lora_targets"):
+        make_encoder(str(tiny_encoder("moonshine")), lora_rank=4)
 
 
 def test_without_peft(tiny_encoder, monkeypatch):
