@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,21 +24,32 @@ def takes_cpu_path(tensor):
     return cpu_paths and tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
+# One item for each block of `exact_fp32` that has not ended, and the switches from before the first one.
+_exact_lock, _exact_users, _allowed_before = threading.Lock(), [], []
+
+
 @contextlib.contextmanager
 def exact_fp32():
     """Keep NVIDIA's GPUs from rounding factors in fp32 to TF32, whose 10 bits do not give the same answer in any batch.
 
-    SpeechBrain turns TF32 on when it is imported, PyTorch has it on for convolutions. As a decorator or a context.
+    SpeechBrain turns TF32 on when it is imported, PyTorch has it on for convolutions. As a decorator or a context. The
+    switches are the whole process's, so the last of several threads to leave sets them back.
     """
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
-    try:
+    with _exact_lock:
+        if not _exact_users:
+            _allowed_before[:] = [switch.allow_tf32 for switch in switches]
+        _exact_users.append(None)
         for switch in switches:
             switch.allow_tf32 = False
+    try:
         yield
     finally:
-        for switch, allowed in zip(switches, before, strict=True):
-            switch.allow_tf32 = allowed
+        with _exact_lock:
+            _exact_users.pop()
+            if not _exact_users:
+                for switch, allowed in zip(switches, _allowed_before, strict=True):
+                    switch.allow_tf32 = allowed
 
 
 def fastest_precision(device):

@@ -101,6 +101,18 @@ def test_fp32_is_not_rounded_to_tf32_and_the_switches_are_put_back():
     assert tf32() == before != (False, False)
 
 
+def test_fp32_stays_exact_until_the_last_of_several_threads_is_done():
+    torch.backends.cudnn.allow_tf32 = True
+    before = tf32()
+    first, second = devices.exact_fp32(), devices.exact_fp32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert tf32() == (False, False)
+    second.__exit__(None, None, None)
+    assert tf32() == before != (False, False)
+
+
 def test_a_card_that_pytorch_is_not_compiled_for_is_refused_although_it_has_memory(monkeypatch):
     def without_kernel(*size, device):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore of it")

@@ -1,5 +1,6 @@
 """Classify speech of any kind and length with a trained bundle; see `accent_plugin.inference.base` for how."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
     """SpeechBrain's `EncoderClassifier` for a bundle of this package, with answers instead of tensors.
 
     Make it with `from_bundle`, or with SpeechBrain's `from_hparams`, which runs the bundle's YAML and takes the same
-    options. May be used by several threads; they take turns at the network.
+    options. May be used by several threads; on a GPU they take turns at the network.
 
     Arguments
     ---------
@@ -61,8 +62,8 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
         self.uses_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(self.device_type))
         if self.uses_bf16 and isinstance(self.mods["embedding_model"], Embedding):
             _cast_weights(self.mods["embedding_model"].model.wav2vec2)
-        # The encoder keeps the mask of the batch that it is in the middle of.
-        self._turn = threading.Lock()
+        # Elsewhere, batches of several threads at once would need memory for all of them.
+        self._turn = contextlib.nullcontext() if self.device_type == "cpu" else threading.Lock()
 
     @classmethod
     def from_bundle(cls, folder, device=None, **options):
