@@ -1,1 +1,1 @@
-"""The command line: accent-plugin VERB."""
+"""The command line `accent-plugin`."""

@@ -1,4 +1,4 @@
-"""Verbs that make and check data: prepare, accents, check, demo."""
+"""Commands that create and check data: prepare, accents, check, demo."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ def run_prepare(arguments):
     from accent_plugin.corpus.build import build_corpus
     from accent_plugin.corpus.card import corpus_card_to_markdown
 
-    built = build_corpus(arguments.source, arguments.out, **_given(arguments, ("source", "out")))
+    built = build_corpus(arguments.source, arguments.out, **_options_of(arguments, ("source", "out")))
     print(corpus_card_to_markdown(built.card))
-    print(f"The DatasetDict is in {arguments.out}; check it: accent-plugin check {arguments.out}")
+    print(f"The DatasetDict is in {arguments.out}. To check it: accent-plugin check {arguments.out}")
 
 
 def run_accents(arguments):
@@ -22,7 +22,7 @@ def run_accents(arguments):
 
     from accent_plugin.corpus.build import survey_accents
 
-    found = survey_accents(arguments.source, **_given(arguments, ("source", "format")))
+    found = survey_accents(arguments.source, **_options_of(arguments, ("source", "format")))
     if arguments.format == "json":
         print(json.dumps([vars(each) for each in found], indent=1, ensure_ascii=False))
         return
@@ -47,28 +47,30 @@ def run_check(arguments):
     ignored = [name for text in arguments.ignore for name in split_list(text)]
     require_kinds(ignored)
     if arguments.report and Path(arguments.report).resolve().is_relative_to(Path(arguments.data).resolve()):
-        raise AccentPluginError(f"--report {arguments.report} is inside the data, which are only read: choose another")
-    given = _given(arguments, ("data", "json", "report", "ignore", "no_audio"))
-    found = check_dataset(arguments.data, with_audio=not arguments.no_audio, **given)
+        raise AccentPluginError(
+            f"--report {arguments.report} is inside the data folder, which is never changed: choose another folder"
+        )
+    options = _options_of(arguments, ("data", "json", "report", "ignore", "no_audio"))
+    found = check_dataset(arguments.data, with_audio=not arguments.no_audio, **options)
     if arguments.report:
         write_audit(arguments.report, found)
     print(json.dumps(found.as_json(), indent=1, ensure_ascii=False) if arguments.json else audit_to_text(found))
     return 1 if found.wrong(ignored) else 0
 
 
-def _given(arguments, without):
-    """Arguments of a verb by name, apart from what all verbs have."""
-    return {name: value for name, value in vars(arguments).items() if name not in ("do", "typed", *without)}
+def _options_of(arguments, without):
+    """The options of a command by name, without those listed."""
+    return {name: value for name, value in vars(arguments).items() if name not in ("run_command", "argv", *without)}
 
 
 def run_demo(arguments):
-    """Make the built-in corpus and a tiny encoder."""
+    """Create the built-in synthetic corpus and a tiny encoder."""
     from accent_plugin.corpus import synthetic
 
     out = Path(arguments.out)
     synthetic.main(["--out", str(out / "corpus"), "--encoder", str(out / "encoder")])
     print(
-        "Synthetic speech and a tiny encoder are made. Train on them with the recipe of a checkout:\n"
+        "Created synthetic speech and a tiny encoder. To train on them, run the recipe from a checkout:\n"
         f"  python recipes/CommonVoiceAccent/train.py hparams/wav2vec2_base.yaml --data_folder {out / 'corpus'}"
         f" --wav2vec2_hub {out / 'encoder'} --accents '[us, england, scotland]'"
     )

@@ -1,7 +1,7 @@
-"""The command line: `accent-plugin VERB`; results on stdout, notes on stderr.
+"""The command line: `accent-plugin COMMAND`. Results go to stdout, progress and warnings to stderr.
 
-Exit code 0; 1 where `check` finds something wrong, or where `classify` or `evaluate` had to leave out a file, which is
-named; 2 for a wrong command or files that cannot be used; 130 when interrupted.
+Exit codes: 0 on success; 1 if `check` finds an error, or if `classify` or `evaluate` could not read some of the files;
+2 for wrong arguments or unusable inputs; 130 when interrupted.
 """
 
 import io
@@ -17,7 +17,7 @@ from accent_plugin.inference.records import printable
 
 
 def _log_to_stderr():
-    """Show this package's notes only: others speak for themselves."""
+    """Show the log of this package only; other packages configure their own."""
     logger = logging.getLogger("accent_plugin")
     logger.setLevel(logging.INFO)
     if not logger.handlers:
@@ -25,7 +25,7 @@ def _log_to_stderr():
 
 
 class _ToStderr(logging.Handler):
-    """To what is stderr at the time: a handler with a stream of its own would keep one that was since replaced."""
+    """Writes to the current `sys.stderr`; a `StreamHandler` would keep the stream that it was created with."""
 
     def emit(self, record):
         try:
@@ -35,43 +35,43 @@ class _ToStderr(logging.Handler):
 
 
 def _prepare_streams():
-    """Make the standard streams fit for any name; False where there is no stdout."""
+    """Make the standard streams accept any file name; return False if stdout is closed."""
     if sys.stderr is None:
-        # Or else print would write notes among the results.
+        # Otherwise print(file=None) would write messages to stdout, among the results.
         sys.stderr = open(os.devnull, "w")
     if sys.stdout is None:
-        print("stdout is closed: results would be lost; open it, or use /dev/null", file=sys.stderr)
+        print("stdout is closed, so results would be lost: open it, or redirect it to /dev/null", file=sys.stderr)
         return False
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return True
 
 
-def _goes_on(arguments):
-    """Whether the same command takes up what an interrupted one has left."""
-    if arguments.do is run_classify:
+def _can_resume(arguments):
+    """Whether running the same command again resumes it after an interruption."""
+    if arguments.run_command is run_classify:
         return bool(arguments.output) and (arguments.format or format_of(arguments.output)) != "table"
-    return arguments.do is run_prepare
+    return arguments.run_command is run_prepare
 
 
 def main(argv=None):
-    """Run one verb; return the exit code."""
+    """Run one command; return the exit code."""
     if not _prepare_streams():
         return 2
     arguments = make_parser().parse_args(argv)
-    arguments.typed = sys.argv[1:] if argv is None else list(argv)
+    arguments.argv = sys.argv[1:] if argv is None else list(argv)
     _log_to_stderr()
     try:
-        code = arguments.do(arguments) or 0
+        code = arguments.run_command(arguments) or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Whoever read the output has seen enough; Python would complain again at its end.
+        # The reader (such as `head`) has closed the pipe. Without this, Python would report the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (AccentPluginError, OSError) as error:
         print("\n".join(map(printable, f"{type(error).__name__}: {error}".split("\n"))), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted" + ": the same command goes on from here" * _goes_on(arguments), file=sys.stderr)
+        print("interrupted" + ": run the same command again to resume" * _can_resume(arguments), file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Verbs that use a trained model: classify, evaluate, serve, export, import, push."""
+"""Commands that use a trained model: classify, evaluate, serve, export, import, push."""
 
 import os
 import re
@@ -17,7 +17,7 @@ def run_classify(arguments):
     sources = list(find(arguments.files))
     reading = {"workers": arguments.workers, "batch_seconds": arguments.batch_seconds}
     _require_use_of_labels(arguments, [arguments.model])
-    classifier = _classifier(arguments, arguments.model, **_cutting(arguments))
+    classifier = _classifier(arguments, arguments.model, **_window_options(arguments))
     _, failed = inference_bulk.run(classifier, sources, format, arguments.output, **reading)
     return 1 if failed else 0
 
@@ -27,25 +27,27 @@ def run_serve(arguments):
     from accent_plugin.serving import server, service
 
     _require_use_of_labels(arguments, [arguments.model])
-    named = vars(arguments)
-    limits = service.Limits(**{name: named[name] for name in vars(service.Limits()) if named[name] is not None})
-    serving = {"host": arguments.host, "port": arguments.port, "page": not arguments.no_page}
+    given = vars(arguments)
+    limits = service.Limits(**{name: given[name] for name in vars(service.Limits()) if given[name] is not None})
+    options = {"host": arguments.host, "port": arguments.port, "page": not arguments.no_page}
     token = os.environ.get(server.TOKEN_VARIABLE) if arguments.token is None else arguments.token
     server.require(limits, token)
-    classifier = _classifier(arguments, arguments.model, batch_seconds=arguments.batch_seconds, **_cutting(arguments))
-    card = "" if arguments.no_page else _card(arguments.model)
-    server.run(classifier, card, limits, token=token, open=arguments.open, **serving)
+    classifier = _classifier(
+        arguments, arguments.model, batch_seconds=arguments.batch_seconds, **_window_options(arguments)
+    )
+    card = "" if arguments.no_page else _read_card(arguments.model)
+    server.run(classifier, card, limits, token=token, open=arguments.open, **options)
 
 
-def _card(model):
-    # Of all that is served, the page alone needs Matplotlib, for its colours.
+def _read_card(model):
+    # Imported late: the page needs Matplotlib for its colours, the API alone does not.
     from accent_plugin.serving import page
 
     return page.read_card(model)
 
 
-def _cutting(arguments):
-    """Of `accent_plugin.inference.base.InferenceOptions`, what is given; with a window alone, its half is the hop."""
+def _window_options(arguments):
+    """The window and hop that were given; without a hop, it is half the window."""
     window, hop = arguments.window_seconds, arguments.hop_seconds
     if hop is None and window is not None:
         hop = window / 2
@@ -71,11 +73,11 @@ def run_evaluate(arguments):
     from accent_plugin.report.write import MARKDOWN_FILE
 
     if len(arguments.model) > 2:
-        raise AccentPluginError("give one bundle, or two to compare")
+        raise AccentPluginError(f"--model is given {len(arguments.model)} times: give one model, or two to compare")
     _require_use_of_labels(arguments, arguments.model)
     classifiers = [_classifier(arguments, model, **WHOLE_CLIPS) for model in arguments.model]
-    rows, left_out = _rows(arguments, classifiers)
-    out, command, found, failed = Path(arguments.out), shlex.join(["accent-plugin", *arguments.typed]), [], 0
+    rows, skipped = _read_rows(arguments, classifiers)
+    out, command, found, failed = Path(arguments.out), shlex.join(["accent-plugin", *arguments.argv]), [], 0
     with files.writable_folder(out, "--out"):
         pass
     for number, (model, classifier) in enumerate(zip(arguments.model, classifiers, strict=True), 1):
@@ -83,32 +85,32 @@ def run_evaluate(arguments):
         if number == 1:
             remove_earlier(out)
         folder = out if len(classifiers) == 1 else folder_of(out, number)
-        metrics_of = write_evaluation(folder, classifier, predictions, arguments.data, left_out + failures, command)
+        metrics = write_evaluation(folder, classifier, predictions, arguments.data, skipped + failures, command)
         found.append(predictions)
         failed += failures.total()
         print(f"{model}: {folder / MARKDOWN_FILE}")
-        print(json.dumps({scope: metrics_of[scope] for scope in ("clip", "speaker")}, indent=1))
+        print(json.dumps({scope: metrics[scope] for scope in ("clip", "speaker")}, indent=1))
     if len(found) == 2:
         write_comparison(out, *short_names(arguments.model), compare_models(*evaluate_both(*found)))
         print((out / "comparison.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 
 
-def _rows(arguments, classifiers):
-    """What `evaluation.read` finds for classifiers that have the same labels."""
+def _read_rows(arguments, classifiers):
+    """Read the labelled clips for classifiers, which must have the same labels."""
     from accent_plugin.data import labels
     from accent_plugin.inference.labelled import ROLES, read_labelled
 
     if len({frozenset(each.labels) for each in classifiers}) > 1:
         first, second = (", ".join(each.labels) for each in classifiers)
-        raise AccentPluginError(f"bundles with different labels cannot be compared: {first}; and {second}")
+        raise AccentPluginError(f"models with different labels cannot be compared: {first}; and {second}")
     mapping = labels.read_mapping(arguments.mapping) if arguments.mapping else None
     columns = {role: getattr(arguments, f"{role}_column") for role in ROLES}
     return read_labelled(arguments.data, classifiers[0].labels, mapping=mapping, split=arguments.split, columns=columns)
 
 
 def run_export(arguments):
-    """Export a run as a bundle, for transformers, or to ONNX."""
+    """Export a run as a bundle, or a bundle to transformers or ONNX."""
     print(EXPORTS[arguments.to](arguments))
 
 
@@ -134,25 +136,25 @@ def _export_onnx(arguments):
     return onnx_export.export(folder, out, arguments.precision, arguments.data, arguments.unchecked)
 
 
-# Form -> what writes it and returns its path.
+# Format -> function that writes it and returns its path.
 EXPORTS = {"bundle": _export_bundle, "huggingface": _export_huggingface, "onnx": _export_onnx}
 
 
 def _bundle_of(run):
-    """A run's output folder holds its bundle; the bundle's own folder is understood too."""
+    """The bundle folder, given the output folder of a run or the bundle itself."""
     run = Path(run)
     return run / "bundle" if (run / "bundle").is_dir() else run
 
 
 def run_import(arguments):
-    """Make a bundle of a classifier of transformers."""
+    """Convert a transformers classifier to a bundle."""
     from accent_plugin.exchange.hugging_face import import_hugging_face
 
-    print(import_hugging_face(arguments.source, arguments.out, _names_of_classes(arguments)))
+    print(import_hugging_face(arguments.source, arguments.out, _read_label_names(arguments)))
 
 
-def _names_of_classes(arguments):
-    """The table of `--labels`, or None."""
+def _read_label_names(arguments):
+    """Read the `--labels` mapping; None if it is not given."""
     from accent_plugin.data import labels
 
     return labels.read_mapping(arguments.labels) if arguments.labels else None
@@ -169,7 +171,7 @@ def _classifier(arguments, model, **options):
     for name in ("min_probability", "max_risk", "min_coverage"):
         if getattr(arguments, name, None) is not None:
             options[name] = getattr(arguments, name)
-    if _backend(arguments, model) == "onnx":
+    if _choose_backend(arguments, model) == "onnx":
         from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier
 
         return OnnxAccentClassifier.from_bundle(model, **options)
@@ -184,35 +186,38 @@ def _classifier(arguments, model, **options):
 
     if arguments.device:
         devices.require_device(arguments.device)
-    loaded = from_hugging_face(model, _names_of_classes(arguments))
+    loaded = from_hugging_face(model, _read_label_names(arguments))
     run_opts = {"device": arguments.device} if arguments.device else None
     return AccentClassifier(loaded.modules, loaded.hparams, run_opts=run_opts, precision=arguments.precision, **options)
 
 
-def _backend(arguments, model):
-    """What runs a model: as asked for, or what its folder is made for."""
+def _choose_backend(arguments, model):
+    """The backend that was given, or the one that the model's folder was exported for."""
     from accent_plugin.bundle import config as bundle_config
 
     found = "onnx" if Path(model, bundle_config.ONNX_FILE).is_file() else "torch"
     if (arguments.backend or found) == "onnx" and (arguments.device or arguments.precision != "fp32"):
-        raise AccentPluginError("--device and --precision are torch's: an export to ONNX has its own precision")
+        raise AccentPluginError(
+            "--device and --precision work with the torch backend only: an ONNX model runs on the CPU in the precision "
+            "that it was exported with"
+        )
     return arguments.backend or found
 
 
 def _is_hugging_face(model):
-    """Whether a model is a classifier of transformers, in a folder or by its name on the Hub."""
+    """Whether a model is a transformers classifier, given by its folder or its name on the Hub."""
     from accent_plugin.bundle import config as bundle_config
 
     if Path(model).exists():
         return bundle_config.is_hugging_face(model)
-    # USER/NAME; a path that is mistyped below a folder that exists is none, or the Hub would be asked for it.
+    # USER/NAME. A mistyped path below an existing folder is not looked up on the Hub.
     return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).parent.exists()
 
 
 def _require_use_of_labels(arguments, models):
     if arguments.labels and not any(map(_is_hugging_face, models)):
         raise AccentPluginError(
-            f"--labels is for the classes of a Hugging Face model, and {' and '.join(models)} is none"
+            f"--labels renames the classes of a Hugging Face model, but {' and '.join(models)} is not one"
         )
 
 
@@ -223,6 +228,6 @@ def format_of(output):
 
 
 def short_names(runs):
-    """Short names of runs; whole paths where those are not unique."""
+    """Folder names of runs; full paths if the names are not unique."""
     names = [Path(run).name for run in runs]
     return names if len(set(names)) == len(names) else list(map(str, runs))

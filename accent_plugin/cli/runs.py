@@ -1,4 +1,4 @@
-"""Verbs that read finished runs: compare, summarise."""
+"""Commands that read finished runs: compare, summarise."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ def run_compare(arguments):
 
     first, second = arguments.run
     names = short_names(arguments.run)
-    comparison = compare_models(_predictions(first), _predictions(second))
+    comparison = compare_models(_read_predictions(first), _read_predictions(second))
     write_comparison(arguments.out, *names, comparison)
     print((Path(arguments.out) / "comparison.md").read_text(encoding="utf-8"))
 
 
 def run_summarise(arguments):
-    """Summarise several runs."""
+    """Summarise the metrics of several runs."""
     import json
 
     from accent_plugin.evaluation.compare import summarise_runs
@@ -40,12 +40,12 @@ def run_summarise(arguments):
 
 
 def _report_folder(run):
-    """A run's output folder holds its report; the report's own folder is understood too."""
+    """The report folder, given the output folder of a run or the report folder itself."""
     run = Path(run)
     return run / "report" if (run / "report").is_dir() else run
 
 
-def _predictions(run):
+def _read_predictions(run):
     from accent_plugin.report.predictions_csv import read_predictions
 
     return read_predictions(_report_folder(run))

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: what it prints where, and its exit codes."""
+"""The command line: stdout, stderr and exit codes."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def run(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_prepare_writes_and_says_what_it_did(tmp_path):
+def test_prepare_writes_a_dataset_dict_and_prints_its_card(tmp_path):
     source, out = release(tmp_path, 6, pool(accents=TWO)), tmp_path / "out"
     code, stdout, stderr = run(
         "prepare", source, "--out", out, "--accents", "us,england", "--max_clips_per_client", "none"
@@ -47,8 +47,7 @@ def test_prepare_twice_with_other_arguments_is_refused(tmp_path):
     assert "seed: 1986 -> 7" in stderr
 
 
-def test_every_choice_of_python_is_one_of_the_command(tmp_path, monkeypatch):
-    """A field that the parser lacks would be there for Python only."""
+def test_every_python_option_of_prepare_is_a_command_line_option(tmp_path, monkeypatch):
     seen = {}
 
     def build(source, out, **given):
@@ -63,7 +62,7 @@ def test_every_choice_of_python_is_one_of_the_command(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["table", "tsv", "json"])
-def test_accents(tmp_path, form):
+def test_accents_lists_names_with_counts_and_labels(tmp_path, form):
     table = [row("a", "us"), row("a", "us", 1), row("b", "Kentish"), row("c")]
     code, stdout, _ = run("accents", release(tmp_path, 17, table), "--format", form)
     assert code == 0
@@ -84,14 +83,14 @@ def test_accents_with_a_mapping(tmp_path):
     assert json.loads(stdout)[0]["label"] == "england"
 
 
-def test_output_that_nobody_reads_to_the_end(tmp_path):
+def test_a_closed_pipe_is_not_an_error(tmp_path):
     source = release(tmp_path, 17, [row("a", f"Town {number} {'x' * 200}", number) for number in range(2000)])
     command = f"{sys.executable} -m accent_plugin.cli accents {source} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
 
 
-def test_check_finds_nothing_wrong(tmp_path):
+def test_check_of_a_clean_dataset_exits_with_0(tmp_path):
     data = save(tmp_path / "data", **three_splits())
     code, stdout, stderr = run("check", data, "--no_audio")
     assert (code, stderr) == (0, "")
@@ -115,23 +114,23 @@ def test_check_writes_a_report(tmp_path):
     assert {"check.md", "check.json", "composition.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
 
 
-def test_an_unknown_kind_is_refused_before_the_work(tmp_path):
+def test_an_unknown_kind_to_ignore_is_an_error(tmp_path):
     code, _, stderr = run("check", tmp_path, "--ignore", "gossip")
     assert code == 2
     assert "gossip" in stderr and "client, sentence" in stderr
 
 
-@pytest.mark.parametrize("verb", ["accents", "prepare", "check"])
-def test_what_is_not_there(tmp_path, verb):
-    """A mistyped path below a folder that exists is not looked for on the Hub, which would take half a minute."""
-    out = ["--out", tmp_path / "out"] if verb == "prepare" else []
-    code, stdout, stderr = run(verb, tmp_path / "nowhere", *out)
+@pytest.mark.parametrize("command", ["accents", "prepare", "check"])
+def test_a_missing_folder_is_an_error(tmp_path, command):
+    """A mistyped path below an existing folder is not looked up on the Hub, which would take half a minute."""
+    out = ["--out", tmp_path / "out"] if command == "prepare" else []
+    code, stdout, stderr = run(command, tmp_path / "nowhere", *out)
     assert (code, stdout) == (2, "")
     assert "there is no folder" in stderr and "Hub:" not in stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_help_needs_nothing_heavy():
+def test_help_imports_no_heavy_packages():
     code = (
         "import sys; from accent_plugin.cli.main import main\n"
         "try: main(['--help'])\n"
@@ -142,7 +141,7 @@ def test_help_needs_nothing_heavy():
     assert done.stdout.endswith("[]\n")
 
 
-def test_real_release(tmp_path):
+def test_a_sample_of_common_voice(tmp_path):
     source = shared_data("common_voice_6_1_sample") / "en"
     found = {each.raw: each.clips for each in survey_accents(source)}
     assert found == {"": 50, "us": 35, "indian": 5, "england": 4, "australia": 3, "newzealand": 2, "ireland": 1}
@@ -151,8 +150,7 @@ def test_real_release(tmp_path):
     assert "us 34, england 4, australia 3" in stderr
 
 
-def test_check_takes_a_mapping(tmp_path):
-    """It was once given the path in place of the table."""
+def test_check_reads_a_mapping(tmp_path):
     (tmp_path / "more.yaml").write_text("Kentish: england\n", encoding="utf-8")
     data = save(tmp_path / "data", **three_splits(("us", "Kentish")))
     code, stdout, stderr = run("check", data, "--no_audio", "--mapping", tmp_path / "more.yaml")
@@ -160,67 +158,67 @@ def test_check_takes_a_mapping(tmp_path):
     assert "england" in stdout and "Kentish" not in stdout
 
 
-@pytest.mark.parametrize("verb", ["prepare", "check"])
-def test_workers_below_one(tmp_path, verb):
+@pytest.mark.parametrize("command", ["prepare", "check"])
+def test_fewer_than_one_worker_is_an_error(tmp_path, command):
     data = save(tmp_path / "data", **three_splits())
-    out = ["--out", tmp_path / "out", "--accents", "us,england"] if verb == "prepare" else []
-    code, _, stderr = run(verb, data, "--workers", "-1", *out)
+    out = ["--out", tmp_path / "out", "--accents", "us,england"] if command == "prepare" else []
+    code, _, stderr = run(command, data, "--workers", "-1", *out)
     assert code == 2 and "workers is -1; give 1 or more" in stderr
 
 
 def test_a_report_inside_the_data_is_refused(tmp_path):
     data = save(tmp_path / "data", **three_splits())
     code, _, stderr = run("check", data, "--no_audio", "--report", data / "report")
-    assert code == 2 and "only read" in stderr
+    assert code == 2 and "inside the data folder" in stderr
     assert not (data / "report").exists()
 
 
-def test_values_that_a_terminal_would_obey(tmp_path):
+def test_control_characters_in_values_are_escaped(tmp_path):
     table = tmp_path / "clips.csv"
     table.write_text('path,accent\na.wav,"Bell\x07\tand\nline"\n', encoding="utf-8")
     _, stdout, _ = run("accents", table, "--format", "tsv")
     assert stdout.splitlines()[1] == "1\t0\t(unknown accent)\tBell\\x07\\tand\\nline"
 
 
-def test_a_number_that_is_none(tmp_path):
+def test_a_limit_that_is_not_a_number_is_an_error(tmp_path):
     code, _, stderr = run("prepare", tmp_path, "--out", tmp_path / "out", "--max_clips_per_client", "many")
-    assert code == 2 and "'many' is neither a number nor none" in stderr
+    assert code == 2 and "'many' is not a whole number or none" in stderr
 
 
-def test_a_closed_stdout(tmp_path):
+def test_a_closed_stdout_is_an_error(tmp_path):
     command = f"{sys.executable} -m accent_plugin.cli summarise {tmp_path} >&-"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (2, "stdout is closed: results would be lost; open it, or use /dev/null\n")
+    message = "stdout is closed, so results would be lost: open it, or redirect it to /dev/null\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
-def test_a_closed_stderr(tmp_path):
-    """Notes must not end up among the results."""
+def test_with_stderr_closed_no_message_goes_to_stdout(tmp_path):
     command = f"{sys.executable} -m accent_plugin.cli summarise {tmp_path} 2>&-"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["classify", "x", "--model", "m"], "interrupted"),
         (["classify", "x", "--model", "m", "--output", "o", "--format", "table"], "interrupted"),
-        (["classify", "x", "--model", "m", "--output", "o"], "interrupted: the same command goes on from here"),
-        (["prepare", "x", "--out", "o"], "interrupted: the same command goes on from here"),
+        (["classify", "x", "--model", "m", "--output", "o"], "interrupted: run the same command again to resume"),
+        (["prepare", "x", "--out", "o"], "interrupted: run the same command again to resume"),
         (["summarise", "x"], "interrupted"),
     ],
 )
-def test_an_interrupt_promises_what_is_true(arguments, said, monkeypatch, capsys):
+def test_an_interrupted_command_says_whether_it_can_be_resumed(arguments, message, monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
     for module in (main, parser):
         monkeypatch.setattr(module, f"run_{arguments[0]}", interrupted, raising=False)
     assert main.main(arguments) == 130
-    assert capsys.readouterr().err == f"{said}\n"
+    assert capsys.readouterr().err == f"{message}\n"
 
 
-def test_errors_name_files_that_a_terminal_would_obey(tmp_path, capsys):
+def test_control_characters_in_errors_are_escaped(tmp_path, capsys):
     assert main.main(["summarise", str(tmp_path / "\x1b[2J")]) == 2
     assert "\\x1b[2J" in capsys.readouterr().err
 
@@ -229,14 +227,14 @@ def test_help_of_classify_lists_exit_codes(capsys):
     with pytest.raises(SystemExit):
         main.main(["classify", "--help"])
     printed = capsys.readouterr().out
-    assert "exit code: 0" in printed and "remove their lines" in printed
+    assert "exit codes: 0" in printed and "remove their lines" in printed
 
 
-def test_notes_go_to_the_stderr_of_the_time(monkeypatch):
-    """Called from a program that replaces and closes it, as tests do."""
+def test_log_messages_go_to_the_current_stderr(monkeypatch):
+    """A program that calls `main` may replace and close `sys.stderr` between two calls."""
     first, second = io.StringIO(), io.StringIO()
     for stream in (first, second):
         monkeypatch.setattr(sys, "stderr", stream)
         main._log_to_stderr()
-        logging.getLogger("accent_plugin.somewhere").info("a note")
-    assert (first.getvalue(), second.getvalue()) == ("a note\n", "a note\n")
+        logging.getLogger("accent_plugin.somewhere").info("a message")
+    assert (first.getvalue(), second.getvalue()) == ("a message\n", "a message\n")

@@ -715,4 +715,4 @@ def test_labels_for_a_bundle_are_refused(run, exported, map_of_tones, tmp_path):
     (tmp_path / "a.wav").touch()
     words = ("classify", tmp_path / "a.wav", "--model", exported.parent / "bundle", "--labels", map_of_tones)
     code, _, stderr = run(*words)
-    assert code == 2 and "--labels is for the classes of a Hugging Face model" in stderr
+    assert code == 2 and "--labels renames the classes of a Hugging Face model" in stderr
