@@ -1,4 +1,4 @@
-"""Names of version 0.1.0: `AccentBrain` is public, the others are written into its runs."""
+"""Compatibility with version 0.1.0: `AccentBrain` is a public name, the others occur in saved runs."""
 
 from accent_plugin.training.brain import AccentBrain
 from accent_plugin.training.options import TrainingOptions, make_epoch_counter, make_tensorboard_logger

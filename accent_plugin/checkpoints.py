@@ -1,4 +1,4 @@
-"""A name of version 0.1.0, written into its runs."""
+"""Compatibility with version 0.1.0: saved runs contain this name."""
 
 from accent_plugin.training.checkpoints import AtomicCheckpointer
 

@@ -1,1 +1,1 @@
-"""The HTTP API and its page."""
+"""The HTTP API and the web page."""

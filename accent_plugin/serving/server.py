@@ -1,4 +1,4 @@
-"""The server of the page and the API: one process, one model, told to end by a signal."""
+"""The server of the page and the API: one process with one model, which runs until it receives a signal."""
 
 import asyncio
 import contextlib
@@ -24,43 +24,43 @@ TOKEN_VARIABLE = "ACCENT_PLUGIN_TOKEN"
 _BACKLOG = 2048
 
 
-# What only this needs.
+# Packages of the extra `serve`.
 _EXTRA = ("gradio", "fastapi", "uvicorn", "starlette", "pydantic", "multipart", "python_multipart")
 
 
 def require(limits, token=None):
-    """Raise a `ConfigError` with all that is wrong with what `run` takes, before a model is loaded for it."""
+    """Raise a `ConfigError` that lists every problem with the limits and the token, before a model is loaded."""
     problems = list(limits.problems())
     if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
-        problems.append("the token has to be printable ASCII without spaces around it, as it goes into a header")
+        problems.append("the token is sent in a header: it must be printable ASCII without spaces around it")
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def run(classifier, card, limits=None, host=HOST, port=PORT, token=None, page=True, open=False):
-    """Serve until a signal; then answer what is being answered, and return.
+    """Serve until a signal arrives; then finish the requests in progress and return.
 
     Arguments
     ---------
     classifier : accent_plugin.inference.base.RecordingClassifier
     card : str
-        Markdown: what the model says of itself.
+        The model card, in Markdown.
     limits : accent_plugin.serving.service.Limits
     host : str
-        Address to bind to; anything but loopback serves others too.
+        Address to listen on; any other than the loopback address is reachable from other machines.
     port : int
-        0 takes a free one.
+        0 chooses a free one.
     token : str, or None
-        Asked of everybody.
+        Secret that every request must carry.
     page : bool
         Whether to serve the page beside the API.
     open : bool
-        Whether to show it in a browser.
+        Whether to open the page in a browser.
 
     Raises
     ------
     ConfigError
-        Limits that make no sense, an address that cannot be bound to, packages that are missing.
+        When a limit or the token is invalid, the address cannot be used, or a package is missing.
     """
     limits = limits or Limits()
     require(limits, token)
@@ -71,19 +71,21 @@ def run(classifier, card, limits=None, host=HOST, port=PORT, token=None, page=Tr
         stack.callback(service.close)
         address = _address(listening)
         hint = f"?token={quote(token, safe='')}" if token else ""
-        # Not into a log: it is a secret.
+        # The token is a secret: it must not end up in a log.
         shown = hint if sys.stdout.isatty() else ""
         print(f"{address}/{shown}" if page else f"{address}/api/openapi.json", flush=True)
         if host not in LOCAL and token is None:
-            print("everybody who reaches this address is served: --token asks for a secret", file=sys.stderr)
+            print(
+                "anyone who can reach this address can use the server: set --token to require a secret", file=sys.stderr
+            )
         if open and page:
             webbrowser.open(f"{address}/{hint}")
         asyncio.run(_serve(server, guard, listening, service, folder, page))
 
 
 def _make(classifier, card, limits, token, page, local, folder):
-    """The server, its guard and its service."""
-    # Gradio reads these when it is imported.
+    """Make the server, its guard and its service."""
+    # Gradio reads these variables on import.
     os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "false"}
     try:
         import uvicorn
@@ -98,7 +100,7 @@ def _make(classifier, card, limits, token, page, local, folder):
         raise ConfigError(f"{error.name} is not installed: pip install 'accent_plugin[serve]'") from None
 
     service = Service(classifier, limits)
-    app, doors = api.make_app(service), {}
+    app, rules = api.make_app(service), {}
     if page:
         from accent_plugin.serving import page as serving_page
 
@@ -107,16 +109,16 @@ def _make(classifier, card, limits, token, page, local, folder):
         def is_served(method, path):
             return path.startswith(f"{guard.API}/") or serving_page.is_served(method, path, folder)
 
-        doors = {"is_served": is_served, "has_room": lambda: serving_page.has_room(folder, limits)}
+        rules = {"is_served": is_served, "has_room": lambda: serving_page.has_room(folder, limits)}
 
-    guarded = guard.Guard(app, service, token, local=local, **doors)
+    guarded = guard.Guard(app, service, token, local=local, **rules)
 
     class Server(uvicorn.Server):
         ending: _Flag
 
         def handle_exit(self, sig, frame):
-            # uvicorn's would raise the signal once more at the end, before the uploads are removed. A second one
-            # does not wait.
+            # uvicorn's own handler raises the signal again at the end, before the uploads are deleted. A second
+            # signal stops the server without waiting.
             self.force_exit = self.should_exit
             self.should_exit = True
             self.ending.set()
@@ -131,7 +133,7 @@ def _make(classifier, card, limits, token, page, local, folder):
 
 async def _serve(server, guard, listening, service, folder, page):
     server.ending = _Flag(asyncio.get_running_loop())
-    tasks = [asyncio.create_task(_let_go(server.ending, guard, service))]
+    tasks = [asyncio.create_task(_close_streams_when_idle(server.ending, guard, service))]
     if page:
         tasks.append(asyncio.create_task(_sweep(folder)))
     await server.serve(sockets=[listening])
@@ -140,7 +142,7 @@ async def _serve(server, guard, listening, service, folder, page):
 
 
 async def _sweep(folder, keep_seconds=None):
-    """Delete uploads once they are old, for as long as it runs."""
+    """Delete old uploads, again and again until cancelled."""
     from accent_plugin.serving import page as serving_page
 
     keep_seconds = serving_page.KEEP_SECONDS if keep_seconds is None else keep_seconds
@@ -150,7 +152,7 @@ async def _sweep(folder, keep_seconds=None):
 
 
 class _Flag:
-    """An event that a signal handler may set."""
+    """An asyncio event that a signal handler can set."""
 
     def __init__(self, loop):
         self._loop, self._event = loop, asyncio.Event()
@@ -162,8 +164,8 @@ class _Flag:
         await self._event.wait()
 
 
-async def _let_go(ending, guard, service):
-    """Once told to end, and once nothing is being answered, close the streams of pages that are open."""
+async def _close_streams_when_idle(ending, guard, service):
+    """Once the server is ending and no request is in progress, close the event streams of open pages."""
     await ending.wait()
     while service.busy:
         await asyncio.sleep(0.05)
@@ -176,18 +178,18 @@ def _bind(host, port):
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-        # Whoever reads the address that is printed may ask at once, and waits until the server is up.
+        # Connections made as soon as the address is printed wait here until the server is up.
         listening.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
         listening.close()
         raise ConfigError(
-            f"cannot serve at {host}:{port}: {error}; choose another --port (0 for any that is free) or --host"
+            f"cannot listen on {host}:{port}: {error}; choose another --port (0 for any free port) or --host"
         ) from None
     return listening
 
 
 def _address(listening):
     host, port = listening.getsockname()[:2]
-    # A browser cannot open the address that stands for all.
+    # A browser cannot open the wildcard address.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,7 +1,7 @@
-"""A classifier that many ask at once: who is let in, how much each may ask for, and how long it may take.
+"""Answers concurrent requests with one classifier, within limits on their number, size and time.
 
-A request is let in, waits for a place, and is answered; beyond a limit it is refused at once with a `LimitError`. The
-files of all requests go through the network in common batches.
+A request waits for a free slot and is then answered; a request that exceeds a limit is refused with a `LimitError`. The
+files of all requests are batched together.
 """
 
 import asyncio
@@ -21,35 +21,35 @@ from accent_plugin.inference.bulk import make_record
 from accent_plugin.inference.records import RELIABLE_SECONDS, Failure, Prediction
 from accent_plugin.serving.signal_quality import SignalMeter, SignalQuality
 
-# Decoded at a time, of each request; between two blocks a request can be given up.
+# Audio decoded at a time, for each file; the time limit is checked between two blocks.
 _BLOCK_SECONDS = 30.0
 
 
 _LONGEST_NAME = 200
 
 
-# Where the page sends recordings; Gradio's.
+# Gradio's address for uploads from the page.
 UPLOAD = "/gradio_api/upload"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused.
+    """Limits on requests; a request beyond one of them is refused.
 
     Arguments
     ---------
     max_bytes : int
-        Of one request, all files batcher.
+        Total size of one request.
     max_seconds : float
-        Of audio in one file, whatever its header says.
+        Length of one file, as decoded: headers are not trusted.
     max_files : int
-        In one request.
+        Files in one request.
     max_requests : int
-        Answered at the same time.
+        Requests answered at the same time.
     max_queue : int
-        Requests that wait; the next one is refused.
+        Requests that may wait; further ones are refused.
     timeout : float
-        Seconds from a request's first byte to its answer, waiting included.
+        Seconds from a request's first byte to its answer, including the wait.
     """
 
     max_bytes: int = 50_000_000
@@ -60,7 +60,7 @@ class Limits:
     timeout: float = 120.0
 
     def problems(self):
-        """Yield what is wrong with them."""
+        """Yield a message for each invalid limit."""
         for name in ("max_bytes", "max_files", "max_requests"):
             if getattr(self, name) < 1:
                 yield f"{name} is {getattr(self, name)}: give 1 or more"
@@ -73,23 +73,26 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServiceAnswer:
-    """What became of one file: a prediction with what was heard, or a failure."""
+    """The answer for one file: a prediction with the signal's quality, or a failure."""
 
     outcome: Prediction | Failure
     heard: SignalQuality | None = None
     header: codecs.Header | None = None
 
     def warnings(self):
-        """Yield a sentence for each doubt about a prediction."""
+        """Yield a message for each reason to doubt the prediction."""
         if isinstance(self.outcome, Failure) or self.heard is None:
             return
         if not self.outcome.reliable:
-            yield f"short: {self.outcome.speech_seconds:.1f} s of speech; under {RELIABLE_SECONDS:g} s it is a guess"
+            yield (
+                f"short: {self.outcome.speech_seconds:.1f} s of speech; with less than {RELIABLE_SECONDS:g} s "
+                "the answer is a guess"
+            )
         yield from self.heard.warnings()
 
 
 class Service:
-    """A classifier behind limits. Its methods belong to one event loop.
+    """A classifier with limits on requests. Call its methods from one event loop only.
 
     Arguments
     ---------
@@ -106,21 +109,21 @@ class Service:
 
     @property
     def busy(self):
-        """How many requests are being answered, or wait."""
+        """Number of requests that are being answered or are waiting."""
         return self._inside
 
     @contextlib.asynccontextmanager
     async def place(self):
-        """A place among those that are answered at the same time.
+        """Wait for one of the `max_requests` slots and hold it.
 
         Raises
         ------
         LimitError
-            "busy" at once, where too many wait; "time" when what is done inside takes too long.
+            "busy" at once if too many requests are waiting; "time" if the wait and the work take too long.
         """
         limits = self.limits
         if self._inside >= limits.max_requests + limits.max_queue:
-            raise LimitError("busy", f"{self._inside} requests are being answered or wait: try again later")
+            raise LimitError("busy", f"{self._inside} requests are being answered or waiting: try again later")
         self._inside += 1
         try:
             async with asyncio.timeout(limits.timeout), self._places:
@@ -131,16 +134,17 @@ class Service:
             self._inside -= 1
 
     async def classify(self, files):
-        """Classify files of one request, at the same time.
+        """Classify the files of one request concurrently.
 
         Arguments
         ---------
         files : list of (str, bytes)
-            A name for the answer, and the content.
+            Name and content of each file.
 
         Returns
         -------
-        list of Answer
+        list of ServiceAnswer
+            In the order of the files.
         """
         deadline = time.monotonic() + self.limits.timeout
         loop = asyncio.get_running_loop()
@@ -148,7 +152,7 @@ class Service:
         return list(await asyncio.gather(*work))
 
     def record(self, answer):
-        """An answer as plain values: what ``accent-plugin classify`` writes as JSON lines, and what was heard."""
+        """An answer as plain values: those of ``accent-plugin classify --format jsonl``, and the signal quality."""
         record = make_record(self.classifier, answer.outcome.source, answer.outcome)
         if isinstance(answer.outcome, Failure):
             return record
@@ -161,7 +165,7 @@ class Service:
         }
 
     def about(self):
-        """What is served, as plain values."""
+        """A description of the model, the limits and the version, as plain values."""
         config = self.classifier.config
         return {
             "model": self.classifier.identity,
@@ -176,25 +180,25 @@ class Service:
         }
 
     def close(self):
-        """End the threads, after what they are at."""
+        """Stop the threads after the files in progress."""
         self._threads.shutdown()
         self.batcher.close()
 
     def _answer(self, name, content, deadline):
-        source, listener = _Named(content, name), SignalMeter()
+        source, meter = _NamedFile(content, name), SignalMeter()
         try:
-            header = codecs.read_header(_Named(content, name))
+            header = codecs.read_header(_NamedFile(content, name))
             if header.seconds is not None and header.seconds > self.limits.max_seconds:
                 raise self._too_long(source.name)
-            blocks = listener.listen(self._within_limits(codecs.stream(source, _BLOCK_SECONDS), source.name, deadline))
+            blocks = meter.measure(self._within_limits(codecs.stream(source, _BLOCK_SECONDS), source.name, deadline))
             with self.batcher.deadline(deadline):
                 prediction = self.classifier.predict_blocks(blocks, source.name)
         except AudioError as error:
             return ServiceAnswer(Failure(source.name, error.reason, str(error)))
-        return ServiceAnswer(prediction, listener.heard(), header)
+        return ServiceAnswer(prediction, meter.quality(), header)
 
     def _too_long(self, name):
-        return AudioError(TOO_LONG, f"{name} lasts more than {self.limits.max_seconds:g} s")
+        return AudioError(TOO_LONG, f"{name} is longer than {self.limits.max_seconds:g} s")
 
     def _within_limits(self, blocks, name, deadline):
         seconds = 0.0
@@ -207,8 +211,8 @@ class Service:
             yield block
 
 
-class _Named(io.BytesIO):
-    """A file in memory with a name for messages: what a client calls it, without folders and in one line."""
+class _NamedFile(io.BytesIO):
+    """A file in memory with a name for messages: the client's name for it, without folders or control characters."""
 
     def __init__(self, content, name):
         super().__init__(content)
@@ -217,5 +221,5 @@ class _Named(io.BytesIO):
 
 
 def dumps(value):
-    """JSON that any parser takes."""
+    """Encode as strict JSON: no NaN, and no invalid UTF-8."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")

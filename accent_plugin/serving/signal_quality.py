@@ -1,7 +1,7 @@
-"""What a listener would remark about a recording before judging it: how loud, how noisy, whether it is cut off at full
-scale; and its outline for a picture. Measured while its blocks pass by, so that memory does not grow with its samples.
+"""Signal quality of a recording: level, noise, clipping, and the peaks to draw its waveform.
 
-Levels are in dB of full scale, of frames of 25 ms every 10 ms (`accent_plugin.inference.windows`).
+Measured block by block, so that the samples are never all in memory. Levels are in dB relative to full scale, over
+frames of 25 ms every 10 ms (`accent_plugin.audio.levels`).
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ import numpy as np
 from accent_plugin.audio.levels import frame_levels
 from accent_plugin.audio.samples import SAMPLE_RATE
 
-# Of the outline: one value for each 10 ms.
+# Samples for each peak of the waveform: 10 ms.
 _PEAK_SAMPLES = 160
 
 
 _CLIPPED = 0.999
 
 
-# Speech is what the loudest tenth of the frames reach, noise what the quietest tenth do not fall below.
+# The speech level is the 90th percentile of the frame levels, the noise level the 10th.
 _SPEECH_PERCENTILE, _NOISE_PERCENTILE = 90, 10
 
 
@@ -28,12 +28,12 @@ NOISY_DB = 15.0
 QUIET_DB = -50.0
 
 
-CLIPPED_SHARE = 0.001
+CLIPPED_FRACTION = 0.001
 
 
 @dataclass(frozen=True)
 class SignalQuality:
-    """What was heard: levels in dB, the share of samples at full scale, and peaks (one per 10 ms) from 0 to 1."""
+    """Levels in dB, the fraction of samples at full scale, and peaks (one per 10 ms) from 0 to 1."""
 
     seconds: float
     speech_db: float
@@ -42,27 +42,25 @@ class SignalQuality:
     peaks: np.ndarray
 
     def warnings(self):
-        """Yield a sentence for each doubt."""
+        """Yield a message for each problem."""
         if self.speech_db < QUIET_DB:
-            yield f"very quiet: the loudest parts are at {self.speech_db:.0f} dB of full scale"
+            yield f"very quiet: the loudest parts are at {self.speech_db:.0f} dB relative to full scale"
         elif self.speech_db - self.noise_db < NOISY_DB:
-            yield (
-                f"noisy, or without pauses: its loud parts are only {self.speech_db - self.noise_db:.0f} dB above its "
-                "quiet ones"
-            )
-        if self.clipped > CLIPPED_SHARE:
-            yield f"overdriven: {self.clipped:.1%} of its samples are at full scale"
+            contrast = self.speech_db - self.noise_db
+            yield f"noisy, or without pauses: loud parts are only {contrast:.0f} dB above quiet ones"
+        if self.clipped > CLIPPED_FRACTION:
+            yield f"clipped: {self.clipped:.1%} of the samples are at full scale"
 
 
 class SignalMeter:
-    """Measures a recording while its blocks pass."""
+    """Measures the signal quality of a recording block by block."""
 
     def __init__(self):
         self._samples = self._clipped = 0
         self._peaks, self._levels = [], []
 
-    def listen(self, blocks):
-        """Yield (samples,) blocks at 16 kHz as they come."""
+    def measure(self, blocks):
+        """Measure (samples,) blocks at 16 kHz, and yield each unchanged."""
         for block in blocks:
             self._samples += len(block)
             loudness = np.abs(block)
@@ -72,8 +70,8 @@ class SignalMeter:
             self._levels.append(frame_levels(block, -(-len(block) // _PEAK_SAMPLES)))
             yield block
 
-    def heard(self):
-        """What was heard so far, of one sample or more."""
+    def quality(self):
+        """The `SignalQuality` of the blocks so far; needs at least one sample."""
         levels = np.concatenate(self._levels)
         noise, speech = np.percentile(levels, (_NOISE_PERCENTILE, _SPEECH_PERCENTILE))
         return SignalQuality(

@@ -1,10 +1,10 @@
-"""Clips -> batches: reading, cropping and augmenting in the loader's workers, batches by seconds of audio.
+"""Dynamic batching by seconds of audio; clips are read, cropped and augmented in the loader's workers.
 
-Everything random about a clip is drawn from (seed, epoch, clip), and the composition of the batches from
-(seed, epoch): it depends neither on the number of workers nor on how often training was interrupted.
+All randomness of a clip is seeded by (seed, epoch, clip), and the composition of the batches by (seed, epoch). It
+depends neither on the number of workers nor on interruptions.
 
-Of N processes each takes every N-th batch of the same plan. A clip that cannot be read is left out of its batch, which
-carries the reason; a batch may so come to be empty.
+All processes make the same plan of batches; each of N processes takes every N-th batch. An unreadable clip is skipped,
+and its batch holds the reason. A batch may be empty as a result.
 """
 
 import atexit
@@ -29,11 +29,11 @@ from accent_plugin.training import signals
 logger = logging.getLogger(__name__)
 
 
-# PyTorch's own mark for a target that does not count.
+# PyTorch's default `ignore_index` of losses.
 NO_LABEL = -100
 
 
-# Seconds after which a process whose connections are closed has ended.
+# Seconds within which a worker whose connections are closed must have ended.
 EXIT_GRACE_SECONDS = 5.0
 
 
@@ -47,12 +47,12 @@ class Batch:
     wavs : (batch, samples) torch.Tensor
         16 kHz, zeros after each clip's end.
     wav_lens : (batch,) torch.Tensor or None
-        Length of each clip as a share of the longest; None where all are equally long.
+        Length of each clip as a fraction of the longest; None if all are equally long.
     labels : (batch,) torch.Tensor of int64
     lost : tuple of (str, str)
-        Id of each clip that could not be read, and why.
+        Id of each unreadable clip, and the reason.
     pooled_states : (batch, states, features) torch.Tensor or None
-        Of `accent_plugin.training.feature_cache`, in place of the waveforms, which are empty then.
+        Features of `accent_plugin.training.feature_cache` in place of the waveforms, which are then empty.
     """
 
     ids: tuple
@@ -82,14 +82,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Lost:
-    """A clip that could not be read."""
+    """An unreadable clip."""
 
     id: str
     why: str
 
 
 def collate(items):
-    """Pad a list of (id, samples, label), and of what was `Lost`, to a `Batch`."""
+    """Pad a list of (id, samples, label), or `Lost` for unreadable clips, to a `Batch`."""
     lost = tuple((item.id, item.why) for item in items if isinstance(item, Lost))
     items = [item for item in items if not isinstance(item, Lost)]
     if not items:
@@ -104,22 +104,21 @@ def collate(items):
 
 
 class ClipDataset(Dataset):
-    """Clips by (index, epoch): the key carries the epoch so that workers need not be told of it.
+    """Clips by (index, epoch): the epoch is part of the key, so that persistent workers know it.
 
     Arguments
     ---------
     clips : sequence of accent_plugin.data.manifests.Clip
     accents : sequence of str
-        Classes; a clip's label is its accent's place.
+        Classes; a clip's label is the index of its accent.
     crop_seconds : float
-        Take a random stretch of this length from longer clips; None takes clips whole.
+        Length of a random crop from longer clips; None for whole clips.
     augmentation : Augmentation
         None for none.
     seed : int
     degrade : callable
-        Function of samples and a generator that returns as many, as in
-        `accent_plugin.audio.degradations.DEGRADATIONS`; applied to what was read, before the augmentation. None for
-        none.
+        (samples, generator) -> as many samples, such as a function of
+        `accent_plugin.audio.degradations.DEGRADATIONS`; applied before the augmentation. None for none.
     """
 
     def __init__(self, clips, accents, crop_seconds=None, augmentation=None, seed=0, degrade=None):
@@ -134,7 +133,7 @@ class ClipDataset(Dataset):
         return len(self.clips)
 
     def seconds(self):
-        """Longest that each clip can become, in seconds: (clips,) np.ndarray."""
+        """Maximum length of each clip after augmentation, in seconds: (clips,) np.ndarray."""
         slowest = self.augmentation.slowest if self.augmentation else 1.0
         seconds = np.array([clip.duration for clip in self.clips]) * slowest
         return seconds if self.crop is None else np.minimum(seconds, self.crop / SAMPLE_RATE)
@@ -156,7 +155,7 @@ class ClipDataset(Dataset):
         return clip.id, samples, self.label(clip)
 
     def label(self, clip):
-        """Index of a clip's accent; `NO_LABEL`, which losses pass over, where it is none of the classes."""
+        """Index of a clip's accent; `NO_LABEL`, which losses ignore, if it is none of the classes."""
         return self.accents.get(clip.accent, NO_LABEL)
 
     def labels(self):
@@ -166,7 +165,7 @@ class ClipDataset(Dataset):
     def _read(self, clip, rng):
         if self.crop is None:
             return codecs.read(clip.wav)
-        # Read more than the crop, so that it is still full after having been played faster.
+        # Read more than the crop, so that it still has its full length at a higher speed.
         fastest = max(self.augmentation.speed) if self.augmentation and self.augmentation.speed else 1.0
         wanted = int(np.ceil(self.crop * fastest))
         spare = round(clip.duration * SAMPLE_RATE) - wanted
@@ -176,32 +175,32 @@ class ClipDataset(Dataset):
 
 
 class BucketBatchSampler(Sampler):
-    """Batches of clips of similar length that hold at most so many seconds of audio, padding included.
+    """Batches of clips of similar length with at most `batch_seconds` of audio, including padding.
 
-    Drawn anew each epoch: clips are shuffled, cut into pools, sorted by length inside a pool and cut into batches,
-    which are shuffled. The batch with the most audio comes first, so that too large a `batch_seconds` fails at once.
+    In each epoch clips are shuffled, cut into pools, sorted by length within each pool and cut into batches, which are
+    shuffled. The batch with the most audio comes first, so that too large a `batch_seconds` fails at once.
 
     Arguments
     ---------
     seconds : (clips,) np.ndarray
     batch_seconds : float
-        A clip longer than that makes a batch of its own.
+        A longer clip is a batch by itself.
     shuffle : bool
         False gives one fixed order, from the longest to the shortest clip.
     seed : int
     weights : (clips,) np.ndarray
-        Draw as many clips as there are, with replacement, in proportion to these; None takes each clip once.
+        Sampling weights: as many clips as there are, drawn with replacement. None takes each clip once.
     rank, processes : int
-        Take every `processes`-th batch from number `rank` on. All processes take equally many: where the last ones
-        find none, theirs is empty.
+        Take every `processes`-th batch, beginning with batch `rank`. All processes take the same number; the last
+        batches may be empty.
 
     Attributes
     ----------
     start : int
-        Batches (of this process) at the epoch's beginning that are not drawn, because they were before a restart.
+        Number of this process's batches to skip at the start of the epoch, because they precede a restart.
     """
 
-    # Batches in a pool: more means less padding, fewer pooled_states more different batches.
+    # Batches in a pool: a larger pool needs less padding, a smaller one gives more varied batches.
     _POOL = 16
 
     def __init__(self, seconds, batch_seconds, shuffle=True, seed=0, weights=None, rank=0, processes=1):
@@ -217,11 +216,11 @@ class BucketBatchSampler(Sampler):
         self._plan_of = None
 
     def set_epoch(self, epoch):
-        """Choose the epoch; SpeechBrain's Brain calls this at its start."""
+        """Set the epoch; SpeechBrain's Brain calls this when an epoch starts."""
         self.epoch = epoch
 
     def __len__(self):
-        """Batches of this process in the whole epoch, wherever it starts."""
+        """Number of this process's batches in the whole epoch, including skipped ones."""
         return -(-len(self.plan()) // self.processes)
 
     def __iter__(self):
@@ -231,7 +230,7 @@ class BucketBatchSampler(Sampler):
             yield [(int(index), self.epoch) for index in plan[place]] if place < len(plan) else []
 
     def plan(self):
-        """The epoch's batches, of all processes, as a list of arrays of clip indices."""
+        """The epoch's batches for all processes, as a list of arrays of clip indices."""
         if self._plan_of is None or self._plan_of[0] != self.epoch:
             self._plan_of = (self.epoch, self._draw())
         return self._plan_of[1]
@@ -243,8 +242,8 @@ class BucketBatchSampler(Sampler):
         if self.weights is None:
             order = rng.permutation(len(self.seconds))
         else:
-            share = self.weights / np.sum(self.weights)
-            order = rng.choice(len(self.seconds), size=len(self.seconds), p=share)
+            probabilities = self.weights / np.sum(self.weights)
+            order = rng.choice(len(self.seconds), size=len(self.seconds), p=probabilities)
         pool = max(1, int(self._POOL * self.batch_seconds / self.seconds.mean()))
         batches = []
         for start in range(0, len(order), pool):
@@ -256,7 +255,7 @@ class BucketBatchSampler(Sampler):
         return batches
 
     def _cut(self, order):
-        """Cut clips sorted from long to short: the first of a batch sets how many fit."""
+        """Cut clips, sorted from long to short, into batches; the first clip determines how many fit."""
         batches, start = [], 0
         while start < len(order):
             count = max(1, int(self.batch_seconds / self.seconds[order[start]]))
@@ -266,16 +265,17 @@ class BucketBatchSampler(Sampler):
 
 
 class ClipLoader(DataLoader):
-    """A DataLoader that goes on when a process that reads audio is killed; its batch sampler is a `BucketBatchSampler`.
+    """A DataLoader that restarts killed workers; its batch sampler is a `BucketBatchSampler`.
 
-    Arguments as of a DataLoader. Its random generator is its own: to begin an epoch anew does not move the global one.
+    Arguments as for a DataLoader. It has its own random generator, so that starting an epoch again leaves the global
+    one unchanged.
     """
 
-    # Restarts of the workers in one epoch; who kills them has a reason, most often a lack of memory.
+    # Restarts of the workers in one epoch. Mostly they are killed for a lack of memory, which a restart may not cure.
     RESTARTS = 3
 
     def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, worker_init_fn=_leave_signals, generator=torch.Generator(), **keywords)
+        super().__init__(*arguments, worker_init_fn=_ignore_signals, generator=torch.Generator(), **keywords)
 
     def __iter__(self):
         first, done, restarts, batches = self.batch_sampler.start, 0, 0, None
@@ -288,52 +288,52 @@ class ClipLoader(DataLoader):
                         yield batch
                     return
                 except (RuntimeError, OSError, EOFError) as error:
-                    if not _lost_a_worker(batches, error):
+                    if not _is_dead_worker(batches, error):
                         raise
                     restarts += 1
                     if restarts > self.RESTARTS:
                         raise TrainingError(
-                            f"processes that read audio ended unexpectedly {restarts} times in one epoch: {error}\n"
-                            "the system may be short of memory: lower num_workers (0 reads without them) or "
-                            "batch_seconds; training goes on from the last checkpoint"
+                            f"the workers that read audio died {restarts} times in one epoch: {error}\n"
+                            "memory may be short: lower num_workers (0 reads without workers) or batch_seconds, and "
+                            "rerun the same command: it resumes from the last checkpoint"
                         ) from error
-                    logger.warning("a process that reads audio ended unexpectedly; they are started again (%s)", error)
+                    logger.warning("a worker that reads audio died; restarting the workers (%s)", error)
                 self._iterator = batches = None
                 self.batch_sampler.start = first + done
         finally:
             self.batch_sampler.start = first
 
     def _begin(self):
-        with _without_alarm() if self.num_workers else contextlib.nullcontext():
+        with _keep_sigchld_handler() if self.num_workers else contextlib.nullcontext():
             batches = super().__iter__()
         _workers.update(getattr(batches, "_workers", ()))
         return batches
 
 
-# Processes that read audio, while they are known.
+# Workers that are alive.
 _workers: weakref.WeakSet = weakref.WeakSet()
 
 
 @atexit.register
 def _end_workers():
-    """End them before Python does, which would wait for ever: they leave its SIGTERM to others."""
+    """Kill the workers at exit: they ignore the SIGTERM that Python sends, and Python would wait for them for ever."""
     for worker in list(_workers):
         if worker.is_alive():
             worker.kill()
 
 
-def _lost_a_worker(batches, error):
-    """Whether an error comes of a worker's end, and not of what it did."""
+def _is_dead_worker(batches, error):
+    """Whether an error comes from a worker's death rather than from its code."""
     if isinstance(error, RuntimeError):
         return str(error).startswith("DataLoader worker (pid")
-    # It had announced a batch, and was gone before the batch was fetched from it: its connections end before it does.
+    # The worker died after announcing a batch that had not been fetched; its connections close before it ends.
     workers = [] if "in DataLoader worker process" in str(error) else getattr(batches, "_workers", [])
     return bool(multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=EXIT_GRACE_SECONDS))
 
 
 @contextlib.contextmanager
-def _without_alarm():
-    """Keep torch from raising wherever the program is when a worker dies: whoever waits for a batch finds out."""
+def _keep_sigchld_handler():
+    """Undo torch's SIGCHLD handler, which raises anywhere in the program; waiting for a batch detects a death too."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
@@ -342,12 +342,12 @@ def _without_alarm():
     signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
 
 
-def _leave_signals(worker):
+def _ignore_signals(worker):
     signals.ignore_signals()
 
 
 def make_loader(dataset, sampler, num_workers=0, pin_memory=False, collate_fn=collate):
-    """A `ClipLoader` over a `ClipDataset` with batches from a `BucketBatchSampler`."""
+    """Make a `ClipLoader` of a `ClipDataset` with batches from a `BucketBatchSampler`."""
     return ClipLoader(
         dataset,
         batch_sampler=sampler,
@@ -359,7 +359,7 @@ def make_loader(dataset, sampler, num_workers=0, pin_memory=False, collate_fn=co
 
 
 def inverse_frequency(labels, classes):
-    """Weight of each class so that all count the same and the mean over clips is one.
+    """Weight each class inversely to its frequency, with a mean over clips of one.
 
     Arguments
     ---------

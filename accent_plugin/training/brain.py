@@ -35,47 +35,47 @@ logger = logging.getLogger(__name__)
 _DOING = {sb.Stage.TRAIN: "training", sb.Stage.VALID: "validating", sb.Stage.TEST: "evaluating"}
 
 
-# Steps between two looks at what is counted on the device: each look waits for a GPU.
+# Steps between two reads of the counters on the device: each read synchronises with the GPU.
 CHECK_EVERY = 20
 
 
-# A GradScaler begins too high. PyTorch's own 2^16 is for a mean of losses; here they are added up, of some 16 clips.
+# PyTorch's GradScaler starts at 2^16, for a mean of losses. Here the losses of some 16 clips are summed.
 _FIRST_SCALE = 2.0**12
 
 
-# It halves as often as this before its scale, which may have grown, is 1.
+# Halvings that bring a scale that has grown to 2^16 back to 1.
 _SCALER_HALVINGS = 16
 
 
-# After an error of the data.
-_AGAIN = "prepare the data again, and run the same command: it goes on from the last checkpoint"
+# The remedy for unreadable data.
+_AGAIN = "prepare the data again and rerun the same command: it resumes from the last checkpoint"
 
 
 class AccentBrain(sb.Brain):
     """Trains and applies an accent classifier.
 
-    `modules` holds one `model`, an `accent_plugin.model.AccentModel`. Read from `hparams`: `epoch_counter`, and
+    `modules` holds one `model`, an `accent_plugin.model.AccentModel`. `hparams` must hold `epoch_counter` and
     SpeechBrain's run options.
 
-    What is random about a step is the dropout alone; its generators are part of a checkpoint, and so is the place in
-    the epoch. A restart thus goes on as if nothing had happened, on the CPU to the last bit.
+    Dropout is the only randomness in a step. Checkpoints hold its generators and the position in the epoch, so that a
+    resumed run gives the same result as an uninterrupted one, on the CPU bit by bit.
 
     Arguments
     ---------
     options : TrainingOptions
     class_weights : (classes,) torch.Tensor
-        Weight of each class in the training loss; None for ones.
+        Weight of each class in the training loss; None for equal weights.
     history_file : str or Path
-        Where the figures of each epoch are kept, as JSON, for the training curves.
+        JSON file for the metrics of each epoch, from which the training curves are drawn.
     **arguments
-        Of speechbrain.Brain.
+        Passed to speechbrain.Brain.
 
     Attributes
     ----------
     skipped_steps : int
-        Steps that were left out because their gradient was not finite; as of the last look.
+        Steps skipped because their gradient was not finite, as of the last read of the counters.
     unread : dict
-        Stage -> {id of a clip that could not be read: why}.
+        Stage -> {id of an unreadable clip: reason}.
     """
 
     def __init__(self, *arguments, options, class_weights=None, history_file=None, **keywords):
@@ -87,7 +87,7 @@ class AccentBrain(sb.Brain):
         self.skipped_steps = 0
         self.unread, self._clips = {stage: {} for stage in sb.Stage}, {}
         self._window, self._pending = 0.0, signals.Pending()
-        # SpeechBrain would save between two batches of one step, where the gradient is not part of a checkpoint.
+        # SpeechBrain would also save between two batches of one step, but checkpoints do not hold gradients.
         self._every_minutes, self._every_steps = self.ckpt_interval_minutes, self.ckpt_interval_steps
         self.ckpt_interval_minutes = self.ckpt_interval_steps = 0
         self._since, self._saved_at = 0, time.monotonic()
@@ -103,16 +103,16 @@ class AccentBrain(sb.Brain):
     def compute_forward(self, batch, stage):
         """Log-probabilities (batch, classes) of a `Batch`."""
         batch = batch.to(self.device)
-        # Outside training the processes need not see equally many batches, which a wrapped model would wait for.
+        # Outside training the processes may have different numbers of batches; DistributedDataParallel would hang.
         model = self.modules.model if stage == sb.Stage.TRAIN else self._model()
         return model(batch.wavs, batch.wav_lens, batch.pooled_states)
 
     def _model(self):
-        """The `AccentModel`, without what distributes it."""
+        """The `AccentModel`, without the DistributedDataParallel wrapper."""
         return getattr(self.modules.model, "module", self.modules.model)
 
     def compute_objectives(self, predictions, batch, stage):
-        """In training the sum of the clips' weighted losses; in evaluation their mean, and predictions are kept."""
+        """Sum the clips' weighted losses in training; average them in evaluation, and keep the predictions."""
         labels = batch.labels.to(self.device, non_blocking=True)
         if stage == sb.Stage.TRAIN:
             smoothing = self.options.label_smoothing
@@ -133,21 +133,21 @@ class AccentBrain(sb.Brain):
         Raises
         ------
         accent_plugin.training.signals.Interrupted
-            After SIGTERM or SIGINT, when the step is finished and saved.
+            After SIGTERM or SIGINT, once the step is finished and saved.
         TrainingError
-            When steps have no finite gradient again and again.
+            When too many steps in a row have gradients that are not finite.
         DataError
-            When too many clips cannot be read.
+            When too many clips are unreadable.
         """
-        # Brain calls its set_epoch: without this the batches of every epoch would be the same.
+        # Brain calls set_epoch on this attribute: without it every epoch would have the same batches.
         self.train_sampler = train_set.batch_sampler
         self._epochs = epoch_counter.limit
         self._clips = {sb.Stage.TRAIN: _clips_in(train_set), sb.Stage.VALID: _clips_in(valid_set)}
         if torch.device(self.device).type == "cuda":
-            # Or the runs before this one, of other folds or seeds, would count.
+            # Otherwise earlier folds or seeds in this process would count.
             torch.cuda.reset_peak_memory_stats(self.device)
         if distributed.world_size() > 1:
-            # The weights are those of the first process, see DistributedDataParallel; the dropout is each one's own.
+            # DistributedDataParallel copies the weights of the first process; dropout must differ between processes.
             seed = mix_seed(torch.initial_seed(), distributed.rank())
             torch.manual_seed(seed)
             # For SpecAugment, where a configuration has it.
@@ -156,18 +156,18 @@ class AccentBrain(sb.Brain):
         self._saved_at = time.monotonic()
         with signals.defer_signals() as self._pending:
             super().fit(epoch_counter, train_set, valid_set, **keywords)
-            # After the last step nobody else looks.
+            # A signal after the last step has not been handled yet.
             if any(distributed.all_reduce_sum([bool(self._pending)])):
                 raise signals.Interrupted(self._pending.number or signal.SIGTERM)
 
     def on_fit_start(self):
-        """Load the newest checkpoint; delete old ones, which a run that was killed in between has left."""
+        """Load the newest checkpoint, and delete old ones that a killed run has left."""
         super().on_fit_start()
         if self.checkpointer is not None:
             self._delete_old_checkpoints()
 
     def _leaves_parameters_out(self):
-        """Whether some step leaves a trainable parameter without a gradient."""
+        """Whether a trainable parameter has no gradient in some steps."""
         encoder = self._model().wav2vec2
         return bool(
             self.options.freeze_encoder_steps
@@ -177,7 +177,7 @@ class AccentBrain(sb.Brain):
         )
 
     def init_optimizers(self):
-        """One AdamW with a group for the pretrained encoder and one for what starts from nothing: head and adapters."""
+        """Make one AdamW with parameter groups for the pretrained encoder, and for the head and adapters."""
         model = self._model()
         groups = [
             {"params": decayed_parameters(model.encoder_parameters()), "peak": self.options.lr_encoder},
@@ -194,17 +194,17 @@ class AccentBrain(sb.Brain):
             },
         ]
         groups = [group for group in groups if group["params"]]
-        # The fused one leaves a step out by itself where it is told to, without anybody looking at the gradient.
+        # The fused AdamW can skip a step on the device, without a synchronisation to check the gradient.
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=self.options.weight_decay, fused=True)
         self.optimizers_dict = {"optimizer": self.optimizer}
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("optimizer", self.optimizer)
 
     def fit_batch(self, batch):
-        """One batch; a step every `grad_accumulation_factor` batches and at the end of the epoch.
+        """Process one batch; step every `grad_accumulation_factor` batches and at the end of the epoch.
 
-        The gradient of a step is that of the weighted mean over all its clips, however they were spread over batches
-        and processes.
+        The gradient of a step is that of the weighted mean over all its clips, however they are distributed over
+        batches and processes.
         """
         steps = len(self.train_sampler)
         should_step = self.step % self.grad_accumulation_factor == 0 or self.step == steps
@@ -226,116 +226,117 @@ class AccentBrain(sb.Brain):
         return torch.zeros(()) if loss is None else loss.detach() / (weight or 1.0)
 
     def _summed_loss(self, batch, should_step):
-        """Weighted sum of the losses of a batch's clips; None where it has none and nobody waits for its gradient."""
+        """Weighted sum of a batch's losses; None if the batch is empty and no process waits for its gradient."""
         if len(batch):
             predictions = self.compute_forward(batch, sb.Stage.TRAIN)
             return self.compute_objectives(predictions, batch, sb.Stage.TRAIN)
         if distributed.world_size() == 1 or not should_step:
             return None
-        # The other processes exchange gradients: one of zeros is this one's part.
+        # The other processes wait to exchange gradients: this one contributes zeros.
         tone = torch.linspace(0, 100, SAMPLE_RATE, device=self.device).sin()[None]
         return (self.modules.model(tone) * 0.0).sum()
 
     def _set_learning_rates(self, progress):
-        # A function of progress alone: nothing to save, and right after a restart.
+        # A function of progress alone, so that it needs no checkpoint.
         factor = learning_rate_factor(progress, self.options.warmup, self.options.decay)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
 
     def _freeze_encoder(self, frozen):
-        """Hold the encoder still while the head, drawn at random, still sends it noise."""
+        """Freeze the encoder during the first steps, while the gradients from the random head are noise."""
         encoder = self._model().wav2vec2
         if frozen == encoder.detached:
             return
         encoder.detached = frozen
-        logger.info("encoder %s at step %d", "held still" if frozen else "released", self.optimizer_step)
+        logger.info("encoder %s at step %d", "frozen" if frozen else "unfrozen", self.optimizer_step)
 
     def optimizers_step(self):
-        """Scale to the mean over the clips of all processes, clip over all parameters together, step, and start anew.
+        """Average the gradients over the clips of all processes, clip their global norm, step and reset them.
 
-        A step whose gradient is not finite is left out and counted. Afterwards a checkpoint is written where one is
-        due, or where somebody asked for the end.
+        A step whose gradient is not finite is skipped and counted. Afterwards a checkpoint is written if one is due,
+        or if a signal has arrived.
         """
         weight, stop, due = distributed.all_reduce_sum([self._window, bool(self._pending), self._is_due()])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # Without a single clip that could be read there is nothing to learn, but decay and momentum would move.
+        # A step without a readable clip has no gradient, but weight decay and momentum would still change the weights.
         if weight and parameters:
             self.scaler.unscale_(self.optimizer)
-            # Exchanged gradients are means over the processes.
+            # DistributedDataParallel averages gradients over the processes.
             torch._foreach_mul_([parameter.grad for parameter in parameters], distributed.world_size() / weight)
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-            spoilt = (~torch.isfinite(norm)).float()
+            not_finite = (~torch.isfinite(norm)).float()
             if not self.scaler.is_enabled():
-                self.optimizer.grad_scale, self.optimizer.found_inf = None, spoilt
+                self.optimizer.grad_scale, self.optimizer.found_inf = None, not_finite
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self._sums[2] += spoilt
-            self._sums[3] = (self._sums[3] + 1) * spoilt
+            self._sums[2] += not_finite
+            self._sums[3] = (self._sums[3] + 1) * not_finite
         self.optimizer.zero_grad(set_to_none=True)
         self._window = 0.0
         self.optimizer_step += 1
         self._since += 1
-        self._look_for_trouble()
+        self._check_for_skipped_steps()
         if stop or due:
             self._save_within_epoch(self.step, self._sums.tolist())
         if stop:
             raise signals.Interrupted(self._pending.number or signal.SIGTERM)
 
-    # What is counted
+    # Counters
 
     def _reset_sums(self, sums=(0.0, 0.0, 0.0, 0.0)):
-        """Loss and weight of the epoch, steps left out in the run, and the last of them without a good one between."""
+        """Set the epoch's loss and weight, the number of steps skipped in the run, and how many of them in a row."""
         exact = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
         self._sums = torch.tensor(sums, dtype=exact, device=self.device)
 
     def _count(self, loss, weight):
-        # A loss that is not finite spoils its step alone, not the epoch's mean.
+        # A loss that is not finite invalidates its step only, not the epoch's mean.
         counts = torch.isfinite(loss)
         self._sums[0] += torch.where(counts, loss, 0.0)
         self._sums[1] += counts * weight
 
-    def _look_for_trouble(self):
-        """Warn of steps that were left out, and stop where there is no end of them."""
+    def _check_for_skipped_steps(self):
+        """Warn of skipped steps, and stop after too many in a row."""
         if torch.device(self.device).type != "cpu" and self.optimizer_step % CHECK_EVERY:
             return
         skipped, in_a_row = (int(value) for value in self._sums[2:].tolist())
         if skipped > self.skipped_steps:
-            logger.warning("steps left out because their gradient was not finite: %d", skipped)
+            logger.warning("steps skipped because their gradient was not finite: %d", skipped)
         self.skipped_steps = skipped
         if in_a_row > self.nonfinite_patience + (_SCALER_HALVINGS if self.scaler.is_enabled() else 0):
             raise TrainingError(
-                f"the gradients of the last {in_a_row} steps, to step {self.optimizer_step}, were not finite: training "
-                "diverges, or the audio is spoilt\nthe last checkpoint is good: lower lr_encoder and lr_head or train "
-                "in fp32, in another output_folder; --nonfinite_patience says how many such steps are borne"
+                f"the gradients of the last {in_a_row} steps up to step {self.optimizer_step} were not finite: "
+                "training diverges, or the audio is damaged\nthe last checkpoint is good: choose another output_folder, and "
+                "lower lr_encoder and lr_head or train in fp32; --nonfinite_patience sets how many such steps in a row "
+                "are tolerated"
             )
 
     def update_average(self, loss, avg_loss):
-        """Mean loss of the epoch so far, for the progress bar: looked at now and then, as that waits for a GPU."""
+        """Mean loss of the epoch so far, for the progress bar; read every `CHECK_EVERY` steps, as a GPU must wait."""
         if self.step % CHECK_EVERY != 1:
             return avg_loss
         loss, weight = self._sums[:2].tolist()
         return loss / weight if weight else 0.0
 
     def _note_unread(self, batch, stage):
-        """Count clips that could not be read, name them once, and stop when they are too many."""
+        """Count unreadable clips, log each once, and stop when there are too many."""
         unread = self.unread[stage]
         for name, why in batch.lost:
             if name not in unread:
-                logger.warning("clip %s is left out: %s", name, why)
+                logger.warning("skipped clip %s: %s", name, why)
             unread[name] = why
         self._limit_unread(stage)
 
     def _limit_unread(self, stage):
-        unread, clips, share = self.unread[stage], self._clips.get(stage, 0), self.options.max_unreadable_share
-        if unread and len(unread) > (max(1.0, share * clips) if share else 0):
+        unread, clips, limit = self.unread[stage], self._clips.get(stage, 0), self.options.max_unreadable_share
+        if unread and len(unread) > (max(1.0, limit * clips) if limit else 0):
             name, why = next(iter(unread.items()))
             raise DataError(
                 f"{len(unread)} of {clips} clips cannot be read while {_DOING[stage]}, more than max_unreadable_share "
-                f"({share:g}) allows; the first: {name}: {why}\n{_AGAIN}"
+                f"({limit:g}) allows; the first is {name}: {why}\n{_AGAIN}"
             )
 
     def _share_unread(self, stage):
-        """Let every process know what the others could not read; in another epoch the same clips are dealt anew."""
+        """Merge the unreadable clips of all processes: each process reads other clips in every epoch."""
         parts = distributed.all_gather(self.unread[stage])
         self.unread[stage] = {name: why for part in parts for name, why in part.items()}
         distributed.broadcast_from_main(self._limit_unread, stage)
@@ -343,11 +344,11 @@ class AccentBrain(sb.Brain):
     # Checkpoints
 
     def _is_due(self):
-        """Whether it is time for a checkpoint; the first process's clock counts."""
+        """Whether a checkpoint is due, by the clock of the first process."""
         if not distributed.is_main() or self.checkpointer is None:
             return False
         if self._every_steps:
-            # With the step that is being taken.
+            # + 1 for the step in progress.
             return self._since + 1 >= self._every_steps
         return 0 < self._every_minutes * 60 <= time.monotonic() - self._saved_at
 
@@ -370,7 +371,7 @@ class AccentBrain(sb.Brain):
     # Stages
 
     def on_stage_start(self, stage, epoch=None):
-        """Forget the predictions of the stage before; go to the place in the epoch where a checkpoint left it."""
+        """Clear the predictions of the previous stage; in training, go to the checkpoint's position in the epoch."""
         self._ids, self._labels, self._log_probabilities = [], [], []
         self._window = 0.0
         if stage == sb.Stage.TRAIN:
@@ -380,7 +381,7 @@ class AccentBrain(sb.Brain):
             self.skipped_steps = int(self._sums[2])
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
-        """Keep the training loss; after validation log, choose and save."""
+        """Keep the training loss; after validation, log the metrics and save a checkpoint."""
         self._share_unread(stage)
         if stage == sb.Stage.TRAIN:
             sums = self._sums.tolist()
@@ -392,7 +393,7 @@ class AccentBrain(sb.Brain):
             self._finish_epoch(epoch)
 
     def evaluate_batch(self, batch, stage):
-        """Score one batch; between two of them training can be asked to end."""
+        """Score one batch; a signal during validation ends training between two batches."""
         if stage == sb.Stage.VALID and any(distributed.all_reduce_sum([bool(self._pending)])):
             self._save_within_epoch(*self._trained)
             raise signals.Interrupted(self._pending.number or signal.SIGTERM)
@@ -400,7 +401,7 @@ class AccentBrain(sb.Brain):
         return super().evaluate_batch(batch, stage) if len(batch) else torch.zeros(())
 
     def _predictions(self):
-        """Ids, labels and log-probabilities of a stage from all processes, sorted by id."""
+        """Ids, labels and log-probabilities of a stage, from all processes, sorted by id."""
         classes = len(self._model().classifier.bias)
         own = (
             self._ids,
@@ -415,7 +416,7 @@ class AccentBrain(sb.Brain):
     def _finish_epoch(self, epoch):
         _, labels, log_probabilities = self._predictions()
         if not len(labels):
-            raise DataError("no clip of the validation split could be read\n" + _AGAIN)
+            raise DataError("all clips of the validation split are unreadable\n" + _AGAIN)
         confusion = confusion_matrix(labels, log_probabilities.argmax(axis=1), log_probabilities.shape[1])
         figures = {
             "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
@@ -424,19 +425,19 @@ class AccentBrain(sb.Brain):
         }
         if not np.isfinite(figures["loss"]):
             raise TrainingError(
-                f"the validation loss of epoch {epoch} is not finite: the weights are spoilt; "
-                "start again in another output_folder with smaller lr_encoder and lr_head, or in fp32"
+                f"the validation loss of epoch {epoch} is not finite: training has diverged; start again in another "
+                "output_folder with smaller lr_encoder and lr_head, or in fp32"
             )
         rates = {group["peak"]: group["lr"] for group in self.optimizer.param_groups}
         memory = devices.peak_memory(self.device)
         stats = {"epoch": epoch, **{f"lr {peak:g}": rate for peak, rate in rates.items()}}
-        stats["peak memory"] = "not known" if memory is None else f"{memory / 2**20:.0f} MiB"
+        stats["peak memory"] = "unknown" if memory is None else f"{memory / 2**20:.0f} MiB"
         unread = len(self.unread[sb.Stage.TRAIN]) + len(self.unread[sb.Stage.VALID])
         counted = {"steps left out": int(self._trained[1][2]), "clips not read": unread}
         stats |= {name: number for name, number in counted.items() if number}
         self.options.train_logger.log_stats(stats, train_stats={"loss": self.train_loss}, valid_stats=figures)
         if self.options.tensorboard_logger is not None:
-            # The others have none, and would not hear that it is done.
+            # SpeechBrain's logger writes in the main process only, and the other processes do not have one.
             with MainProcessContext():
                 self.options.tensorboard_logger.log_stats(
                     {"epoch": epoch}, train_stats={"loss": self.train_loss}, valid_stats=figures
@@ -444,14 +445,14 @@ class AccentBrain(sb.Brain):
         if distributed.is_main():
             self._remember(epoch, figures, memory, counted)
         if hasattr(self.hparams.epoch_counter, "update_metric"):
-            # Before the checkpoint, which has to know of it.
+            # Before the checkpoint, which saves the counter.
             error = figures["loss"] if self.options.selection == "loss" else 1 - figures["macro_f1"]
             self.hparams.epoch_counter.update_metric(error)
         if self.checkpointer is not None:
             self._write_checkpoint(0, [0.0, 0.0, *self._trained[1][2:]], {**figures, "epoch": epoch})
 
     def _remember(self, epoch, figures, memory, counted):
-        """Add the epoch to the history; a resumed run replaces what it does again."""
+        """Add the epoch to the history; a resumed run replaces the epochs that it repeats."""
         if self.history_file is None:
             return
         history = [row for row in read_history(self.history_file) if row["epoch"] < epoch]
@@ -465,34 +466,34 @@ class AccentBrain(sb.Brain):
 
     @devices.exact_fp32()
     def predict(self, loader, progressbar=None):
-        """Log-probabilities of the best epoch's model.
+        """Compute log-probabilities with the model of the best epoch.
 
         Arguments
         ---------
         loader : torch.utils.data.DataLoader
         progressbar : bool
-            None for SpeechBrain's own choice.
+            None for SpeechBrain's default.
 
         Returns
         -------
         ids : tuple of str
-            Of the clips of all processes, sorted; those that could not be read are not among them but in `unread`.
+            Readable clips of all processes, sorted; the others are in `unread`.
         log_probabilities : (clips, classes) np.ndarray of float64
         """
         self._clips[sb.Stage.TEST], self.unread[sb.Stage.TEST] = _clips_in(loader), {}
         if self.checkpointer is not None and self.best_epoch() is None:
             raise CheckpointError(
-                f"{self.checkpointer.checkpoints_dir} holds no whole checkpoint of a finished epoch\n"
-                "train first; what was damaged is named above"
+                f"{self.checkpointer.checkpoints_dir} holds no intact checkpoint of a finished epoch\n"
+                "train first; damaged checkpoints are listed above"
             )
         self.evaluate(loader, **SELECTIONS[self.options.selection], progressbar=progressbar)
         ids, _, log_probabilities = self._predictions()
         if not ids:
-            raise DataError("no clip that is to be evaluated could be read\n" + _AGAIN)
+            raise DataError("all clips to evaluate are unreadable\n" + _AGAIN)
         return tuple(ids), log_probabilities.astype(np.float64)
 
     def best_epoch(self):
-        """Number of the epoch that evaluation uses, or None where nothing was saved."""
+        """Number of the epoch that evaluation uses; None if no checkpoint exists."""
         checkpoint = self.checkpointer.find_checkpoint(**SELECTIONS[self.options.selection])
         return None if checkpoint is None else checkpoint.meta["epoch"]
 

@@ -1,9 +1,9 @@
-"""Checkpoints that exist wholly or not at all, and that are looked at before they are used.
+"""Checkpoints that are written atomically and verified before use.
 
-SpeechBrain writes the file that makes a folder a checkpoint first: a process that is killed meanwhile leaves a folder
-on which every later run fails. Here a checkpoint is written under another name, forced to the disk, and renamed when it
-is whole; its CKPT.yaml holds the size and the SHA-256 of every file, and begins with its own, which are compared
-before it counts.
+SpeechBrain first writes the file that marks a folder as a checkpoint: a process killed after that leaves a folder on
+which every later run fails. Here a checkpoint is written under a temporary name, synced to disk, and renamed once it is
+complete. Its CKPT.yaml holds the size and SHA-256 of every file and begins with the SHA-256 of its own content; all are
+verified before the checkpoint is used.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ from accent_plugin.training import distributed
 logger = logging.getLogger(__name__)
 
 
-# Newest checkpoints that are kept beside the best: one more than is needed, in case the newest is damaged.
+# Newest checkpoints that are kept beside the best: a second one in case the newest is damaged.
 NEWEST = 2
 
 
-# The best, the newest, the one that is being written, and a damaged one that was set aside.
+# The best, the newest, the one being written, and a damaged one.
 AT_MOST = NEWEST + 3
 
 
@@ -53,34 +53,34 @@ _DAMAGED = "damaged"
 _BLOCK = 1 << 22
 
 
-# What comes of a CKPT.yaml that is missing, cut off or overwritten.
+# Errors from a CKPT.yaml that is missing, truncated or overwritten.
 _UNREADABLE = (
     *(OSError, ValueError, yaml.YAMLError, CheckpointError),
     *(KeyError, TypeError, AttributeError, RecursionError, OverflowError),
 )
 
 
-# What comes of loading a checkpoint of another model, or a damaged one that SpeechBrain has written.
+# Errors from loading a checkpoint of another model, or a damaged one written by SpeechBrain's own class.
 _UNLOADABLE = (*_UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError, IndexError)
 
 
-# First words of a CKPT.yaml, before the digest of what follows in it.
+# Start of a CKPT.yaml, followed by the digest of the rest of the file.
 _SEAL = "# sha256 of what follows: "
 
 
-# What torch says, as a RuntimeError, of a disk that is full or a folder that has vanished.
+# Words in the RuntimeErrors that torch raises for a full disk or a missing folder.
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "Parent directory")
 
 
 class AtomicCheckpointer(Checkpointer):
-    """SpeechBrain's checkpointer with the way it writes, lists and deletes replaced; arguments as there.
+    """SpeechBrain's `Checkpointer`, with writing, listing and deleting replaced; arguments as there.
 
-    Of several processes the first one writes, looks and deletes, and tells the others what it found.
+    With several processes the first one writes, lists and deletes, and sends the others the list.
     """
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        self._whole, self._size_said, self._last = set(), False, 0.0
+        self._whole, self._size_logged, self._last = set(), False, 0.0
 
     # Writing
 
@@ -90,11 +90,11 @@ class AtomicCheckpointer(Checkpointer):
         Raises
         ------
         CheckpointError
-            When the disk is full or read-only; what was saved before stays as it is.
+            When the disk is full or read-only; earlier checkpoints stay intact.
         """
         place, staging = self.checkpoints_dir, self.checkpoints_dir / _WRITING
         name = distributed.broadcast_from_main(self._free_name) if name is None else name
-        # Strictly increasing, also when the clock is set back: the newest is the one that was written last.
+        # Strictly increasing even if the clock is set back, so that the last one written counts as the newest.
         self._last = max(time.time(), self._last + 1e-3)
         failure, saved = None, None
         try:
@@ -116,13 +116,13 @@ class AtomicCheckpointer(Checkpointer):
                 shutil.rmtree(staging, ignore_errors=True)
         if failure is not None:
             raise CheckpointError(
-                f"no checkpoint could be written in {place}: {failure}{_room(place)}\n"
-                "what was saved before is as it was: make room there and run the same command again, and it goes on"
+                f"cannot write a checkpoint in {place}: {failure}{_free_space(place)}\n"
+                "earlier checkpoints are intact: free disk space and rerun the same command to resume"
             ) from failure
         return saved
 
     def _publish(self, saved, place):
-        """Force a staged checkpoint to the disk, write down what it holds, and give it its name."""
+        """Sync a staged checkpoint to disk, record its files' sizes and digests, and give it its final name."""
         meta = {**saved.meta, "files": {}}
         for path in saved.paramfiles.values():
             meta["files"][path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
@@ -136,14 +136,16 @@ class AtomicCheckpointer(Checkpointer):
         saved.path.rename(final)
         _sync(place)
         self._whole.add(final)
-        self._say_size(meta["files"])
+        self._log_size(meta["files"])
         return Checkpoint(final, meta, {name: final / path.name for name, path in saved.paramfiles.items()})
 
-    def _say_size(self, files):
-        if not self._size_said:
+    def _log_size(self, files):
+        if not self._size_logged:
             size = sum(file["bytes"] for file in files.values()) / 2**20
-            logger.info("a checkpoint takes %.0f MiB; there are at most %d, %.0f MiB", size, AT_MOST, AT_MOST * size)
-            self._size_said = True
+            logger.info(
+                "a checkpoint takes %.0f MiB; at most %d are kept, %.0f MiB in all", size, AT_MOST, AT_MOST * size
+            )
+            self._size_logged = True
 
     def _free_name(self):
         stamp, number = time.strftime("%Y-%m-%d+%H-%M-%S"), 0
@@ -154,7 +156,7 @@ class AtomicCheckpointer(Checkpointer):
     # Reading
 
     def list_checkpoints(self):
-        """All checkpoints that are whole; one that is not is named and set aside."""
+        """List the intact checkpoints; damaged ones are logged and renamed."""
         return distributed.broadcast_from_main(self._list)
 
     def _list(self):
@@ -173,37 +175,37 @@ class AtomicCheckpointer(Checkpointer):
             self._last = max(self._last, meta["unixtime"])
             files = {path.stem: path for path in folder.iterdir() if path.suffix == PARAMFILE_EXT}
             found.append(Checkpoint(folder, meta, files))
-        # Names are given anew within a second. Of equally good ones the oldest is the best, whatever the clock says.
+        # By the recorded time: names can repeat within a second. Among equally good ones the oldest counts as best.
         return sorted(found, key=lambda checkpoint: checkpoint.meta["unixtime"])
 
     def _set_aside(self, folder, why):
         if not folder.exists():
-            # Deleted in the meantime, by the training that owns it.
+            # Deleted in the meantime by the process that trains in this folder.
             return
         aside = folder.with_name(f"{_DAMAGED}+{folder.name}")
-        logger.warning("the checkpoint %s is damaged and left out: %s; it is now called %s", folder, why, aside.name)
-        # One is enough to look at.
+        logger.warning("skipped the damaged checkpoint %s: %s; renamed it to %s", folder, why, aside.name)
+        # One damaged checkpoint is enough to inspect.
         for older in self.checkpoints_dir.glob(f"{_DAMAGED}+*"):
             shutil.rmtree(older, ignore_errors=True)
         try:
             folder.rename(aside)
         except OSError as error:
-            logger.warning("it could not be renamed: %s", error)
+            logger.warning("cannot rename %s: %s", folder, error)
 
     def load_checkpoint(self, checkpoint):
-        """Load a checkpoint; as in SpeechBrain.
+        """Load a checkpoint, as in SpeechBrain.
 
         Raises
         ------
         CheckpointError
-            When it is whole, but not one of this model.
+            When it is intact, but belongs to another model.
         """
         try:
             super().load_checkpoint(checkpoint)
         except _UNLOADABLE as error:
             raise CheckpointError(
                 f"{checkpoint.path} cannot be loaded: {str(error) or type(error).__name__}\n"
-                "it is of another model, or damaged: move it away, and the one before it is used; or choose another "
+                "it belongs to another model or is damaged: move it away to use the one before it, or choose another "
                 "output_folder"
             ) from error
 
@@ -213,7 +215,7 @@ class AtomicCheckpointer(Checkpointer):
                            ckpt_predicate=None, verbosity=logging.INFO):  # fmt: skip
         """Delete the least important checkpoints; arguments as in SpeechBrain.
 
-        Each is renamed first, so that one of which only a part is left never looks like a checkpoint.
+        Each is renamed first, so that a partly deleted folder never looks like a checkpoint.
         """
         ways = [{"min_key": key} for key in min_keys or ()] + [{"max_key": key} for key in max_keys or ()]
         ways += [{"importance_key": key} for key in importance_keys]
@@ -229,7 +231,7 @@ class AtomicCheckpointer(Checkpointer):
                 try:
                     path.rename(gone)
                 except OSError as error:
-                    logger.warning("the old checkpoint %s could not be deleted: %s", path, error)
+                    logger.warning("cannot delete the old checkpoint %s: %s", path, error)
                     continue
                 shutil.rmtree(gone, ignore_errors=True)
                 self._whole.discard(path)
@@ -237,7 +239,7 @@ class AtomicCheckpointer(Checkpointer):
         ddp_barrier()
 
     def tidy(self):
-        """Remove what a killed process has left: only for the one process that trains in this folder."""
+        """Remove leftovers of a killed process; call it only in the process that trains in this folder."""
         if distributed.is_main():
             for pattern in (f"{_WRITING}*", f"{_DELETED}+*"):
                 for left in self.checkpoints_dir.glob(pattern):
@@ -247,10 +249,10 @@ class AtomicCheckpointer(Checkpointer):
 
 
 def _read_meta(path):
-    """The content of a CKPT.yaml that is as it was written."""
-    # As bytes: reading text would take other ends of lines for the same.
+    """Read a CKPT.yaml and verify its digest."""
+    # As bytes: text mode would hide changed line endings.
     first, _, content = (text := path.read_bytes().decode("utf-8")).partition("\n")
-    # Checkpoints that SpeechBrain's own class has written have no seal.
+    # Checkpoints written by SpeechBrain's own class have no digest.
     if first.startswith(_SEAL) and first[len(_SEAL) :] != hashlib.sha256(content.encode()).hexdigest():
         raise CheckpointError(f"the content of {path.name} has changed")
     meta = yaml.safe_load(text)
@@ -260,12 +262,12 @@ def _read_meta(path):
         or not math.isfinite(meta["unixtime"])
         or not isinstance(meta.get("end-of-epoch"), bool)
     ):
-        raise CheckpointError(f"its {path.name} is not complete")
+        raise CheckpointError(f"its {path.name} is incomplete")
     return meta
 
 
-def _room(folder):
-    """How much room a disk has left, for a message."""
+def _free_space(folder):
+    """Free space on the disk of a folder, for a message."""
     try:
         return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free)"
     except OSError:
@@ -273,15 +275,15 @@ def _room(folder):
 
 
 def _require_whole(folder, meta):
-    """Refuse a checkpoint whose files are not what its CKPT.yaml says."""
-    # Checkpoints that SpeechBrain's own class has written do not say what they hold.
-    for name, said in meta.get("files", {}).items():
+    """Raise a `CheckpointError` if a file differs from its size or digest in CKPT.yaml."""
+    # Checkpoints written by SpeechBrain's own class have no such entries.
+    for name, expected in meta.get("files", {}).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{name} is missing")
-        if path.stat().st_size != said["bytes"]:
-            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, not {said['bytes']}")
-        if _digest(path) != said["sha256"]:
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}")
+        if _digest(path) != expected["sha256"]:
             raise CheckpointError(f"the content of {name} has changed")
 
 
@@ -295,9 +297,9 @@ def _digest(path):
 
 
 def _sync(path):
-    """Force a file or a folder to the disk."""
+    """Sync a file or a folder to disk."""
     with contextlib.suppress(PermissionError if os.name == "nt" else ()):
-        # Windows lets nobody open a folder.
+        # Windows cannot open folders.
         descriptor = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)
         try:
             os.fsync(descriptor)

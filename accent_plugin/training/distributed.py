@@ -1,8 +1,8 @@
-"""Training on several processes, one per GPU: which of them writes, and what all of them have to agree on.
+"""Training on several processes, one per GPU: which process writes, and how all agree on decisions.
 
-Started by `torchrun`, each process runs the whole recipe. What is small and decides something (shall we stop, how many
-clips had this step, what were the predictions) goes over a group of its own on the processors, so that no GPU has to
-wait for it. Started by `python`, there is one process, and every function here answers without asking anybody.
+Started by `torchrun`, each process runs the whole recipe. Small values (stop or not, number of clips in a step,
+predictions) are exchanged over a separate gloo group on the CPU, so that no GPU waits for them. Started by `python`,
+there is one process, and every function here returns without communication.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from torch import distributed
 from accent_plugin.errors import AccentPluginError, ConfigError
 from accent_plugin.training import signals
 
-# Others wait this long for the first to prepare the data; a process that died is noticed by its closed connection.
+# The other processes wait this long for the first to prepare the data. A dead process closes its connections at once.
 TIMEOUT = datetime.timedelta(days=7)
 
 
-# As SpeechBrain's.
+# SpeechBrain's value.
 JOIN_TIMEOUT = datetime.timedelta(hours=2)
 
 
-# Seconds between two looks of the first process at who is there.
+# Seconds between two checks by the first process for processes that have joined.
 POLL_SECONDS = 0.05
 
 
@@ -45,7 +45,7 @@ def world_size():
 
 
 def rank():
-    """Number of this process among all, from 0."""
+    """Index of this process, from 0."""
     return distributed.get_rank() if is_distributed_initialized() else 0
 
 
@@ -55,14 +55,14 @@ def is_main():
 
 
 def is_local_main():
-    """Whether this process prints what all processes of its machine would say alike."""
+    """Whether this process is the first of its machine, which prints messages that would be the same in all."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def start(run_opts):
-    """Join the other processes; nothing to do where there are none.
+    """Join the other processes, if there are any.
 
-    Without a GPU, or with `--device cpu`, the backend is gloo, whatever SpeechBrain's default says.
+    Without a GPU, or with `--device cpu`, the backend is gloo instead of SpeechBrain's default.
 
     Arguments
     ---------
@@ -71,7 +71,7 @@ def start(run_opts):
     Returns
     -------
     speechbrain.utils.run_opts.RunOptions
-        With the device and the backend that are used.
+        With the device and the backend chosen.
 
     Raises
     ------
@@ -84,17 +84,15 @@ def start(run_opts):
     given = run_opts.overridden_args
     if run_opts.device == "cpu" or (run_opts.device is None and not torch.cuda.is_available()):
         if "distributed_backend" in given and run_opts.distributed_backend != "gloo":
-            raise ConfigError(f"distributed_backend {run_opts.distributed_backend} needs GPUs; without them it is gloo")
+            raise ConfigError(f"distributed_backend {run_opts.distributed_backend} needs GPUs: on CPUs, use gloo")
         chosen = {"device": "cpu", "distributed_backend": "gloo"}
         run_opts = dataclasses.replace(run_opts, **chosen, overridden_args=given | chosen.keys())
     elif "device" in given:
-        raise ConfigError(
-            f"device {run_opts.device} was given, but each process takes a GPU of its own: leave --device out"
-        )
+        raise ConfigError(f"device is {run_opts.device}, but each process uses its own GPU: remove --device")
     elif int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
         raise ConfigError(
-            f"there are {torch.cuda.device_count()} GPUs here for {os.environ.get('LOCAL_WORLD_SIZE')} processes: "
-            "lower --nproc_per_node, or train on the processor with --device cpu"
+            f"this machine has {torch.cuda.device_count()} GPUs for {os.environ.get('LOCAL_WORLD_SIZE')} processes: "
+            "lower --nproc_per_node, or train on the CPU with --device cpu"
         )
     if not is_distributed_initialized():
         with signals.default_handlers():
@@ -104,12 +102,11 @@ def start(run_opts):
 
 
 def _join(backend):
-    """Join as SpeechBrain's `ddp_init_group` does, but never what an earlier start has left.
+    """Join the process group like SpeechBrain's `ddp_init_group`, but ignore entries of earlier starts.
 
-    torchrun has one store for all its restarts, in which PyTorch would find the addresses of processes that are dead
-    (and they all are, before new ones begin). So each process writes a name that nobody had before, and the first one
-    answers with the part of the store that is this start's. How often torchrun has restarted would not do: on several
-    machines they count differently.
+    torchrun keeps one store over all its restarts, in which PyTorch would find the addresses of dead processes. So
+    each process writes a unique name to the store, and the first one replies with a prefix for this start. torchrun's
+    restart count cannot serve as the prefix, because machines may count differently.
     """
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -148,7 +145,7 @@ def all_reduce_sum(values):
     Returns
     -------
     list of float
-        The same in every process.
+        Equal in all processes.
     """
     if world_size() == 1:
         return [float(value) for value in values]
@@ -158,7 +155,7 @@ def all_reduce_sum(values):
 
 
 def all_gather(value):
-    """What each process has, by rank: a list with one entry where there is one process."""
+    """Gather a value from every process into a list by rank; with one process the list has one entry."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -167,9 +164,9 @@ def all_gather(value):
 
 
 def broadcast_from_main(function, *arguments, **keywords):
-    """Call a function in the first process, and give its result to all.
+    """Call a function in the first process, and return its result in all.
 
-    A user's error is raised there; the other processes end without a word, since it has been said.
+    An `AccentPluginError` or OSError is raised in the first process; the others exit without a message.
     """
     if world_size() == 1:
         return function(*arguments, **keywords)
@@ -179,10 +176,10 @@ def broadcast_from_main(function, *arguments, **keywords):
             result = function(*arguments, **keywords)
         except (AccentPluginError, OSError) as caught:
             error = caught
-    said = [result, error is not None]
-    distributed.broadcast_object_list(said, src=0, group=_control)
+    outcome = [result, error is not None]
+    distributed.broadcast_object_list(outcome, src=0, group=_control)
     if error is not None:
         raise error
-    if said[1]:
+    if outcome[1]:
         sys.exit(2)
-    return said[0]
+    return outcome[0]

@@ -1,10 +1,10 @@
-"""Pooled states of a frozen encoder: computed once for each clip, kept on disk, and a head trains without the encoder.
+"""A cache on disk of a frozen encoder's pooled states, so that a head trains without running the encoder.
 
-A store is a folder with `features.json` (which encoder, in which precision), `index.csv` (a line for each clip: CRC-32
-of its values, then its key) and `means.f32` (the values of those clips, one after the other, little-endian float32).
-Clips are only added; a process that is killed leaves a store that the next one goes on with. The key of a clip is its
-id, its length and the size of its file; the folder's name stands for the encoder's weights, so that features of other
-weights or other audio are never taken for these.
+A store is a folder with `features.json` (the encoder and its precision), `index.csv` (one line per clip: CRC-32 of its
+values and its key) and `means.f32` (the values of all clips in the same order, little-endian float32). Clips are only
+appended, so that a store stays usable when a process is killed. The key of a clip consists of its id, its length and
+the size of its file; the folder is named after a digest of the encoder's weights, so that features of other weights or
+other audio are never used.
 """
 
 import contextlib
@@ -30,31 +30,31 @@ logger = logging.getLogger(__name__)
 FEATURES_FILE, INDEX_FILE, VALUES_FILE = "features.json", "index.csv", "means.f32"
 
 
-# Of the folder's content; another number is another meaning.
+# Version of the folder's content.
 _FORMAT = 1
 
 
 _KIND = np.dtype("<f4")
 
 
-_OUT = "choose another features_folder, or delete that one: features can always be computed again"
+_REMEDY = "choose another features_folder, or delete this one: features can always be recomputed"
 
 
 def identify(encoder, precision, every_state=False):
-    """What decides about the features of a clip.
+    """Describe everything that a clip's features depend on, apart from the clip.
 
     Arguments
     ---------
     encoder : accent_plugin.encoder.base.InvariantEncoder
     precision : str
-        "fp32", "bf16" or "fp16", in which the encoder runs.
+        Precision of the encoder: "fp32", "bf16" or "fp16".
     every_state : bool
-        Whether all hidden states are kept, or those that the encoder's forward pass uses.
+        Whether all hidden states are kept, or only those that the encoder's forward pass uses.
 
     Returns
     -------
     dict
-        Plain values of JSON.
+        JSON values.
     """
     digest = hashlib.blake2b(digest_size=20)
     for name, tensor in sorted(encoder.model.state_dict().items()):
@@ -76,7 +76,7 @@ def encode(encoder, loader, device="cpu", precision="fp32", every_state=False, p
     ---------
     encoder : accent_plugin.encoder.base.InvariantEncoder
     loader : torch.utils.data.DataLoader
-        Over a `ClipDataset` without crops or augmentation.
+        Loader of a `ClipDataset` without crops or augmentation.
     device : str or torch.device
     precision : str
     every_state : bool
@@ -94,7 +94,7 @@ def encode(encoder, loader, device="cpu", precision="fp32", every_state=False, p
     pooling, kind = MeanPooling(encoder.width), {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     for batch in tqdm(loader, desc="frozen features", unit="batch", disable=not progress):
         if len(batch):
-            # Within the loop: whoever asks for the next batch may have left these modes on or off.
+            # Set for each batch: the caller may change these modes between two batches.
             autocast = torch.autocast(torch.device(device).type, kind, enabled=kind is not None)
             with devices.exact_fp32(), torch.inference_mode(), autocast:
                 there = batch.to(device)
@@ -113,15 +113,14 @@ class Store:
     Arguments
     ---------
     folder : str or Path
-        Holds a folder for each encoder and precision.
+        Parent folder, with a subfolder for each encoder and precision.
     identity : dict
-        Of `identify`.
+        From `identify`.
 
     Raises
     ------
     FeatureError
-        If what lies there belongs to another encoder or is damaged as a whole. Damaged values of a clip are computed
-        again.
+        If the subfolder belongs to another encoder, or its files are damaged. Damaged values of a clip are recomputed.
     DataError
         If the folder cannot be written.
     """
@@ -134,7 +133,7 @@ class Store:
         with files.writable_folder(self.folder, "features_folder"):
             if not (self.folder / FEATURES_FILE).exists():
                 if (self.folder / INDEX_FILE).exists():
-                    raise FeatureError(f"{self.folder} has no {FEATURES_FILE} that says whose they are\n{_OUT}")
+                    raise FeatureError(f"{self.folder} has no {FEATURES_FILE}, which names the encoder\n{_REMEDY}")
                 with files.atomic_write(self.folder / FEATURES_FILE) as file:
                     json.dump({"identity": identity}, file, indent=1, sort_keys=True)
         self._require_same()
@@ -146,12 +145,12 @@ class Store:
             made = json.loads(path.read_text(encoding="utf-8"))["identity"]
             differing = sorted(key for key in self.identity | made if self.identity.get(key) != made.get(key))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise FeatureError(f"{path} is damaged ({error})\n{_OUT}") from None
+            raise FeatureError(f"{path} is damaged ({error})\n{_REMEDY}") from None
         if differing:
-            raise FeatureError(f"{self.folder} holds features of another encoder: {', '.join(differing)}\n{_OUT}")
+            raise FeatureError(f"{self.folder} holds features of another encoder: {', '.join(differing)}\n{_REMEDY}")
 
     def _read(self):
-        """Take the lines of the index whose values are there; what was added last may be cut off."""
+        """Read the index lines that have values; the last ones may be truncated."""
         self._rows, self._sums, self._values = {}, [], None
         path = self.folder / INDEX_FILE
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -160,7 +159,7 @@ class Store:
             with contextlib.suppress(ValueError):
                 self._shape = tuple(int(number) for number in lines[0].split(","))
             if self._shape is None or len(self._shape) != 2:
-                raise FeatureError(f"{path} is damaged: its first line is no shape\n{_OUT}")
+                raise FeatureError(f"{path} is damaged: its first line is not a shape\n{_REMEDY}")
         if self._shape is None:
             return
         size = self._row_bytes()
@@ -178,7 +177,7 @@ class Store:
         for key in damaged:
             del self._rows[key]
         if damaged:
-            logger.warning("%s: the features of %d clips are damaged and computed again", self.folder, len(damaged))
+            logger.warning("%s: recomputing the damaged features of %d clips", self.folder, len(damaged))
 
     def _row_bytes(self):
         return self._shape[0] * self._shape[1] * _KIND.itemsize
@@ -187,7 +186,7 @@ class Store:
         return key in self._rows
 
     def row(self, key):
-        """Where the features of a clip's key are."""
+        """Row of the features with this key."""
         return self._rows[key]
 
     def __getitem__(self, row):
@@ -196,15 +195,15 @@ class Store:
 
     @contextlib.contextmanager
     def adding(self):
-        """A function (keys, pooled_states) that adds clips, for as long as this process has the folder to itself.
+        """Lock the folder and yield a function (keys, pooled_states) that adds clips.
 
-        What another process has added meanwhile is taken over first.
+        Clips that other processes have added in the meantime are read first.
         """
         with files.writable_folder(self.folder, "features_folder"), files.lock(self.folder):
             self._read()
             with open(self.folder / VALUES_FILE, "ab") as values, open(self.folder / INDEX_FILE, "a+b") as index:
                 if self._shape is not None:
-                    # After a kill, what is not in the index, and a line that has no end.
+                    # Remove leftovers of a killed process: values that are not in the index, and an incomplete line.
                     values.truncate(len(self._sums) * self._row_bytes())
                     index.truncate(_length_of_lines(index, len(self._sums) + 1))
                 else:
@@ -216,7 +215,7 @@ class Store:
                         self._shape = pooled_states.shape[1:]
                         index.write(f"{self._shape[0]},{self._shape[1]}\n".encode())
                     rows = np.ascontiguousarray(pooled_states, dtype=_KIND)
-                    # The values first: a line of the index promises that they are there.
+                    # The values first: each line of the index guarantees that its values exist.
                     values.write(rows.tobytes())
                     values.flush()
                     sums = [zlib.crc32(row) for row in rows]
@@ -228,17 +227,17 @@ class Store:
 
 
 def _length_of_lines(file, count):
-    """Bytes of a file's first lines."""
+    """Length of a file's first lines in bytes."""
     file.seek(0)
     return sum(len(file.readline()) for _ in range(count))
 
 
 def key(clip):
-    """What says whether a clip's features are its own: an `accent_plugin.data.manifests.Clip` -> str."""
+    """Key of an `accent_plugin.data.manifests.Clip`, which changes when the recording does."""
     try:
         size = os.stat(clip.wav).st_size
     except OSError:
-        # It will be lost when it is read.
+        # Reading it will fail, and report it as unreadable.
         size = -1
     return f"{size},{clip.duration:.6f},{clip.id}"
 
@@ -250,26 +249,26 @@ def fill(store, encoder, clips, load, device="cpu", progress=True):
     ---------
     store : Store
     encoder : accent_plugin.encoder.base.InvariantEncoder
-        The one that the store was made for.
+        The encoder that the store was created for.
     clips : sequence of accent_plugin.data.manifests.Clip
     load : callable
-        (clips) -> loader of them, whole and in any order.
+        (clips) -> loader of whole clips, in any order.
     device : str or torch.device
     progress : bool
 
     Returns
     -------
     dict
-        Id of a clip that cannot be read -> why.
+        Id of an unreadable clip -> reason.
     """
     keys = {clip.id: key(clip) for clip in clips}
     if all(one in store for one in keys.values()):
         return {}
     lost, precision = {}, store.identity["precision"]
     with store.adding() as add:
-        # Another process may have been at them while this one waited.
+        # Another process may have added clips while this one waited for the lock.
         missing = [clip for clip in clips if keys[clip.id] not in store]
-        logger.info("features of %d of %d clips are computed, into %s", len(missing), len(clips), store.folder)
+        logger.info("computing the features of %d of %d clips in %s", len(missing), len(clips), store.folder)
         every_state = store.identity["states"] == "all"
         for batch, pooled_states in (
             encode(encoder, load(missing), device, precision, every_state, progress) if missing else ()
@@ -281,15 +280,15 @@ def fill(store, encoder, clips, load, device="cpu", progress=True):
 
 
 class PooledStatesDataset(ClipDataset):
-    """Clips by (index, epoch), as their features instead of their audio.
+    """Clips by (index, epoch), with their cached features instead of audio.
 
     Arguments
     ---------
     dataset : ClipDataset
-        Whose clips, classes and seed are taken.
+        Source of the clips, classes and seed.
     store : Store
     lost : dict
-        Id of a clip that cannot be read -> why.
+        Id of an unreadable clip -> reason.
     """
 
     def __init__(self, dataset, store, lost):
@@ -305,7 +304,7 @@ class PooledStatesDataset(ClipDataset):
 
 
 def collate(items):
-    """Stack a list of (id, pooled_states, label), and of what was `Lost`, to a `Batch` without audio."""
+    """Stack a list of (id, pooled_states, label), or `Lost` for unreadable clips, to a `Batch` without audio."""
     lost = tuple((item.id, item.why) for item in items if isinstance(item, Lost))
     items = [item for item in items if not isinstance(item, Lost)]
     nothing = torch.zeros(len(items), 0)

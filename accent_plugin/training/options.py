@@ -17,7 +17,7 @@ from accent_plugin.training import distributed
 logger = logging.getLogger(__name__)
 
 
-# How the epoch is chosen -> what to ask the checkpointer for.
+# Selection of the epoch -> arguments of the checkpointer.
 SELECTIONS = {
     "macro_f1": {"max_key": "macro_f1"},
     "loss": {"min_key": "loss"},
@@ -26,14 +26,14 @@ SELECTIONS = {
 
 
 def learning_rate_factor(progress, warmup, decay):
-    """Share of the peak learning rate at a point of training.
+    """Learning rate at a point of training, as a fraction of its peak.
 
     Arguments
     ---------
     progress : float
-        Share of training done, 0 to 1.
+        Fraction of training done, 0 to 1.
     warmup : float
-        Share of training in which the rate rises linearly.
+        Fraction of training in which the rate rises linearly.
     decay : str
         "linear" or "cosine" to zero, or "none".
 
@@ -60,20 +60,20 @@ class TrainingOptions:
     Arguments
     ---------
     lr_encoder, lr_head : float
-        Peak learning rates of what is pretrained, and of what starts from nothing.
+        Peak learning rates of the encoder, and of the head and adapters.
     weight_decay : float
-        Of matrices; biases, norms and layer weights have none.
+        Applied to matrices, not to biases, norms and layer weights.
     warmup : float
-        Share of training in which the rates rise.
+        Fraction of training in which the learning rates rise.
     decay : str
-        How they fall then, see `learning_rate_factor`.
+        Their decay after that, see `learning_rate_factor`.
     freeze_encoder_steps : int
-        Hold the encoder still for so many steps.
+        Number of steps at the start in which the encoder is frozen.
     label_smoothing : float
     selection : str
-        Which epoch is evaluated: a key of `SELECTIONS`.
+        Selection of the epoch to evaluate: a key of `SELECTIONS`.
     max_unreadable_share : float
-        Share of a split's clips that may be lost before training stops.
+        Fraction of a split's clips that may be unreadable before training stops.
     train_logger, tensorboard_logger : speechbrain.utils.train_logger.TrainLogger
         The second may be None.
     """
@@ -92,7 +92,7 @@ class TrainingOptions:
 
 
 def read_history(path):
-    """Figures of each epoch, oldest first, as `AccentBrain` keeps them; an empty list where there are none."""
+    """Read the metrics of each epoch, oldest first, as `AccentBrain` writes them; an empty list if there are none."""
     path = Path(path)
     if not path.is_file():
         return []
@@ -108,16 +108,16 @@ def read_history(path):
 
 
 def make_epoch_counter(number_of_epochs, patience):
-    """SpeechBrain's epoch counter; stops after `patience` epochs without a better figure, 0 for never."""
+    """SpeechBrain's epoch counter, which stops after `patience` epochs without improvement; 0 for never."""
     if not patience:
         return EpochCounter(number_of_epochs)
-    # It is given an error to minimise: its "max" takes an equal figure for an improvement and never stops.
+    # It minimises an error, because SpeechBrain's "max" counts an equal value as an improvement and never stops.
     return _EarlyStopper(number_of_epochs, limit_to_stop=patience, limit_warmup=0, direction="min")
 
 
 @register_checkpoint_hooks
 class _EarlyStopper(EpochCounterWithStopper):
-    """Is saved as a whole: SpeechBrain does not register its own, so that the base's hooks save the epoch alone."""
+    """Saves its whole state: SpeechBrain's class does not register its hooks, so that only the epoch is saved."""
 
     @mark_as_saver
     def _save(self, path):
@@ -145,7 +145,7 @@ def make_tensorboard_logger(enabled, folder):
 
 
 def own_sums(sums):
-    """Sums of this process from those of all that wrote a checkpoint; the first has all if their number changed."""
+    """This process's part of a checkpoint's sums; the first process gets all if the number of processes changed."""
     if len(sums) == distributed.world_size():
         return sums[distributed.rank()]
     counted = [sum(column) for column in zip(*sums, strict=True)][:2] if distributed.is_main() else [0.0, 0.0]
@@ -153,7 +153,7 @@ def own_sums(sums):
 
 
 def mix_seed(seed, rank):
-    """A seed for one of several processes."""
+    """Derive the seed of one of several processes."""
     return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -163,5 +163,5 @@ def decayed_parameters(parameters):
 
 
 def undecayed_parameters(parameters):
-    """Biases, norms and layer weights: pulling them to zero regularises nothing."""
+    """Trainable biases, norms and layer weights, which weight decay does not regularise."""
     return [parameter for parameter in parameters if parameter.requires_grad and parameter.ndim <= 1]

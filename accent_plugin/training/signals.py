@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT, as a cluster or a person sends them: training ends at the next step, everything else at once."""
+"""Handling of SIGTERM, SIGINT and SIGUSR1: training stops after the current step, everything else at once."""
 
 import contextlib
 import logging
@@ -13,12 +13,12 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 
 
 class Interrupted(BaseException):
-    """Somebody asked this process to end; like KeyboardInterrupt no `Exception`, so that nothing swallows it.
+    """A signal asked this process to end. Not an `Exception`, like KeyboardInterrupt, so that no handler swallows it.
 
     Arguments
     ---------
     number : int
-        Of the signal.
+        Signal number.
     """
 
     def __init__(self, number):
@@ -27,12 +27,12 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self):
-        """As a shell gives it."""
+        """The exit code that a shell reports: 128 plus the signal number."""
         return 128 + self.signal
 
 
 class Pending:
-    """What has been asked for since `deferred` began."""
+    """The signal received since `defer_signals` began, if any."""
 
     def __init__(self):
         self.number = None
@@ -41,16 +41,16 @@ class Pending:
         return self.number is not None
 
     def receive(self, number, frame):
-        """Handle a signal: the first is remembered, the second ends at once.
+        """Remember the first signal; raise `Interrupted` on the second.
 
-        Under torchrun it does not: a terminal or a cluster may send one to all, and torchrun hands its own on.
+        Under torchrun the second is ignored: it may be the same one, sent to all processes and forwarded by torchrun.
         """
         if self.number is not None:
             if "RANK" in os.environ:
                 return
             raise Interrupted(number)
         self.number = number
-        logger.warning("%s: this step is finished and saved, then training ends", signal.Signals(number).name)
+        logger.warning("%s: training stops after this step is finished and saved", signal.Signals(number).name)
 
 
 def _raise(number, frame):
@@ -60,7 +60,7 @@ def _raise(number, frame):
 @contextlib.contextmanager
 def _handling(handler):
     if threading.current_thread() is not threading.main_thread():
-        # Python delivers signals to the main thread only, and lets no other handle them.
+        # Python lets only the main thread set signal handlers.
         yield
         return
     before = {number: signal.signal(number, handler) for number in SIGNALS}
@@ -73,14 +73,14 @@ def _handling(handler):
 
 @contextlib.contextmanager
 def raise_on_signal():
-    """Raise `Interrupted` as soon as a signal comes."""
+    """Raise `Interrupted` as soon as a signal arrives."""
     with _handling(_raise):
         yield
 
 
 @contextlib.contextmanager
 def defer_signals():
-    """Remember signals; gives a `Pending` that is true once one has come."""
+    """Remember signals; yields a `Pending` that is true once a signal has arrived."""
     pending = Pending()
     with _handling(pending.receive):
         yield pending
@@ -88,12 +88,12 @@ def defer_signals():
 
 @contextlib.contextmanager
 def default_handlers():
-    """Let a signal end this process at once: where it waits for others to join, Python calls no handler."""
+    """Let a signal end this process at once; Python calls no handler while it waits for other processes to join."""
     with _handling(signal.SIG_DFL):
         yield
 
 
 def ignore_signals():
-    """Leave signals to the process that started this one: a terminal and some clusters send them to all."""
+    """Ignore signals in a worker: terminals and some clusters send them to all processes; the parent handles them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Where training is, besides weights and optimizer: what a restart needs to go on as if nothing had happened."""
+"""Training state besides weights and optimizer: what a resumed run needs to match an uninterrupted one."""
 
 import logging
 import math
@@ -15,43 +15,43 @@ logger = logging.getLogger(__name__)
 
 @register_checkpoint_hooks
 class TrainingState:
-    """The place in the epoch, some figures, and the states of all random generators in every process.
+    """The position in the epoch, running sums, and the states of all random generators in every process.
 
-    The clips of a batch and what is done to them follow from (seed, epoch, clip): to skip the first batches is enough.
+    Batches and augmentation depend on (seed, epoch, clip) only, so that skipping the first batches is enough to resume.
 
     Attributes
     ----------
     step : int
-        Batches of the epoch that each process has done.
+        Batches of the epoch that each process has finished.
     figures : dict
-        Name -> number: what has been counted.
+        Name -> running sums.
     """
 
     def __init__(self):
         self.step, self.figures, self._random = 0, {}, []
 
     def capture(self, step, figures):
-        """Note where training is; all processes have to call this before a checkpoint is written."""
+        """Capture the state; all processes must call this before a checkpoint is written."""
         self.step, self.figures = step, dict(figures)
         self._random = distributed.all_gather(random_state())
 
     @mark_as_saver
     def save(self, path):
-        """Write what `take` noted, with the batches of all processes: others may go on."""
+        """Write the captured state, with the batches of all processes: their number may change."""
         done = self.step * distributed.world_size()
         torch.save({"step": done, "figures": self.figures, "random": self._random}, path)
 
     @mark_as_loader
     def load(self, path, end_of_epoch):
-        """Read it, and set the random generators of this process."""
+        """Read the state, and set the random generators of this process."""
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.step, self.figures = math.ceil(state["step"] / distributed.world_size()), state["figures"]
         if len(state["random"]) == distributed.world_size():
             set_random_state(state["random"][distributed.rank()])
         else:
             logger.warning(
-                "the checkpoint was written by %d processes, now there are %d: dropout draws other numbers than it "
-                "would have without the interruption",
+                "the checkpoint was written by %d processes, now there are %d: dropout differs from that of an "
+                "uninterrupted run",
                 len(state["random"]),
                 distributed.world_size(),
             )
@@ -62,7 +62,7 @@ def random_state():
     name, keys, place, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        # Of the GPU of this process: to ask for the others would open them.
+        # This process's GPU only: querying the others would create CUDA contexts on them.
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), place, has_gauss, gauss],
         "python": random.getstate(),
@@ -70,7 +70,7 @@ def random_state():
 
 
 def set_random_state(state):
-    """Set the generators to what `random_state` gave; a GPU's only where there was and is one."""
+    """Restore the generators from `random_state`; the GPU's only if there was one and is one now."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])

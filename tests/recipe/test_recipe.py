@@ -386,7 +386,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_evaluated(train, words, tm
     for path in (tmp_path / "out/save").glob("CKPT*/model.ckpt"):
         path.write_bytes(b"")
     done = train(*words, "--number_of_epochs", "1", "--test_only", "True")
-    assert done.code == 2 and "no whole checkpoint" in done.err
+    assert done.code == 2 and "no intact checkpoint" in done.err
     assert (tmp_path / "out/report/metrics.json").read_bytes() == report
 
 

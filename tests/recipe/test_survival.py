@@ -346,7 +346,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(lives, whol
     path = saved(out)[-1][1]
     damage(path)
     life = lives.finish(out, *OFTEN)
-    assert f"the checkpoint {path} is damaged" in life.err and "Traceback" not in life.err
+    assert f"the damaged checkpoint {path}" in life.err and "Traceback" not in life.err
     assert [left.name for left in (out / "save").glob("damaged*")] == [f"damaged+{path.name}"]
     assert life.most <= checkpoints.AT_MOST
     require_the_same(out, whole)
@@ -360,7 +360,7 @@ def test_with_a_damaged_best_checkpoint_the_next_best_is_evaluated(lives, whole,
     flip(best)
     (out / "report/predictions.csv").unlink()
     life = lives.finish(out, "--test_only", "True")
-    assert f"the checkpoint {best} is damaged" in life.err
+    assert f"the damaged checkpoint {best}" in life.err
     with open(out / "report/predictions.csv", newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 12
 

@@ -111,7 +111,7 @@ def test_good_files_beside_a_bad_one_are_answered(serve):
 
 def test_too_many_seconds(serve):
     response = post(serve(max_seconds=1.0), ("long.flac", CLIP))
-    assert (response.status_code, response.json()["error"]) == (413, "too long: long.flac lasts more than 1 s")
+    assert (response.status_code, response.json()["error"]) == (413, "too long: long.flac is longer than 1 s")
 
 
 def test_too_many_bytes_by_the_header(serve):
@@ -144,7 +144,7 @@ def test_a_request_too_many(serve):
     client.service._inside = 1
     response = post(client, ("clip.flac", CLIP))
     assert response.status_code == 429 and response.headers["retry-after"] == "1"
-    assert response.json()["error"] == "busy: 1 requests are being answered or wait: try again later"
+    assert response.json()["error"] == "busy: 1 requests are being answered or waiting: try again later"
 
 
 def test_too_slow(serve):

@@ -118,7 +118,7 @@ def test_a_model_that_is_not_calibrated_says_so():
 
 def test_warnings_are_shown():
     shown = text(page.render(answer(prediction(reliable=False), noise_db=-25.0), CALIBRATED))
-    assert "Warning: short: 0.4 s of speech; under 1 s it is a guess." in shown
+    assert "Warning: short: 0.4 s of speech; with less than 1 s the answer is a guess." in shown
     assert "Warning: noisy, or without pauses: its loud parts are only 5 dB above its quiet ones." in shown
 
 

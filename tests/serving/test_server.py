@@ -1,4 +1,4 @@
-"""The server as its users run it: under load, told to end, started wrongly."""
+"""`accent-plugin serve` as a process: under load, on signals, and with invalid options."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ MEGABYTE = 1 << 20
 
 @pytest.fixture
 def refused(capsys, tiny_bundle):
-    """Function: options -> what `accent-plugin serve` says when it does not start."""
+    """Function: options -> stderr of an `accent-plugin serve` that does not start."""
 
     def refused(*options):
         assert main.main(["serve", "--model", str(tiny_bundle), "--device", "cpu", *options]) == 2
@@ -28,31 +28,31 @@ def refused(capsys, tiny_bundle):
     return refused
 
 
-def test_limits_that_make_no_sense_are_all_named(refused):
-    said = refused("--max_files", "0", "--timeout", "-1")
-    assert "ConfigError: max_files is 0: give 1 or more\ntimeout is -1.0: give a positive number" in said
+def test_every_invalid_limit_is_named(refused):
+    message = refused("--max_files", "0", "--timeout", "-1")
+    assert "ConfigError: max_files is 0: give 1 or more\ntimeout is -1.0: give a positive number" in message
 
 
 @pytest.mark.parametrize("token", ["", " ", "a\nb", "gehëim", " padded "])
-def test_a_token_that_no_header_can_hold(refused, token):
-    assert "the token has to be printable ASCII" in refused("--token", token)
+def test_a_token_must_fit_into_a_header(refused, token):
+    assert "it must be printable ASCII" in refused("--token", token)
 
 
-def test_a_port_that_is_taken(refused):
+def test_a_port_in_use_is_an_error(refused):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        said = refused("--port", str(taken.getsockname()[1]))
-    assert "choose another --port (0 for any that is free) or --host" in said
+        message = refused("--port", str(taken.getsockname()[1]))
+    assert "choose another --port (0 for any free port) or --host" in message
 
 
 @pytest.mark.parametrize("port", ["-1", "70000"])
-def test_a_port_that_is_none(refused, port):
-    assert f"cannot serve at 127.0.0.1:{port}" in refused("--port", port)
+def test_an_invalid_port_is_an_error(refused, port):
+    assert f"cannot listen on 127.0.0.1:{port}" in refused("--port", port)
 
 
-def test_an_address_that_is_not_ours(refused):
-    assert "cannot serve at 192.0.2.1:0" in refused("--host", "192.0.2.1", "--port", "0")
+def test_an_address_of_another_machine_is_an_error(refused):
+    assert "cannot listen on 192.0.2.1:0" in refused("--host", "192.0.2.1", "--port", "0")
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def test_two_hundred_requests_sixteen_at_once(tiny_bundle, sounds):
     alone = AccentClassifier.from_bundle(tiny_bundle, "cpu")
     with serving("--model", tiny_bundle) as server, ThreadPoolExecutor(16) as clients:
         first = list(clients.map(server.classify, sounds))
-        held = server.memory()
+        before = server.memory()
         second = list(clients.map(server.classify, sounds))
-        grown = server.memory() - held
+        grown = server.memory() - before
         about = json.loads(server.get("/api/health")[1])
         assert server.end() == 0
     assert about == {"status": "ok", "busy": 0}
@@ -94,19 +94,19 @@ def test_two_hundred_requests_sixteen_at_once(tiny_bundle, sounds):
 
 
 @pytest.mark.slow
-def test_told_to_end_it_answers_what_is_in_flight(tiny_bundle, tmp_path):
+def test_after_a_signal_it_answers_the_requests_in_progress(tiny_bundle, tmp_path):
     long = encode(noise(300.0))
     with serving("--model", tiny_bundle, env={"TMPDIR": str(tmp_path)}) as server, ThreadPoolExecutor(4) as clients:
-        # A page that is shown keeps a stream open, for which nobody is to wait.
+        # An open page keeps a stream open; the server must not wait for it.
         stream = threading.Thread(target=server.get, args=("/gradio_api/heartbeat/x",), daemon=True)
         stream.start()
         (uploads,) = tmp_path.glob("accent_plugin_*")
-        flying = [clients.submit(server.classify, (f"{number}.flac", long)) for number in range(4)]
+        pending = [clients.submit(server.classify, (f"{number}.flac", long)) for number in range(4)]
         while json.loads(server.get("/api/health")[1])["busy"] < 4:
-            assert not all(one.done() for one in flying), "they were answered before the signal"
+            assert not all(one.done() for one in pending), "they were answered before the signal"
             time.sleep(0.01)
         assert server.end(signal.SIGTERM) == 0
-        assert [one.result()[0] for one in flying] == [200] * 4
+        assert [one.result()[0] for one in pending] == [200] * 4
         assert "Traceback" not in server.stderr()
         with pytest.raises(ConnectionRefusedError):
             server.get("/api/health")
@@ -125,9 +125,9 @@ def test_the_api_alone_with_a_token_from_the_environment(tiny_bundle):
 
 
 @pytest.mark.slow
-def test_a_large_upload_hears_its_refusal(tiny_bundle):
+def test_a_large_upload_receives_its_refusal(tiny_bundle):
     with serving("--model", tiny_bundle, "--no_page", "--max_bytes", "1000") as server:
         for _ in range(3):
-            status, said = server.classify(("big.wav", b"x" * (20 * MEGABYTE)))
-            assert (status, said["error"][:6]) == (413, "bytes:")
+            status, answer = server.classify(("big.wav", b"x" * (20 * MEGABYTE)))
+            assert (status, answer["error"][:6]) == (413, "bytes:")
         assert server.get("/api/health")[0] == 200

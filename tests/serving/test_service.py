@@ -1,4 +1,4 @@
-"""A classifier behind limits: who is let in, what is refused and why, and that company does not change an answer."""
+"""The service: which requests are refused and why, and that concurrent requests do not change an answer."""
 
 import asyncio
 import dataclasses
@@ -23,7 +23,7 @@ def classifier(tiny_bundle):
 
 @pytest.fixture
 def make(tiny_bundle):
-    """Function: limits -> a service, closed in the end."""
+    """Function: limits -> a service, which is closed after the test."""
     made = []
 
     def make(**limits):
@@ -51,15 +51,15 @@ def clips(count):
         ({"timeout": float("inf")}, "timeout is inf: give a positive number"),
     ],
 )
-def test_limits_that_make_no_sense(limits, problem):
+def test_invalid_limits_are_problems(limits, problem):
     assert list(Limits(**limits).problems()) == [problem]
 
 
-def test_the_default_limits_make_sense():
+def test_the_default_limits_are_valid():
     assert not list(Limits().problems())
 
 
-def test_company_does_not_change_an_answer(make, classifier):
+def test_concurrent_files_do_not_change_an_answer(make, classifier):
     service, sounds = make(), clips(24)
     alone = [classifier.predict_file(sound) for sound in sounds]
 
@@ -73,7 +73,7 @@ def test_company_does_not_change_an_answer(make, classifier):
         assert list(one.probabilities.values()) == pytest.approx(list(other.probabilities.values()), abs=1e-5)
 
 
-def test_requests_at_once_go_through_the_network_together(make):
+def test_concurrent_requests_are_batched_together(make):
     service = make()
 
     async def ask():
@@ -85,65 +85,65 @@ def test_requests_at_once_go_through_the_network_together(make):
     assert service.batcher.calls < 24
 
 
-def test_a_full_house_refuses_at_once(make):
+def test_a_full_queue_refuses_at_once(make):
     service = make(max_requests=1, max_queue=1)
 
-    async def visit():
-        leave = asyncio.Event()
+    async def send():
+        finish = asyncio.Event()
 
-        async def guest():
+        async def request():
             async with service.place():
-                await leave.wait()
+                await finish.wait()
 
-        guests = [asyncio.create_task(guest()) for _ in range(2)]
+        requests = [asyncio.create_task(request()) for _ in range(2)]
         await asyncio.sleep(0)
         assert service.busy == 2
-        with pytest.raises(LimitError, match="2 requests are being answered or wait: try again later") as caught:
+        with pytest.raises(LimitError, match="2 requests are being answered or waiting: try again later") as caught:
             async with service.place():
                 pass
-        leave.set()
-        await asyncio.gather(*guests)
+        finish.set()
+        await asyncio.gather(*requests)
         async with service.place():
             assert service.busy == 1
         return caught.value.reason
 
-    assert asyncio.run(visit()) == "busy"
+    assert asyncio.run(send()) == "busy"
     assert service.busy == 0
 
 
-def test_waiting_counts_as_time(make):
+def test_the_timeout_includes_the_wait(make):
     service = make(max_requests=1, timeout=0.05)
 
-    async def visit():
-        async def stay():
+    async def send():
+        async def request():
             async with service.place():
                 await asyncio.sleep(60)
 
-        first, second = (asyncio.create_task(stay()) for _ in range(2))
+        first, second = (asyncio.create_task(request()) for _ in range(2))
         for task in (first, second):
             with pytest.raises(LimitError, match="the request took more than 0.05 s") as caught:
                 await task
             assert caught.value.reason == "time"
 
-    asyncio.run(visit())
+    asyncio.run(send())
     assert service.busy == 0
 
 
-def test_an_answer_that_comes_too_late_is_given_up(make):
+def test_a_file_past_its_deadline_is_abandoned(make):
     service = make(timeout=1e-6)
 
     with pytest.raises(LimitError, match=r"clip\.flac could not be decoded in time"):
         asyncio.run(service.classify([("clip.flac", encode(noise()))]))
 
 
-def test_a_file_that_says_that_it_is_long_is_refused_unheard(make, monkeypatch):
+def test_a_file_with_too_long_a_header_is_refused_without_decoding(make, monkeypatch):
     service = make(max_seconds=2.0)
-    monkeypatch.setattr(service.classifier, "predict_blocks", lambda *_: pytest.fail("it was heard"))
+    monkeypatch.setattr(service.classifier, "predict_blocks", lambda *_: pytest.fail("it was decoded"))
     (answer,) = asyncio.run(service.classify([("long.flac", encode(noise(3.0)))]))
-    assert str(answer.outcome) == "too long: long.flac lasts more than 2 s"
+    assert str(answer.outcome) == "too long: long.flac is longer than 2 s"
 
 
-def test_a_long_file_that_says_nothing_is_refused_without_decoding_it_all(make, monkeypatch):
+def test_a_long_file_without_a_length_in_its_header_is_not_decoded_to_the_end(make, monkeypatch):
     service, decoded = make(max_seconds=40.0), []
     content = codecs.encode_mp3(noise(300.0, seed=1), 16_000)
     read = soundfile.SoundFile.read
@@ -155,7 +155,7 @@ def test_a_long_file_that_says_nothing_is_refused_without_decoding_it_all(make, 
 
     monkeypatch.setattr(soundfile.SoundFile, "read", counted)
     (answer,) = asyncio.run(service.classify([("long.mp3", content)]))
-    assert str(answer.outcome) == "too long: long.mp3 lasts more than 40 s"
+    assert str(answer.outcome) == "too long: long.mp3 is longer than 40 s"
     assert sum(decoded) < 16_000 * 200
 
 
@@ -171,13 +171,13 @@ def test_a_long_file_that_says_nothing_is_refused_without_decoding_it_all(make, 
         ("x" * 500 + ".wav", "x" * 196 + ".wav"),
     ],
 )
-def test_a_client_names_a_file_and_nothing_else(make, given, named):
+def test_names_lose_folders_and_control_characters(make, given, named):
     (answer,) = asyncio.run(make().classify([(given, b"hello")]))
     assert answer.outcome.source == named
     assert answer.outcome.message == f"{named} cannot be decoded: Format not recognised."
 
 
-def test_an_answer_is_the_command_lines(make, classifier, tmp_path, capsys):
+def test_an_answer_has_the_fields_of_the_command_line(make, classifier, tmp_path, capsys):
     content = encode(noise(2.0))
     (tmp_path / "clip.flac").write_bytes(content)
     run(classifier, [str(tmp_path / "clip.flac")], "jsonl", progress=False)
@@ -189,7 +189,7 @@ def test_an_answer_is_the_command_lines(make, classifier, tmp_path, capsys):
     assert set(record) - set(theirs) == {"speech_seconds", "sample_rate", "channels", "codec", "warnings"}
 
 
-def test_a_failure_is_the_command_lines(make, classifier, tmp_path, capsys):
+def test_a_failure_has_the_fields_of_the_command_line(make, classifier, tmp_path, capsys):
     run(classifier, [str(tmp_path / "clip.flac")], "jsonl", progress=False)
     (answer,) = asyncio.run(make().classify([("clip.flac", b"")]))
     record = make().record(answer)
@@ -197,7 +197,7 @@ def test_a_failure_is_the_command_lines(make, classifier, tmp_path, capsys):
     assert set(record) == set(json.loads(capsys.readouterr().out))
 
 
-def test_what_was_heard_is_said(make):
+def test_an_answer_has_the_header_and_the_signal_quality(make):
     stereo = encode(noise(2.0, channels=2, rate=44_100), rate=44_100, format="WAV")
     (answer,) = asyncio.run(make().classify([("clip.wav", stereo)]))
     assert dataclasses.astuple(answer.header) == (44_100, 2, "WAV PCM_16", 2.0)
@@ -207,7 +207,7 @@ def test_what_was_heard_is_said(make):
 
 def test_short_speech_is_a_warning(make):
     (answer,) = asyncio.run(make().classify([("clip.flac", encode(noise(0.5)))]))
-    assert next(answer.warnings()) == "short: 0.5 s of speech; under 1 s it is a guess"
+    assert next(answer.warnings()) == "short: 0.5 s of speech; with less than 1 s the answer is a guess"
 
 
 def test_a_failure_has_no_warnings():

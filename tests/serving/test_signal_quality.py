@@ -1,4 +1,4 @@
-"""What a listener would remark: levels, noise, full scale and the outline, however a recording is cut into blocks."""
+"""Signal quality: levels, noise, clipping and peaks, however a recording is cut into blocks."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from accent_plugin.serving.signal_quality import SignalMeter
 
 
-def heard(*blocks):
-    listener = SignalMeter()
-    passed = list(listener.listen(blocks))
+def measure(*blocks):
+    meter = SignalMeter()
+    passed = list(meter.measure(blocks))
     assert all(one is other for one, other in zip(passed, blocks, strict=True))
-    return listener.heard()
+    return meter.quality()
 
 
 def tone(seconds, level):
@@ -30,46 +30,46 @@ def speech_like(pause_level):
 
 
 def test_levels_in_decibels():
-    found = heard(speech_like(0.001))
+    found = measure(speech_like(0.001))
     assert found.seconds == 4.0
     assert found.speech_db == pytest.approx(-20, abs=0.1)
     assert found.noise_db == pytest.approx(-60, abs=1.0)
     assert list(found.warnings()) == []
 
 
-def test_a_noisy_recording_is_told():
-    (warning,) = heard(speech_like(0.05)).warnings()
-    assert warning.startswith("noisy, or without pauses: its loud parts are only ")
+def test_a_noisy_recording_has_a_warning():
+    (warning,) = measure(speech_like(0.05)).warnings()
+    assert warning.startswith("noisy, or without pauses: loud parts are only ")
 
 
-def test_a_quiet_recording_is_told_as_that_alone():
-    (warning,) = heard(tone(1, 0.001)).warnings()
-    assert warning == "very quiet: the loudest parts are at -60 dB of full scale"
+def test_a_quiet_recording_is_not_called_noisy_too():
+    (warning,) = measure(tone(1, 0.001)).warnings()
+    assert warning == "very quiet: the loudest parts are at -60 dB relative to full scale"
 
 
-def test_full_scale_is_told():
+def test_clipping_has_a_warning():
     wave = speech_like(0.001)
     wave[:64] = 1.0
-    found = heard(wave)
+    found = measure(wave)
     assert found.clipped == 64 / 64_000
     assert not list(found.warnings())
     wave[:128] = -1.0
-    assert list(heard(wave).warnings()) == ["overdriven: 0.2% of its samples are at full scale"]
+    assert list(measure(wave).warnings()) == ["clipped: 0.2% of the samples are at full scale"]
 
 
-def test_the_outline_has_the_largest_of_each_10_ms():
+def test_a_peak_is_the_largest_magnitude_in_10_ms():
     wave = np.zeros(400, np.float32)
     wave[3], wave[170], wave[399] = 0.5, -0.25, 1.5
-    assert heard(wave).peaks.tolist() == [0.5, 0.25, 1.0]
+    assert measure(wave).peaks.tolist() == [0.5, 0.25, 1.0]
 
 
 @given(st.sets(st.integers(1, 399), max_size=5))
 @example({300})
-def test_blocks_do_not_matter_but_at_their_ends(edges):
-    """Blocks are cut at whole 10 ms; a frame of 25 ms at a block's end sees what there is."""
+def test_levels_depend_on_the_blocks_only_at_their_ends(edges):
+    """Blocks are cut at multiples of 10 ms; the last frame of a block is shorter than 25 ms."""
     wave = speech_like(0.001)
     wave[:64] = 1.0
-    cut, whole = heard(*np.split(wave, 160 * np.array(sorted(edges), int))), heard(wave)
+    cut, whole = measure(*np.split(wave, 160 * np.array(sorted(edges), int))), measure(wave)
     assert cut.peaks.tolist() == whole.peaks.tolist()
     assert (cut.seconds, cut.clipped) == (4.0, 64 / 64_000)
     assert cut.speech_db == pytest.approx(-20, abs=0.1)

@@ -71,7 +71,7 @@ def test_the_batch_with_the_most_audio_comes_first():
     assert audio_in[0] == max(audio_in)
 
 
-def test_little_is_padding():
+def test_padding_is_a_small_fraction():
     lengths = np.clip(np.random.default_rng(0).lognormal(1.6, 0.35, 5000), 1, 15)
     batches = epoch(BucketBatchSampler(lengths, 60.0), 1)
     padded = sum(len(batch) * max(lengths[batch]) for batch in batches)
@@ -110,7 +110,7 @@ def test_a_batch_is_padded_with_zeros_and_knows_its_lengths(clips):
     assert batch.labels.tolist() == [0, 1] and batch.ids == ("clip0", "clip1")
 
 
-def test_clips_of_one_length_need_no_mask(clips):
+def test_clips_of_equal_length_have_no_lengths(clips):
     dataset = ClipDataset(clips, ["a", "b"])
     assert collate([dataset[(1, 1)], dataset[(2, 1)]]).wav_lens is None
 
@@ -119,7 +119,7 @@ def test_labels_follow_the_order_of_accents(clips):
     assert ClipDataset(clips, ["b", "a"])[(0, 1)][2] == 1
 
 
-def test_a_crop_is_a_stretch_of_the_clip_and_differs_between_epochs(clips):
+def test_a_crop_is_part_of_the_clip_and_differs_between_epochs(clips):
     dataset = ClipDataset(clips, ["a", "b"], crop_seconds=1.5)
     whole = codecs.read(clips[3].wav)
     crops = [dataset[(3, number)][1] for number in (1, 2, 1)]
@@ -130,7 +130,7 @@ def test_a_crop_is_a_stretch_of_the_clip_and_differs_between_epochs(clips):
     assert len(dataset[(0, 1)][1]) == 16000
 
 
-def test_what_is_drawn_does_not_depend_on_workers(clips):
+def test_batches_do_not_depend_on_the_number_of_workers(clips):
     augmentation = make_augmentation(True, 0.9, [0.9, 1.1], [5, 20], [2000, 8000], 0.3)
     dataset = ClipDataset(clips * 1, ["a", "b"], crop_seconds=1.0, augmentation=augmentation, seed=4)
     sampler = BucketBatchSampler(dataset.seconds(), 2.0)
@@ -140,7 +140,7 @@ def test_what_is_drawn_does_not_depend_on_workers(clips):
         assert one.ids == other.ids and torch.equal(one.wavs, other.wavs)
 
 
-def test_no_clip_is_longer_than_announced(clips):
+def test_no_clip_is_longer_than_its_maximum(clips):
     augmentation = make_augmentation(True, 1.0, [0.7, 1.3])
     for crop in (None, 1.5):
         dataset = ClipDataset(clips, ["a", "b"], crop_seconds=crop, augmentation=augmentation)
@@ -187,7 +187,7 @@ def many(count):
 
 
 def objects_below(root):
-    """Number of Python objects that can be reached from one, apart from classes, modules and what they hold."""
+    """Number of Python objects reachable from one, apart from classes, modules and their contents."""
     seen, waiting = {id(root)}, [root]
     while waiting:
         for item in gc.get_referents(waiting.pop()):
@@ -202,7 +202,7 @@ def test_the_number_of_objects_that_workers_share_does_not_grow_with_the_clips()
     assert objects_below(many(5000)) == objects_below(many(50)) < 50
 
 
-def test_what_a_worker_is_sent_has_no_object_per_clip():
+def test_a_pickled_dataset_has_no_object_per_clip():
     def steps(count):
         # How it is cut into frames depends on its bytes.
         return [code.name for code, _, _ in pickletools.genops(pickle.dumps(many(count))) if code.name != "FRAME"]
@@ -212,7 +212,7 @@ def test_what_a_worker_is_sent_has_no_object_per_clip():
     assert list(restored.clips) == list(many(50).clips) and np.array_equal(restored.labels(), many(50).labels())
 
 
-def test_clips_held_together_are_the_clips_that_were_given(clips):
+def test_packed_clips_equal_the_original_clips(clips):
     held = Clips(clips)
     assert list(held) == clips and [held[n] for n in range(-4, 4)] == clips + clips
     assert list(held[1:]) == clips[1:] and list(held[::-2]) == clips[::-2] and not Clips([])
@@ -317,7 +317,7 @@ SPOILT = {
 
 
 def spoil(clips, number, how):
-    """The clips with one of them spoilt, in a file or by its name."""
+    """The clips with one of them damaged, in its file or its name."""
     path = how(clips[number].wav) or clips[number].wav
     return [clip if place != number else Clip(**{**vars(clip), "wav": path}) for place, clip in enumerate(clips)]
 
@@ -325,7 +325,7 @@ def spoil(clips, number, how):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
 @pytest.mark.parametrize("how", SPOILT, ids=lambda how: how.__name__)
 @pytest.mark.parametrize("crop", [None, 0.5], ids=["whole", "crop"])
-def test_a_spoilt_clip_is_left_out_of_its_batch_with_the_reason(clips, how, crop):
+def test_a_damaged_clip_is_skipped_with_the_reason(clips, how, crop):
     whole = ClipDataset(clips, ["a", "b"], crop_seconds=crop)
     others = collate([whole[(0, 1)], whole[(3, 1)]])
     if how is endless and crop:
@@ -350,13 +350,13 @@ def test_a_flipped_bit_gives_samples_or_a_reason(tmp_path_factory, place, bit, i
     assert isinstance(item, Lost) or np.isfinite(item[1]).all()
 
 
-def test_a_batch_of_which_nothing_can_be_read_is_empty(clips):
+def test_a_batch_of_unreadable_clips_is_empty(clips):
     batch = collate([Lost("one", "why"), Lost("other", "because")])
     assert len(batch) == 0 and batch.lost == (("one", "why"), ("other", "because"))
     assert batch.wavs.shape == (0, 0) and batch.labels.shape == (0,) and batch.to("cpu").lost == batch.lost
 
 
-def test_lost_clips_come_through_reading_processes(clips):
+def test_workers_report_unreadable_clips(clips):
     vanish(clips[3].wav)
     dataset = ClipDataset(clips, ["a", "b"])
     sampler = BucketBatchSampler(dataset.seconds(), 4.0)
@@ -371,7 +371,7 @@ FORKED = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has 
 
 
 class Suicidal(ClipDataset):
-    """Kills the process that reads a certain clip as often as there are files to count by."""
+    """Kills the worker that reads a certain clip, as many times as there are counter files."""
 
     def __getitem__(self, key):
         lives = sorted(self.lives.glob(f"{self.clips[key[0]].id}.{key[1]}.*"))
@@ -383,7 +383,7 @@ class Suicidal(ClipDataset):
 
 @pytest.fixture
 def soon_noticed(monkeypatch):
-    """PyTorch looks every five seconds whether its workers live."""
+    """PyTorch checks every five seconds whether its workers are alive."""
     from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
@@ -409,7 +409,7 @@ def suicidal(clips, tmp_path, soon_noticed):
 
 
 def passes(dataset, workers, epochs=(1,), start=0, loader=None):
-    """Everything that a loader gives, epoch by epoch."""
+    """All batches of a loader, epoch by epoch."""
     sampler = BucketBatchSampler(dataset.seconds(), 2.5)
     loader = (loader or make_loader)(dataset, sampler, num_workers=workers)
     found = []
@@ -424,39 +424,39 @@ def passes(dataset, workers, epochs=(1,), start=0, loader=None):
 @FORKED
 @pytest.mark.parametrize("start", [0, 3])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_process_costs_no_clip_and_changes_no_batch(suicidal, caplog, workers, start):
+def test_a_killed_worker_changes_no_batch(suicidal, caplog, workers, start):
     undisturbed = passes(suicidal(), 0, (1, 2), start)
     steps = len(undisturbed) // 2
     # In the first and the last batch of the first epoch, and in the middle of the second.
     deaths = [(undisturbed[step][0][0], 1 + step // steps, 1) for step in (0, steps - 1, steps + steps // 2)]
     assert passes(suicidal(*deaths), workers, (1, 2), start) == undisturbed
-    assert "they are started again" in caplog.text
+    assert "restarting the workers" in caplog.text
 
 
 @FORKED
-def test_a_process_that_is_killed_again_and_again_is_one_clear_error(suicidal, caplog):
-    with pytest.raises(TrainingError, match="ended unexpectedly 4 times in one epoch") as caught:
+def test_a_worker_killed_repeatedly_is_an_error(suicidal, caplog):
+    with pytest.raises(TrainingError, match="died 4 times in one epoch") as caught:
         passes(suicidal(("clip12", 1, 99)), 1)
     assert "num_workers" in str(caught.value) and "last checkpoint" in str(caught.value)
-    assert caplog.text.count("they are started again") == ClipLoader.RESTARTS
+    assert caplog.text.count("restarting the workers") == ClipLoader.RESTARTS
 
 
 class Faulty(ClipDataset):
-    """Has a bug."""
+    """A dataset with a bug."""
 
     def __getitem__(self, key):
         raise RuntimeError("a bug of the data set")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_other_errors_of_a_data_set_pass(clips, caplog, workers):
+def test_other_errors_of_a_dataset_are_raised(clips, caplog, workers):
     with pytest.raises(RuntimeError, match="a bug of the data set"):
         passes(Faulty(clips, ["a", "b"]), workers)
-    assert "started again" not in caplog.text
+    assert "restarting" not in caplog.text
 
 
 class Watchful(ClipDataset):
-    """Says how the process that reads handles signals, in place of an accent."""
+    """Returns the worker's signal handlers in place of an accent."""
 
     def __getitem__(self, key):
         name, samples, _ = super().__getitem__(key)
@@ -464,7 +464,7 @@ class Watchful(ClipDataset):
         return name, samples, int(ignored)
 
 
-def test_signals_are_left_to_the_process_that_trains(clips):
+def test_workers_ignore_signals(clips):
     dataset = Watchful(clips, ["a", "b"])
     loader = make_loader(dataset, BucketBatchSampler(dataset.seconds(), 4.0), num_workers=1)
     # Its own: whatever a shell starts in the background ignores this signal.
@@ -477,13 +477,13 @@ def test_signals_are_left_to_the_process_that_trains(clips):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_to_iterate_a_loader_does_not_move_the_global_generator(clips, workers):
+def test_iterating_a_loader_does_not_change_the_global_generator(clips, workers):
     dataset, before = ClipDataset(clips, ["a", "b"]), torch.get_rng_state()
     list(make_loader(dataset, BucketBatchSampler(dataset.seconds(), 4.0), num_workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_loader_that_is_left_early_begins_anew(clips):
+def test_a_loader_restarts_after_an_incomplete_iteration(clips):
     dataset = ClipDataset(clips, ["a", "b"])
     loader = make_loader(dataset, BucketBatchSampler(dataset.seconds(), 4.0, shuffle=False), num_workers=1)
     first = next(iter(loader)).ids
@@ -515,17 +515,17 @@ def test_band_limit_removes_what_is_above_and_keeps_what_is_below():
 
 
 @pytest.mark.parametrize("snr", [0.0, 20.0])
-def test_noise_has_the_ratio_that_is_asked_for(snr):
+def test_noise_has_the_given_signal_to_noise_ratio(snr):
     clean = tone(440)
     noise = add_noise(clean, snr, 0.5, np.random.default_rng(0)) - clean
     assert abs(10 * np.log10(np.mean(clean**2) / np.mean(noise**2)) - snr) < 0.01
 
 
-def test_noise_leaves_silence_alone():
+def test_noise_does_not_change_silence():
     assert not add_noise(np.zeros(1000, np.float32), 10, 0.5, np.random.default_rng(0)).any()
 
 
-def test_a_mask_is_one_stretch_of_at_most_its_length():
+def test_a_time_mask_is_one_segment_of_limited_length():
     clean = np.ones(RATE, np.float32)
     for seed in range(20):
         masked = mask_time(clean, 4000, np.random.default_rng(seed))
@@ -567,7 +567,7 @@ print("the end", flush=True)
 """
 
 
-def test_a_process_ends_though_somebody_holds_its_loader():
-    """Its workers outlive a SIGTERM, which is all that Python sends them before it waits for them."""
+def test_a_process_exits_while_its_loader_is_alive():
+    """Python sends the workers SIGTERM, which they ignore, and then waits for them."""
     done = subprocess.run([sys.executable, "-c", KEEPS_ITS_LOADER], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr

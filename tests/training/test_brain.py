@@ -1,4 +1,4 @@
-"""AccentBrain: the step it takes, the rates it sets, what it saves and how it ends."""
+"""AccentBrain: optimizer steps, learning rates, checkpoints and errors."""
 
 from types import SimpleNamespace
 
@@ -105,7 +105,7 @@ def batch_of(numbers, labels):
 
 
 class Steps(list):
-    """A training set of ready batches; stands for its own sampler."""
+    """A training set of ready batches, which is also its own sampler."""
 
     epoch = 1
     batch_sampler = property(lambda self: self)
@@ -164,7 +164,7 @@ def test_clipping_covers_all_parameters_together(make_brain):
     assert norm == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_gradient_that_is_not_finite_costs_one_step_and_no_weight(make_brain, caplog):
+def test_a_step_with_a_non_finite_gradient_is_skipped(make_brain, caplog):
     brain, good, bad = make_brain(), batch_of([0, 1], [0, 1]), batch_of([2, 3], [0, 1])
     bad.wavs[0, 0] = torch.nan
     weights = take_steps(brain, [good, bad, good])
@@ -198,7 +198,7 @@ def test_scaled_losses_give_the_same_steps(make_brain, scaled_brain):
         assert torch.equal(one, other)
 
 
-def test_a_scaled_gradient_that_is_not_finite_costs_one_step_and_halves_the_scale(scaled_brain):
+def test_a_non_finite_scaled_gradient_skips_the_step_and_halves_the_scale(scaled_brain):
     brain = scaled_brain(checkpoints=False)
     # For a sum over clips, where PyTorch's own start is for a mean.
     assert brain.scaler.get_scale() == 4096
@@ -212,15 +212,15 @@ def test_a_scaled_gradient_that_is_not_finite_costs_one_step_and_halves_the_scal
     assert not any(torch.equal(*pair) for pair in zip(before, brain.modules.parameters(), strict=True))
 
 
-def test_gradients_that_are_never_finite_end_training_with_one_clear_error(make_brain):
+def test_too_many_non_finite_gradients_in_a_row_are_an_error(make_brain):
     bad = batch_of([0, 1], [0, 1])
     bad.wavs[0, 0] = torch.nan
-    with pytest.raises(TrainingError, match="the last 3 steps, to step 3, were not finite") as caught:
+    with pytest.raises(TrainingError, match="the last 3 steps up to step 3 were not finite") as caught:
         take_steps(make_brain(run_opts={"nonfinite_patience": 2}), [bad] * 9)
     assert "lr_encoder" in str(caught.value)
 
 
-def test_encoder_and_head_have_their_own_rates(make_brain, loader):
+def test_encoder_and_head_have_their_own_learning_rates(make_brain, loader):
     brain = make_brain(epochs=1)
     brain.fit(brain.hparams.epoch_counter, loader(), loader())
     encoder = {id(p) for p in brain.modules.model.encoder_parameters()}
@@ -230,7 +230,7 @@ def test_encoder_and_head_have_their_own_rates(make_brain, loader):
     assert len(rates) == len(list(brain.modules.parameters()))
 
 
-def test_the_encoder_is_held_for_the_first_steps(make_brain, loader):
+def test_the_encoder_is_frozen_in_the_first_steps(make_brain, loader):
     brain, train = make_brain(epochs=1, freeze_encoder_steps=2), loader(0.3)
     weights, fit_batch = [], brain.fit_batch
 
@@ -248,7 +248,7 @@ def test_the_encoder_is_held_for_the_first_steps(make_brain, loader):
     [(0.05, 0.1, "none", 0.5), (0.5, 0.0, "linear", 0.5), (0.5, 0.0, "cosine", 0.5), (1.0, 0.1, "cosine", 0.0),
      (1.0, 1.0, "linear", 0.0), (0.9, 0.1, "none", 1.0), (0.25, 0.0, "cosine", 0.5 + 0.25 * 2**0.5)],
 )  # fmt: skip
-def test_learning_rate_by_hand(progress, warmup, decay, factor):
+def test_learning_rate_factor_matches_hand_computed_values(progress, warmup, decay, factor):
     assert learning_rate_factor(progress, warmup, decay) == pytest.approx(factor)
 
 
@@ -263,7 +263,7 @@ def test_training_learns_and_keeps_the_best_epoch(make_brain, loader):
 
 
 @pytest.mark.parametrize("selection, better", [("loss", min), ("last", None)])
-def test_the_epoch_can_be_chosen_otherwise(make_brain, loader, selection, better):
+def test_the_epoch_can_be_selected_by_other_metrics(make_brain, loader, selection, better):
     brain = make_brain(epochs=4, selection=selection, lr_encoder=0.5, lr_head=0.5)
     brain.fit(brain.hparams.epoch_counter, loader(), loader())
     history = read_history(brain.history_file)
@@ -272,7 +272,7 @@ def test_the_epoch_can_be_chosen_otherwise(make_brain, loader, selection, better
     assert brain.predict(loader())[1].shape == (12, 2)
 
 
-def test_the_figures_of_validation_are_those_of_the_predictions(make_brain, loader):
+def test_validation_metrics_match_the_predictions(make_brain, loader):
     brain = make_brain(epochs=3, decay="linear")
     brain.fit(brain.hparams.epoch_counter, loader(), loader())
     ids, log_probabilities = brain.predict(loader())
@@ -282,14 +282,14 @@ def test_the_figures_of_validation_are_those_of_the_predictions(make_brain, load
     assert -log_probabilities[np.arange(12), truth].mean() == pytest.approx(chosen["valid_loss"], abs=1e-6)
 
 
-def test_early_stopping(make_brain, loader):
+def test_training_stops_early_without_improvement(make_brain, loader):
     # Nothing is learnt, so that every epoch has the figure of the first: an equal one is no improvement.
     brain = make_brain(epochs=50, patience=2, lr_encoder=0.0, lr_head=1e-12)
     brain.fit(brain.hparams.epoch_counter, loader(), loader())
     assert len(read_history(brain.history_file)) == 3
 
 
-def test_spoilt_weights_end_with_one_clear_error(make_brain, loader):
+def test_non_finite_weights_are_an_error(make_brain, loader):
     brain = make_brain(epochs=1)
     with torch.no_grad():
         brain.modules.model.classifier.weight.fill_(torch.nan)
@@ -298,7 +298,7 @@ def test_spoilt_weights_end_with_one_clear_error(make_brain, loader):
         brain.fit(brain.hparams.epoch_counter, loader(), loader())
 
 
-def test_two_runs_with_one_seed_are_the_same(make_brain, loader, tmp_path):
+def test_two_runs_with_the_same_seed_are_equal(make_brain, loader, tmp_path):
     weights = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -350,7 +350,7 @@ def test_epochs_have_different_batches(make_brain, loader):
     assert sorted(map(sorted, seen[:half])) != sorted(map(sorted, seen[half:]))
 
 
-def test_the_log_and_the_history_tell_how_much_memory_was_used(make_brain, loader):
+def test_the_log_and_the_history_have_the_peak_memory(make_brain, loader):
     brain = make_brain(epochs=1)
     brain.fit(brain.hparams.epoch_counter, loader(), loader())
     (row,) = read_history(brain.history_file)
@@ -359,7 +359,7 @@ def test_the_log_and_the_history_tell_how_much_memory_was_used(make_brain, loade
     assert brain.options.train_logger.rows[0]["peak memory"] == f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"
 
 
-def test_the_weights_for_classes_follow_their_counts():
+def test_class_weights_follow_the_class_counts():
     from accent_plugin.training.loaders import make_class_weights
 
     clips = [SimpleNamespace(accent=accent) for accent in "aaab"]
@@ -378,7 +378,7 @@ def spoil(loader, *numbers):
             pass
 
 
-def test_training_clips_that_cannot_be_read_are_left_out_and_counted(make_brain, loader):
+def test_unreadable_training_clips_are_skipped_and_counted(make_brain, loader):
     brain, train, valid = make_brain(epochs=1, max_unreadable_share=0.5), loader(), loader()
     valid.dataset.clips = valid.dataset.clips[4:]
     valid.batch_sampler.seconds = valid.dataset.seconds()
@@ -389,25 +389,27 @@ def test_training_clips_that_cannot_be_read_are_left_out_and_counted(make_brain,
     assert brain.options.train_logger.rows[0]["clips not read"] == 2
 
 
-def test_too_many_end_training_with_one_clear_error_and_the_last_checkpoint_is_usable(make_brain, loader):
+def test_too_many_unreadable_clips_are_an_error_and_the_last_checkpoint_is_usable(make_brain, loader):
     brain, train = make_brain(epochs=1), loader()
     brain.fit(brain.hparams.epoch_counter, train, loader())
     spoil(train, *range(6))
     brain = make_brain(epochs=2)
-    with pytest.raises(DataError, match=r"more than max_unreadable_share \(0.05\) allows; the first: c\d+: ") as caught:
+    with pytest.raises(
+        DataError, match=r"more than max_unreadable_share \(0.05\) allows; the first is c\d+: "
+    ) as caught:
         brain.fit(brain.hparams.epoch_counter, train, loader())
     assert "prepare the data again" in str(caught.value)
     assert make_brain().best_epoch() == 1
 
 
-@pytest.mark.parametrize("stage", ["validation", "evaluated"])
-def test_where_nothing_can_be_read_there_is_no_figure(make_brain, loader, stage):
+@pytest.mark.parametrize("stage", ["validation", "evaluate"])
+def test_a_split_of_unreadable_clips_is_an_error(make_brain, loader, stage):
     brain, train = make_brain(epochs=1, max_unreadable_share=1.0), loader()
-    if stage == "evaluated":
+    if stage == "evaluate":
         brain.fit(brain.hparams.epoch_counter, train, loader())
     spoil(train, *range(12))
-    with pytest.raises(DataError, match=f"no clip .*{stage}.* could be read"):
-        brain.predict(loader()) if stage == "evaluated" else brain.fit(brain.hparams.epoch_counter, train, loader())
+    with pytest.raises(DataError, match=f"all clips .*{stage}.* unreadable"):
+        brain.predict(loader()) if stage == "evaluate" else brain.fit(brain.hparams.epoch_counter, train, loader())
 
 
 def test_a_batch_that_is_not_finite_is_counted_in_the_history(make_brain, loader):
@@ -426,7 +428,7 @@ def test_a_batch_that_is_not_finite_is_counted_in_the_history(make_brain, loader
     assert brain.options.train_logger.rows[0]["steps left out"] == 1
 
 
-def test_early_stopping_is_remembered_by_a_restart(make_brain, loader):
+def test_a_restart_keeps_the_early_stopping_counter(make_brain, loader):
     still = {"patience": 2, "lr_encoder": 0.0, "lr_head": 1e-12}
     for epochs in (2, 50, 50):
         # Each begins at the end of an epoch; the last when training had stopped already.

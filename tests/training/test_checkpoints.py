@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent whatever interrupts them, looked at before use, bounded in number."""
+"""Checkpoints: written atomically, verified before use, and limited in number."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ def save(checkpointer, model, value, **meta):
 
 
 def values(folder):
-    """What the whole checkpoints of a folder hold, as a process finds it that has just been started."""
+    """Values in the intact checkpoints of a folder, as a new process finds them."""
     checkpointer, model = make(folder)
     found = []
     for checkpoint in sorted(checkpointer.list_checkpoints(), key=lambda one: one.meta["unixtime"]):
@@ -61,7 +61,7 @@ def values(folder):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A folder with two checkpoints, of 1 and of 2."""
+    """A folder with two checkpoints, which hold 1 and 2."""
     folder = tmp_path_factory.mktemp("two") / "save"
     checkpointer, model = make(folder)
     for value in (1.0, 2.0):
@@ -81,7 +81,7 @@ def newest(folder):
 # Round trip
 
 
-def test_what_was_saved_is_loaded_again(tmp_path):
+def test_a_saved_checkpoint_can_be_loaded(tmp_path):
     checkpointer, model = make(tmp_path)
     saved = save(checkpointer, model, 3.0, macro_f1=0.25)
     other, fresh = make(tmp_path)
@@ -116,7 +116,7 @@ def test_names_differ_within_a_second(tmp_path, monkeypatch):
     assert len(set(names)) == 3 and values(tmp_path) == [1.0, 2.0, 3.0]
 
 
-def test_the_last_one_is_the_newest_also_when_the_clock_is_set_back(tmp_path, monkeypatch):
+def test_the_last_checkpoint_is_the_newest_even_if_the_clock_is_set_back(tmp_path, monkeypatch):
     clock = iter([1000.0] * 4 + [500.0] * 100)
     monkeypatch.setattr(checkpoints.time, "time", lambda: next(clock))
     for value in (1.0, 2.0, 3.0, 4.0):
@@ -165,7 +165,7 @@ def damage(path, kind, *how):
 @given(FILES, DAMAGES)
 @example("model.ckpt", ("replace", b""))
 @example(METAFNAME, ("delete",))
-def test_whatever_damages_the_newest_the_one_before_is_used(two, tmp_path, caplog, name, how):
+def test_a_damaged_newest_checkpoint_is_skipped(two, tmp_path, caplog, name, how):
     caplog.clear()
     folder = copied(two, tmp_path / "save")
     spoilt = newest(folder)
@@ -180,7 +180,7 @@ def test_whatever_damages_the_newest_the_one_before_is_used(two, tmp_path, caplo
         return
     assert model.get() == 1.0
     assert not spoilt.exists() and (folder / f"damaged+{spoilt.name}").is_dir()
-    assert spoilt.name in caplog.text and "is damaged" in caplog.text
+    assert spoilt.name in caplog.text and "skipped the damaged checkpoint" in caplog.text
     assert values(folder) == [1.0]
 
 
@@ -193,7 +193,7 @@ def test_whatever_damages_the_newest_the_one_before_is_used(two, tmp_path, caplo
      "{unixtime: 9.0e9, end-of-epoch: true, files: {model.ckpt: {bytes: 3}}}", "{[1]: 2}", "&a [*a]",
      "{unixtime: 9.0e9, end-of-epoch: true, files: {7: {bytes: 3}}}"],
 )  # fmt: skip
-def test_a_ckpt_yaml_of_another_kind_is_no_checkpoint(two, tmp_path, text, caplog):
+def test_an_invalid_ckpt_yaml_is_a_damaged_checkpoint(two, tmp_path, text, caplog):
     folder = copied(two, tmp_path / "save")
     spoilt = newest(folder)
     (spoilt / METAFNAME).write_text(text)
@@ -201,7 +201,7 @@ def test_a_ckpt_yaml_of_another_kind_is_no_checkpoint(two, tmp_path, text, caplo
     assert (folder / f"damaged+{spoilt.name}").is_dir() and spoilt.name in caplog.text
 
 
-def test_damage_while_training_is_found_too(tmp_path, caplog):
+def test_damage_during_training_is_detected(tmp_path, caplog):
     checkpointer, model = make(tmp_path)
     for value in (1.0, 2.0):
         saved = save(checkpointer, model, value)
@@ -209,7 +209,7 @@ def test_damage_while_training_is_found_too(tmp_path, caplog):
     assert checkpointer.find_checkpoint().meta["epoch"] == 1 and saved.path.name in caplog.text
 
 
-def test_files_of_another_run_are_noticed(two, tmp_path, caplog):
+def test_files_of_another_run_are_detected(two, tmp_path, caplog):
     other, model = make(tmp_path / "other")
     save(other, model, 9.0)
     folder = copied(two, tmp_path / "save")
@@ -217,7 +217,7 @@ def test_files_of_another_run_are_noticed(two, tmp_path, caplog):
     assert values(folder) == [1.0] and "the content of model.ckpt has changed" in caplog.text
 
 
-def test_all_damaged_is_none(two, tmp_path):
+def test_without_an_intact_checkpoint_none_is_found(two, tmp_path):
     folder = copied(two, tmp_path / "save")
     for one in folder.glob("CKPT*"):
         (one / "model.ckpt").unlink()
@@ -227,7 +227,7 @@ def test_all_damaged_is_none(two, tmp_path):
     assert len(list(folder.glob("damaged+*"))) == 1
 
 
-def test_a_whole_checkpoint_of_another_model_is_one_clear_error(two, tmp_path):
+def test_an_intact_checkpoint_of_another_model_is_an_error(two, tmp_path):
     folder = copied(two, tmp_path / "save")
     checkpointer = AtomicCheckpointer(folder, {"model": torch.nn.Linear(3, 3), "counter": EpochCounter(10)})
     with pytest.raises(CheckpointError, match=re.escape(newest(folder).name)) as caught:
@@ -235,7 +235,7 @@ def test_a_whole_checkpoint_of_another_model_is_one_clear_error(two, tmp_path):
     assert "another model" in str(caught.value)
 
 
-def test_a_damaged_checkpoint_of_speechbrains_own_class_is_one_clear_error(tmp_path):
+def test_a_damaged_checkpoint_of_speechbrains_own_class_is_an_error(tmp_path):
     model = Holder(7.0)
     saved = Checkpointer(tmp_path, {"model": model}).save_checkpoint({"epoch": 7})
     path = saved.path / "model.ckpt"
@@ -254,11 +254,11 @@ OPERATIONS = [
 
 
 class Killed(BaseException):
-    """Like a signal: nothing may swallow it."""
+    """Not an `Exception`, like an interruption, so that no handler swallows it."""
 
 
 def interrupted_at(monkeypatch, number, error, operation):
-    """Raise at the n-th of the operations, counted over all of them; the function gives whether it came so far."""
+    """Raise at the n-th file operation; returns a function that tells whether it was reached."""
     count = 0
 
     def watched(function):
@@ -283,7 +283,7 @@ def interrupted_at(monkeypatch, number, error, operation):
 
 
 @pytest.mark.parametrize("error", [Killed(), OSError(28, "No space left on device")], ids=["killed", "full"])
-def test_a_save_that_is_interrupted_anywhere_leaves_all_or_nothing(two, tmp_path, monkeypatch, error):
+def test_an_interrupted_save_leaves_all_or_nothing(two, tmp_path, monkeypatch, error):
     number, outcomes, came = 0, [], True
     while came:
         number += 1
@@ -298,7 +298,7 @@ def test_a_save_that_is_interrupted_anywhere_leaves_all_or_nothing(two, tmp_path
 
 
 @pytest.mark.parametrize("error", [Killed(), OSError(5, "Input/output error")], ids=["killed", "refused"])
-def test_a_deletion_that_is_interrupted_anywhere_leaves_whole_ones(two, tmp_path, monkeypatch, error):
+def test_an_interrupted_deletion_leaves_intact_checkpoints(two, tmp_path, monkeypatch, error):
     number, outcomes, came = 0, [], True
     while came:
         number += 1
@@ -311,7 +311,7 @@ def test_a_deletion_that_is_interrupted_anywhere_leaves_whole_ones(two, tmp_path
     assert outcomes[-1] == [2.0] and number > 2
 
 
-def test_half_a_deletion_is_no_checkpoint(two, tmp_path, monkeypatch):
+def test_a_partly_deleted_folder_is_not_a_checkpoint(two, tmp_path, monkeypatch):
     folder = copied(two, tmp_path / "save")
     checkpointer, _ = make(folder)
 
@@ -329,7 +329,7 @@ def test_half_a_deletion_is_no_checkpoint(two, tmp_path, monkeypatch):
     assert [path.name[:4] for path in folder.iterdir()] == ["CKPT"]
 
 
-def test_one_that_cannot_be_deleted_is_named_and_training_goes_on(two, tmp_path, monkeypatch, caplog):
+def test_a_failed_deletion_is_logged_and_training_continues(two, tmp_path, monkeypatch, caplog):
     folder = copied(two, tmp_path / "save")
     checkpointer, _ = make(folder)
 
@@ -339,10 +339,10 @@ def test_one_that_cannot_be_deleted_is_named_and_training_goes_on(two, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", refused)
         checkpointer.delete_checkpoints()
-    assert "could not be deleted" in caplog.text and values(folder) == [1.0, 2.0]
+    assert "cannot delete" in caplog.text and values(folder) == [1.0, 2.0]
 
 
-def test_tidying_removes_leftovers_and_nothing_else(two, tmp_path):
+def test_tidy_removes_leftovers_only(two, tmp_path):
     folder = copied(two, tmp_path / "save")
     for name in (".writing", ".deleted+CKPT+x", "damaged+CKPT+y", "mine", "CKPT.not-a-folder"):
         (folder / name).mkdir() if "not" not in name else (folder / name).write_text("")
@@ -356,7 +356,7 @@ def test_tidying_removes_leftovers_and_nothing_else(two, tmp_path):
 # How much
 
 
-def test_there_are_never_more_than_was_said(tmp_path, monkeypatch):
+def test_there_are_never_more_checkpoints_than_the_maximum(tmp_path, monkeypatch):
     folder, most = tmp_path / "save", 0
     checkpointer, model = make(folder)
     publish = checkpointer._publish
@@ -379,13 +379,13 @@ def test_there_are_never_more_than_was_said(tmp_path, monkeypatch):
     assert values(folder) == [3.0, 18.0, 19.0]
 
 
-def test_size_and_number_are_said_once(tmp_path, caplog):
+def test_size_and_number_are_logged_once(tmp_path, caplog):
     model = torch.nn.Linear(1024, 1024, bias=False)
     checkpointer = AtomicCheckpointer(tmp_path, {"model": model})
     with caplog.at_level(logging.INFO):
         checkpointer.save_checkpoint()
         checkpointer.save_checkpoint()
-    assert caplog.text.count(f"a checkpoint takes 4 MiB; there are at most {AT_MOST}, 20 MiB") == 1
+    assert caplog.text.count(f"a checkpoint takes 4 MiB; at most {AT_MOST} are kept, 20 MiB in all") == 1
 
 
 # A disk that refuses
@@ -411,8 +411,8 @@ print(json.dumps([said, [one.meta["epoch"] for one in AtomicCheckpointer(folder,
 """
 
 
-def test_a_disk_that_takes_no_more_is_one_clear_error(tmp_path):
-    """The system itself refuses here, as a full disk does: at the first byte, in the middle of the weights, ..."""
+def test_a_full_disk_is_an_error(tmp_path):
+    """A file size limit makes writes fail like a full disk: at the first byte, in the middle of the weights, ..."""
     pytest.importorskip("resource", reason="Windows has no such limit")
     limits = ["0", "10", "150", "1000", "100000", "160000"]
     command = [sys.executable, "-c", _SAVE_WITH_LIMITS, str(tmp_path / "save"), *limits]
@@ -434,7 +434,7 @@ def test_a_disk_that_takes_no_more_is_one_clear_error(tmp_path):
         "Parent directory /somewhere/save/.writing does not exist.",
     ],
 )
-def test_what_torch_says_of_a_disk_is_understood(two, tmp_path, monkeypatch, words):
+def test_disk_errors_raised_by_torch_are_checkpoint_errors(two, tmp_path, monkeypatch, words):
     folder = copied(two, tmp_path / "save")
     checkpointer, model = make(folder)
 
@@ -442,7 +442,7 @@ def test_what_torch_says_of_a_disk_is_understood(two, tmp_path, monkeypatch, wor
         raise RuntimeError(words)
 
     monkeypatch.setattr(torch, "save", refused)
-    with pytest.raises(CheckpointError, match="run the same command again"):
+    with pytest.raises(CheckpointError, match="rerun the same command"):
         save(checkpointer, model, 3.0)
     assert values(folder) == [1.0, 2.0]
 
@@ -459,7 +459,7 @@ def test_other_errors_of_torch_are_not_hidden(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_read_only_folder_is_one_clear_error(two, tmp_path):
+def test_a_read_only_folder_is_an_error(two, tmp_path):
     folder = copied(two, tmp_path / "save")
     folder.chmod(0o500)
     try:
@@ -477,7 +477,7 @@ def test_a_read_only_folder_is_one_clear_error(two, tmp_path):
         folder.chmod(0o700)
 
 
-def test_a_folder_that_has_become_read_only_is_one_clear_error(two, tmp_path, monkeypatch):
+def test_a_folder_that_becomes_read_only_is_an_error(two, tmp_path, monkeypatch):
     folder = copied(two, tmp_path / "save")
     checkpointer, model = make(folder)
 
@@ -491,7 +491,7 @@ def test_a_folder_that_has_become_read_only_is_one_clear_error(two, tmp_path, mo
     assert values(folder) == [1.0, 2.0]
 
 
-def test_a_folder_that_has_vanished_is_one_clear_error(two, tmp_path):
+def test_a_missing_folder_is_an_error(two, tmp_path):
     folder = copied(two, tmp_path / "save")
     checkpointer, model = make(folder)
     shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same steps, the same figures, one set of files, and they end together."""
+"""Distributed training matches one process: the same steps and metrics, one set of files, and a common end."""
 
 import csv
 import json
@@ -76,7 +76,7 @@ def test_processes_take_the_place_of_accumulated_batches(lengths, count, factor)
 
 @settings(max_examples=50, deadline=None)
 @given(LENGTHS, PROCESSES, st.data())
-def test_a_start_leaves_out_exactly_what_was_before(lengths, count, data):
+def test_a_resumed_epoch_skips_exactly_the_finished_batches(lengths, count, data):
     rank = data.draw(st.integers(0, count - 1))
     whole = drawn(lengths, rank, count)
     start = data.draw(st.integers(0, len(whole)))
@@ -97,7 +97,7 @@ def test_weighted_draws_are_shared_as_well(lengths, seed, count):
 # ---------------------------------------------------------------------------------------------------- one process
 
 
-def test_one_process_asks_nobody():
+def test_one_process_needs_no_communication():
     assert (distributed.world_size(), distributed.rank(), distributed.is_main(), distributed.is_launched()) == (
         1,
         0,
@@ -126,7 +126,7 @@ def position_of(monkeypatch, tmp_path, writers, step, readers, rank=0):
     ("writers", "step", "readers", "expected"),
     [(1, 6, 1, 6), (2, 6, 2, 6), (2, 6, 1, 12), (1, 12, 2, 6), (4, 3, 2, 6), (1, 7, 2, 4)],
 )
-def test_another_number_of_processes_goes_on_at_the_same_clip(monkeypatch, tmp_path, writers, step, readers, expected):
+def test_another_number_of_processes_resumes_at_the_same_clip(monkeypatch, tmp_path, writers, step, readers, expected):
     # The last: an epoch of seven batches is over, also for two processes, which take four each.
     assert position_of(monkeypatch, tmp_path, writers, step, readers) == expected
 
@@ -264,16 +264,16 @@ def test_the_checks_have_unequal_and_empty_batches(seen):
     assert any(not first for first, _ in lost)
 
 
-def test_a_held_encoder_has_gradients_after_its_release_alone(seen):
+def test_a_frozen_encoder_has_gradients_only_after_unfreezing(seen):
     has = ["wav2vec2.model.weight" in step for step in seen[0]["encoder held still"]["gradients"]]
     assert has[:3] == [False] * 3 and all(has[3:])
 
 
-def test_a_step_without_a_single_clip_is_left_out(seen):
+def test_a_step_without_clips_is_skipped(seen):
     assert seen[0]["nothing but unreadable"]["gradients"] == []
 
 
-def test_each_process_draws_a_dropout_of_its_own(seen):
+def test_dropout_differs_between_processes(seen):
     draws = [part["another dropout in each process"]["draw"] for part in seen]
     assert draws[0] != draws[1]
 
@@ -294,26 +294,26 @@ def test_figures_of_the_epochs_are_those_of_one_process(seen, seen_alone, name):
         assert row["valid_stats"] == pytest.approx(wanted["valid_stats"], abs=1e-5)
 
 
-def test_an_unreadable_clip_counts_once_however_many_processes_met_it(seen, seen_alone):
+def test_an_unreadable_clip_counts_once_over_all_processes(seen, seen_alone):
     counts = [[row["clips not read"] for row in part["unreadable"]["logged"]] for part in (seen[0], seen_alone)]
     # Two clips, in training and in validation.
     assert counts == [[4] * worker.EPOCHS] * 2
 
 
-def test_too_many_unreadable_clips_are_one_error_of_the_first_process(seen, seen_alone):
+def test_too_many_unreadable_clips_are_an_error_in_the_first_process(seen, seen_alone):
     assert "4 of 15 clips cannot be read while training, more than max_unreadable_share (0.2)" in seen[0]["too many"]
     assert seen[1]["too many"] == "exit 2"
     assert "of 15 clips cannot be read while training" in seen_alone["too many"]
 
 
-def test_processes_agree_on_sums_and_on_what_the_first_one_says(seen):
+def test_processes_agree_on_sums_and_broadcast_values(seen):
     for part in seen:
         assert part["exchange"]["total"] == [2.0, 1.0]
         assert part["exchange"]["gather"] == [{"rank": 0}, {"rank": 1}]
         assert part["exchange"]["from_main"] == "by 0"
 
 
-def test_an_error_of_the_first_process_ends_the_others_quietly(seen):
+def test_an_error_in_the_first_process_ends_the_others_without_a_message(seen):
     assert [part["exchange"]["end"] for part in seen] == ["said once", "exit 2"]
 
 
@@ -377,7 +377,7 @@ def test_data_are_prepared_once(finished):
     assert said.count(" - prepared ") == 1
 
 
-def test_one_process_goes_on_with_as_many_batches_in_each_step(finished, alone, tmp_path):
+def test_one_process_resumes_with_the_same_number_of_batches_per_step(finished, alone, tmp_path):
     before = read(finished.folder / "out/save/history.json")
     shutil.copytree(finished.folder / "out", tmp_path / "out")
     again = [*finished.words, "--output_folder", str(tmp_path / "out"), "--grad_accumulation_factor", "2"]
@@ -386,7 +386,7 @@ def test_one_process_goes_on_with_as_many_batches_in_each_step(finished, alone, 
     assert read(tmp_path / "out/save/history.json") == before
 
 
-def test_one_process_is_refused_with_fewer_batches_in_each_step(finished, alone, tmp_path, capsys):
+def test_one_process_cannot_resume_with_fewer_batches_per_step(finished, alone, tmp_path, capsys):
     shutil.copytree(finished.folder / "out", tmp_path / "out")
     assert alone(recipe=[*finished.words, "--output_folder", str(tmp_path / "out")]) == 2
     assert "batches_per_step: 2 in the folder, 1 now" in capsys.readouterr().err
@@ -398,13 +398,15 @@ def test_one_process_is_refused_with_fewer_batches_in_each_step(finished, alone,
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [
-        (("--distributed_backend", "nccl"), "distributed_backend nccl needs GPUs; without them it is gloo"),
-        (("--device", "cuda:0"), "device cuda:0 was given, but each process takes a GPU of its own"),
+        (("--distributed_backend", "nccl"), "distributed_backend nccl needs GPUs: on CPUs, use gloo"),
+        (("--device", "cuda:0"), "device is cuda:0, but each process uses its own GPU"),
         (("--method", "logistic_regression"), "method logistic_regression takes one process: start python train.py"),
     ],
     ids=["backend", "device", "method"],
 )
-def test_what_does_not_go_with_torchrun_is_said_once(words, alone, tmp_path, monkeypatch, capsys, option, complaint):
+def test_options_that_conflict_with_torchrun_are_reported_once(
+    words, alone, tmp_path, monkeypatch, capsys, option, complaint
+):
     said = []
     for rank in ("0", "1"):
         # As torchrun starts them; none of them comes to the point where they join.
@@ -417,7 +419,7 @@ def test_what_does_not_go_with_torchrun_is_said_once(words, alone, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_folder_in_use_is_refused_once(words, tmp_path):
+def test_a_folder_in_use_is_reported_once(words, tmp_path):
     with run_folder.claimed(tmp_path / "out"):
         done = torchrun(tmp_path, recipe=words(tmp_path))
     assert done.code != 0
@@ -426,7 +428,7 @@ def test_a_folder_in_use_is_refused_once(words, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_only_the_first_process_sees_ends_all(words, tmp_path):
+def test_an_error_found_by_the_first_process_ends_all(words, tmp_path):
     done = torchrun(tmp_path, recipe=words(tmp_path, "--data_folder", str(tmp_path / "nowhere")))
     assert done.code != 0
     assert done.err.count("there is no folder") == 1
@@ -450,7 +452,7 @@ OUR_TRACEBACK = 'helpers/distributed.py", line'
         ("kill", "exitcode  : -9"),
     ],
 )
-def test_a_process_that_dies_ends_the_others_and_its_error_is_said(words, tmp_path, how, said):
+def test_a_dead_process_ends_the_others_and_its_error_is_printed(words, tmp_path, how, said):
     dies = {"rank": 1, "step": 3, "how": how, "marker": tmp_path / "died"}
     done = torchrun(tmp_path, recipe=words(tmp_path), dies=dies)
     assert done.code != 0
@@ -460,7 +462,7 @@ def test_a_process_that_dies_ends_the_others_and_its_error_is_said(words, tmp_pa
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory, words):
-    """A run of two processes with dropout that nobody interrupts, and with checkpoints within the epochs."""
+    """An uninterrupted run of two processes with dropout and with checkpoints within the epochs."""
     folder = tmp_path_factory.mktemp("noisy")
     recipe = words(folder, *OFTEN)
     done = torchrun(folder, recipe=recipe, losses=folder / "losses.json")
@@ -483,7 +485,7 @@ def assert_as_if_nothing_had_happened(folder, noisy):
 
 
 @pytest.mark.slow
-def test_a_restart_by_torchrun_goes_on_from_the_last_checkpoint(words, noisy, tmp_path):
+def test_a_restart_by_torchrun_resumes_from_the_last_checkpoint(words, noisy, tmp_path):
     dies = {"rank": 1, "step": 17, "how": "kill", "marker": tmp_path / "died"}
     recipe = words(tmp_path, *OFTEN, "--overwrite", "True")
     done = torchrun(tmp_path, "--max-restarts=1", recipe=recipe, losses=tmp_path / "losses.json", dies=dies)
@@ -494,7 +496,7 @@ def test_a_restart_by_torchrun_goes_on_from_the_last_checkpoint(words, noisy, tm
 
 
 @pytest.mark.slow
-def test_a_signal_to_torchrun_ends_all_and_the_next_start_goes_on(words, noisy, tmp_path):
+def test_a_signal_to_torchrun_ends_all_and_the_next_start_resumes(words, noisy, tmp_path):
     dies = {"rank": 1, "step": 8, "how": "stop", "marker": tmp_path / "stopped"}
     done = torchrun(tmp_path, recipe=words(tmp_path, *OFTEN), dies=dies)
     assert done.code != 0
@@ -509,7 +511,7 @@ def test_a_signal_to_torchrun_ends_all_and_the_next_start_goes_on(words, noisy, 
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_within_an_epoch_of_two(words, single, alone, tmp_path):
+def test_one_process_resumes_within_an_epoch_of_two(words, single, alone, tmp_path):
     dies = {"rank": 0, "step": 8, "how": "stop", "marker": tmp_path / "stopped"}
     assert torchrun(tmp_path, recipe=words(tmp_path, *NO_NOISE), dies=dies).code != 0
     again = words(tmp_path, *NO_NOISE, "--grad_accumulation_factor", "2")
@@ -525,7 +527,7 @@ def test_one_process_goes_on_within_an_epoch_of_two(words, single, alone, tmp_pa
 
 
 def two_agents(folder, *more, **plan):
-    """As on two machines with one process each, which meet at a port of this one."""
+    """Start two torchrun agents with one process each, as on two machines."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -542,7 +544,7 @@ def two_agents(folder, *more, **plan):
 
 
 @pytest.mark.slow
-def test_two_agents_make_the_steps_of_one_process(words, single, tmp_path):
+def test_two_agents_take_the_same_steps_as_one_process(words, single, tmp_path):
     recipe = words(tmp_path, *NO_NOISE, "--ckpt_interval_minutes", "0")
     for agent in two_agents(tmp_path, recipe=recipe, losses=tmp_path / "losses.json"):
         assert agent.code == 0, agent.err[-3000:]
@@ -553,7 +555,7 @@ def test_two_agents_make_the_steps_of_one_process(words, single, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_agents_start_again_and_keep_what_was_trained(words, single, tmp_path):
+def test_two_agents_resume_after_a_restart(words, single, tmp_path):
     # Only the agent of the process that died counts a restart: the other has the process that heeds --overwrite.
     dies = {"rank": 1, "step": 17, "how": "kill", "marker": tmp_path / "died"}
     recipe = words(tmp_path, *NO_NOISE, *OFTEN, "--overwrite", "True")
@@ -619,7 +621,7 @@ def chosen(tmp_path_factory, words, tiny_encoder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHOICES)
-def test_choices_of_the_yaml_go_with_several_processes(chosen, name):
+def test_hyperparameters_work_with_several_processes(chosen, name):
     assert chosen.code == 0, chosen.err[-3000:]
     metrics = read(chosen.folder / name / "out/report/metrics.json")
     assert metrics["clip"]["accuracy"]["n"] == 6 and metrics["data"]["clips"] == 12

@@ -1,4 +1,4 @@
-"""Pooled states of a frozen encoder, kept on disk."""
+"""The cache of a frozen encoder's pooled states."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def encoded(monkeypatch):
     ids=["last", "sum", "standardised sum"],
 )
 @pytest.mark.parametrize("projector", [None, 5])
-def test_a_head_gives_for_kept_features_what_it_gives_for_audio(tiny_encoder, clips, tmp_path, options, projector):
+def test_cached_features_give_the_same_output_as_audio(tiny_encoder, clips, tmp_path, options, projector):
     encoder = make_encoder(str(tiny_encoder("wav2vec2-group")), freeze=True, **options)
     model = AccentModel(encoder, ACCENTS, projector_size=projector).eval()
     if options:
@@ -90,7 +90,7 @@ def test_a_head_gives_for_kept_features_what_it_gives_for_audio(tiny_encoder, cl
             assert torch.allclose(model(torch.from_numpy(codecs.read(clip.wav))[None])[0], scores, atol=1e-5)
 
 
-def test_all_states_are_kept_where_they_are_asked_for(encoder, clips, tmp_path):
+def test_all_hidden_states_can_be_cached(encoder, clips, tmp_path):
     store = filled(tmp_path, encoder, clips, every_state=True)
     states, valid = encoder.hidden_states(torch.from_numpy(codecs.read(clips[0].wav))[None])
     assert values(store, clips).shape == (6, len(states), encoder.width)
@@ -119,7 +119,7 @@ def test_no_clip_is_encoded_twice(encoder, clips, tmp_path, encoded):
 
 
 @pytest.mark.parametrize("change", ["weights", "precision", "states", "layers"])
-def test_features_of_another_encoder_are_not_taken(encoder, clips, tmp_path, encoded, tiny_encoder, change):
+def test_features_of_another_encoder_are_not_used(encoder, clips, tmp_path, encoded, tiny_encoder, change):
     filled(tmp_path, encoder, clips)
     encoded.clear()
     how = {}
@@ -136,7 +136,7 @@ def test_features_of_another_encoder_are_not_taken(encoder, clips, tmp_path, enc
     assert len(encoded) == len(clips)
 
 
-def test_another_recording_under_the_same_name_is_encoded_anew(encoder, clips, tmp_path, encoded):
+def test_another_recording_under_the_same_name_is_encoded_again(encoder, clips, tmp_path, encoded):
     before = values(filled(tmp_path / "kept", encoder, clips), clips)
     encoded.clear()
     codecs.write(tmp_path / "0.flac", np.zeros(8000, dtype=np.float32) + 0.1)
@@ -145,7 +145,7 @@ def test_another_recording_under_the_same_name_is_encoded_anew(encoder, clips, t
     assert not np.allclose(before[0], after[0]) and np.array_equal(before[1:], after[1:])
 
 
-def test_a_folder_that_was_moved_to_another_encoders_name_is_refused(encoder, clips, tmp_path):
+def test_a_folder_renamed_to_another_encoders_digest_is_an_error(encoder, clips, tmp_path):
     made = filled(tmp_path / "one", encoder, clips)
     other = feature_cache.identify(encoder, "bf16")
     name = Store(tmp_path / "two", other).folder.name
@@ -158,15 +158,15 @@ def test_a_folder_that_was_moved_to_another_encoders_name_is_refused(encoder, cl
     ("name", "content"),
     [("features.json", b"{"), ("features.json", b"[]"), ("features.json", None), ("index.csv", b"what\n")],
 )
-def test_a_folder_that_is_damaged_as_a_whole_is_refused(encoder, clips, tmp_path, name, content):
+def test_a_damaged_folder_is_an_error(encoder, clips, tmp_path, name, content):
     path = filled(tmp_path, encoder, clips).folder / name
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(FeatureError, match="delete that one"):
+    with pytest.raises(FeatureError, match="delete this one"):
         store_of(tmp_path, encoder)
 
 
 @pytest.mark.parametrize("row", [0, 3, 5])
-def test_damaged_values_are_computed_again(encoder, clips, tmp_path, encoded, row, caplog):
+def test_damaged_values_are_recomputed(encoder, clips, tmp_path, encoded, row, caplog):
     store = filled(tmp_path, encoder, clips)
     before, which = values(store, clips), [clip.id for clip in clips if store.row(feature_cache.key(clip)) == row]
     encoded.clear()
@@ -175,7 +175,7 @@ def test_damaged_values_are_computed_again(encoder, clips, tmp_path, encoded, ro
     content[row * len(content) // 6 + 5] ^= 1
     path.write_bytes(content)
     store = filled(tmp_path, encoder, clips)
-    assert "features of 1 clips are damaged" in caplog.text
+    assert "the damaged features of 1 clips" in caplog.text
     assert encoded == which
     assert np.allclose(values(store, clips), before, atol=1e-6)
     encoded.clear()
@@ -185,7 +185,7 @@ def test_damaged_values_are_computed_again(encoder, clips, tmp_path, encoded, ro
 
 @pytest.mark.parametrize("cut", [0.0, 0.2, 0.5, 0.99])
 @pytest.mark.parametrize("name", ["means.f32", "index.csv"])
-def test_a_store_that_was_cut_off_anywhere_goes_on(encoder, clips, tmp_path, name, cut):
+def test_a_truncated_store_is_completed(encoder, clips, tmp_path, name, cut):
     store = filled(tmp_path, encoder, clips)
     before, path = values(store, clips), store.folder / name
     os.truncate(path, int(cut * path.stat().st_size))
@@ -195,7 +195,7 @@ def test_a_store_that_was_cut_off_anywhere_goes_on(encoder, clips, tmp_path, nam
     assert all(feature_cache.key(clip) in again for clip in clips)
 
 
-def test_a_clip_that_cannot_be_read_is_named_and_left_out(encoder, clips, tmp_path):
+def test_an_unreadable_clip_is_reported_and_skipped(encoder, clips, tmp_path):
     (tmp_path / "2.flac").write_bytes(b"no audio")
     store = store_of(tmp_path / "kept", encoder)
     lost = feature_cache.fill(store, encoder, clips, load, progress=False)
@@ -207,18 +207,18 @@ def test_a_clip_that_cannot_be_read_is_named_and_left_out(encoder, clips, tmp_pa
     assert batch.pooled_states.shape == (5, 1, encoder.width)
 
 
-def test_a_batch_whose_clips_are_all_lost_is_empty(clips):
+def test_a_batch_of_unreadable_clips_has_no_features(clips):
     batch = feature_cache.collate([feature_cache.Lost("x", "why")])
     assert len(batch) == 0 and batch.lost == (("x", "why"),)
 
 
-def test_a_folder_that_cannot_be_made_is_said(encoder, tmp_path):
+def test_a_folder_that_cannot_be_created_is_an_error(encoder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="choose another features_folder"):
         store_of(tmp_path / "file", encoder)
 
 
-def test_what_another_process_added_meanwhile_is_taken_over(encoder, clips, tmp_path, encoded):
+def test_clips_added_by_another_process_are_used(encoder, clips, tmp_path, encoded):
     early = store_of(tmp_path, encoder)
     filled(tmp_path, encoder, clips[:3])
     encoded.clear()
@@ -227,7 +227,7 @@ def test_what_another_process_added_meanwhile_is_taken_over(encoder, clips, tmp_
     assert len(values(early, clips)) == 6
 
 
-def test_the_folder_holds_no_path(encoder, clips, tmp_path):
+def test_the_folder_contains_no_paths(encoder, clips, tmp_path):
     store = filled(tmp_path, encoder, clips)
     assert str(tmp_path) not in (store.folder / "features.json").read_text() + (store.folder / "index.csv").read_text()
     assert json.loads((store.folder / "features.json").read_text())["identity"]["precision"] == "fp32"

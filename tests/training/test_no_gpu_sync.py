@@ -1,4 +1,4 @@
-"""A training step asks a GPU for nothing that it would have to wait for.
+"""A training step never synchronises with the GPU.
 
 It runs on PyTorch's meta device, on which tensors have no values: whoever looks at one raises an error. Where there is
 a GPU, PyTorch's own check of such looks watches over the same steps.
@@ -28,7 +28,7 @@ def steps(brain, train_set):
 
 @pytest.fixture
 def without_values(monkeypatch):
-    """Let PyTorch's fused optimizer take tensors of the meta device, which autocast does not know at all."""
+    """Let PyTorch's fused optimizer accept tensors on the meta device, which autocast does not support."""
     optimizer = importlib.import_module("torch.optim.optimizer")
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **keywords: contextlib.nullcontext())
@@ -36,13 +36,13 @@ def without_values(monkeypatch):
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "equally long"])
 @pytest.mark.parametrize("family", TINY)
-def test_a_step_looks_at_no_value(family, padded, tiny_encoder, without_values):
+def test_a_step_reads_no_value_from_the_device(family, padded, tiny_encoder, without_values):
     encoder = make_encoder(str(tiny_encoder(family)), weighted_layers="all")
     steps(make_brain(encoder, "meta", grad_accumulation_factor=2), batches(padded))
 
 
 class Copies(TorchDispatchMode):
-    """Refuses copies from the CPU that are waited for, which the meta device allows."""
+    """Raises on blocking copies from the CPU, which the meta device allows."""
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
@@ -52,7 +52,7 @@ class Copies(TorchDispatchMode):
         return function(*arguments, **keywords)
 
 
-def test_no_copy_to_the_device_is_waited_for(tiny_encoder, without_values):
+def test_no_copy_to_the_device_blocks(tiny_encoder, without_values):
     brain = make_brain(make_encoder(str(tiny_encoder("wav2vec2-group"))), "meta")
     with Copies():
         steps(brain, batches(True))
@@ -61,19 +61,19 @@ def test_no_copy_to_the_device_is_waited_for(tiny_encoder, without_values):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_no_pooling_looks_at_a_value(pooling, tiny_encoder, without_values):
+def test_no_pooling_reads_a_value_from_the_device(pooling, tiny_encoder, without_values):
     encoder = make_encoder(str(tiny_encoder("wav2vec2-group")))
     steps(make_brain(encoder, "meta", pooling), batches(True))
 
 
-def test_hugging_faces_own_mask_looks(tiny_encoder, without_values):
+def test_hugging_faces_own_mask_reads_values(tiny_encoder, without_values):
     # The reason for accent_plugin.encoder.fast_dropout.make_mask; where this no longer fails, that may go.
     brain = make_brain(make_encoder(str(tiny_encoder("wav2vec2-group")), attn_implementation="sdpa"), "meta")
     with pytest.raises(RuntimeError, match="meta"):
         steps(brain, batches(True))
 
 
-def test_a_look_would_be_found(tiny_encoder, without_values, monkeypatch):
+def test_a_read_from_the_device_is_detected(tiny_encoder, without_values, monkeypatch):
     brain = make_brain(make_encoder(str(tiny_encoder("wav2vec2-group"))), "meta")
     count = brain._count
     monkeypatch.setattr(brain, "_count", lambda loss, weight: count(loss, weight) or float(loss))

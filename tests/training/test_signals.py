@@ -1,4 +1,4 @@
-"""Signals: remembered while a step is on, raised at once elsewhere, and afterwards handled as before."""
+"""Signals: deferred during a step, raised at once elsewhere, and handlers restored afterwards."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows sends no such s
 
 
 def mine(number, frame):
-    """Stands for a handler that somebody has set."""
+    """A handler that was set before."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def unchanged():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_at_once(number):
+def test_raise_on_signal_raises_at_once(number):
     with pytest.raises(Interrupted) as caught, signals.raise_on_signal():
         signal.raise_signal(number)
         pytest.fail("it goes on after the signal")
@@ -38,7 +38,7 @@ def test_at_once(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_is_remembered_and_named(number, caplog):
+def test_the_first_deferred_signal_is_remembered_and_logged(number, caplog):
     with signals.defer_signals() as pending:
         assert not pending
         signal.raise_signal(number)
@@ -46,7 +46,7 @@ def test_the_first_is_remembered_and_named(number, caplog):
     assert signal.Signals(number).name in caplog.text and unchanged()
 
 
-def test_the_second_ends_at_once():
+def test_the_second_deferred_signal_raises():
     with pytest.raises(Interrupted) as caught, signals.defer_signals():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
@@ -54,7 +54,7 @@ def test_the_second_ends_at_once():
     assert caught.value.signal == signal.SIGINT and unchanged()
 
 
-def test_under_torchrun_the_second_is_the_same_once_more(monkeypatch):
+def test_under_torchrun_the_second_signal_is_ignored(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with signals.defer_signals() as pending:
         signal.raise_signal(signal.SIGTERM)
@@ -62,7 +62,7 @@ def test_under_torchrun_the_second_is_the_same_once_more(monkeypatch):
     assert pending.number == signal.SIGTERM
 
 
-def test_inside_an_immediate_one_a_deferred_one_counts():
+def test_defer_signals_inside_raise_on_signal_takes_precedence():
     with pytest.raises(Interrupted), signals.raise_on_signal():
         with signals.defer_signals() as pending:
             signal.raise_signal(signal.SIGTERM)
@@ -72,7 +72,7 @@ def test_inside_an_immediate_one_a_deferred_one_counts():
     assert unchanged()
 
 
-def test_nothing_but_a_handler_for_it_catches_an_interruption():
+def test_except_exception_does_not_catch_an_interruption():
     with pytest.raises(Interrupted):
         try:
             raise Interrupted(signal.SIGTERM)
@@ -81,14 +81,14 @@ def test_nothing_but_a_handler_for_it_catches_an_interruption():
 
 
 @pytest.mark.parametrize("manager", [signals.raise_on_signal, signals.defer_signals])
-def test_handlers_come_back_after_an_error(manager):
+def test_handlers_are_restored_after_an_error(manager):
     with pytest.raises(ZeroDivisionError), manager():
         raise ZeroDivisionError
     assert unchanged()
 
 
 @pytest.mark.parametrize("manager", [signals.raise_on_signal, signals.defer_signals])
-def test_in_another_thread_nothing_changes(manager):
+def test_other_threads_change_no_handlers(manager):
     found = []
 
     def work():
@@ -101,7 +101,7 @@ def test_in_another_thread_nothing_changes(manager):
     assert found == [True] and unchanged()
 
 
-def test_signals_can_be_left_to_another_process():
+def test_ignore_signals_ignores_all_signals():
     signals.ignore_signals()
     for number in SIGNALS:
         signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""A position holds where training is, and brings every random generator back to the number it would have drawn."""
+"""`TrainingState` restores the position in the epoch and every random generator."""
 
 import random
 
@@ -11,7 +11,7 @@ from accent_plugin.training.state import TrainingState, random_state, set_random
 
 
 def draws():
-    """Numbers of every kind, which use all that a generator keeps: a normal one is drawn in pairs."""
+    """Random numbers of every kind; normal ones are drawn in pairs, so the generators hold a spare one."""
     return [
         *torch.randn(3).tolist(),
         torch.rand(1).item(),
@@ -41,14 +41,14 @@ def saved(tmp_path):
     return tmp_path / "position.ckpt"
 
 
-def test_generators_go_on_where_they_were(saved):
+def test_generators_resume_where_they_were(saved):
     after = draws()
     assert draws() != after
     TrainingState().load(saved, True)
     assert draws() == after
 
 
-def test_generators_go_on_within_a_pair_of_normal_numbers(tmp_path):
+def test_generators_resume_within_a_pair_of_normal_numbers(tmp_path):
     random.gauss(0, 1)
     np.random.standard_normal()
     position = TrainingState()
@@ -59,7 +59,7 @@ def test_generators_go_on_within_a_pair_of_normal_numbers(tmp_path):
     assert draws() == after
 
 
-def test_to_look_at_the_generators_does_not_move_them():
+def test_reading_the_generators_does_not_change_them():
     state = random_state()
     after = draws()
     set_random_state(state)
@@ -67,25 +67,25 @@ def test_to_look_at_the_generators_does_not_move_them():
     assert draws() == after
 
 
-def test_step_and_figures_come_back(saved):
+def test_step_and_figures_are_restored(saved):
     position = TrainingState()
     position.load(saved, False)
     assert (position.step, position.figures) == (7, {"sums": [1.0, 2.5]})
 
 
-def test_the_file_holds_plain_values_alone(saved):
+def test_the_file_holds_plain_values_only(saved):
     # Nothing that a pickle could run.
     assert torch.load(saved, weights_only=True).keys() == {"step", "figures", "random"}
 
 
-def test_what_was_taken_does_not_change_with_the_figures():
+def test_a_captured_state_does_not_change_with_the_figures():
     position, figures = TrainingState(), {"sums": 1}
     position.capture(1, figures)
     figures["sums"] = 2
     assert position.figures == {"sums": 1}
 
 
-def test_another_number_of_processes_leaves_the_generators_and_says_so(saved, monkeypatch, caplog):
+def test_another_number_of_processes_keeps_the_generators_and_warns(saved, monkeypatch, caplog):
     state = random_state()
     expected = draws()
     set_random_state(state)
@@ -97,7 +97,7 @@ def test_another_number_of_processes_leaves_the_generators_and_says_so(saved, mo
     assert "written by 1 processes, now there are 2" in caplog.text
 
 
-def test_each_process_gets_its_own_state_back(tmp_path, monkeypatch):
+def test_each_process_restores_its_own_state(tmp_path, monkeypatch):
     states = [random_state(), None]
     draws()
     states[1] = random_state()
