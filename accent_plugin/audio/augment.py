@@ -1,7 +1,7 @@
-"""Waveform augmentation that needs no downloads: speed, noise, band limit, time masking.
+"""Waveform augmentation without downloads: speed, noise, band limit, time masking.
 
-Applied clip by clip with a generator that is passed in, so that a clip's augmentation in an epoch is the same
-whatever the batch, the worker or the restart.
+Applied to each clip with a generator that is passed in, so that a clip's augmentation in an epoch depends neither on
+the batch, nor on the worker, nor on restarts.
 """
 
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ _SILENCE = 1e-8
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may happen to a clip; each with the same probability, None for never.
+    """Random augmentation of a clip; None disables one of the four kinds.
 
     Arguments
     ---------
     sample_rate : int
         In hertz.
     probability : float
-        Chance of each of the four, drawn separately.
+        Probability of each kind, drawn independently.
     speed : (float, float)
         Range of the speed factor; pitch moves with it (Ko et al., "Audio augmentation for speech recognition", 2015).
     noise_snr : (float, float)
-        Range of the signal-to-noise ratio in dB; the noise's spectrum falls by 0 to 6 dB an octave.
+        Range of the signal-to-noise ratio in dB; the noise's spectrum falls by 0 to 6 dB per octave.
     band : (float, float)
-        Range of the upper edge in hertz above which nothing is left, as telephones and codecs do.
+        Range of the cutoff frequency in hertz, above which everything is removed, as by telephones and codecs.
     mask_seconds : float
-        Longest stretch that is silenced.
+        Maximum length of the segment that is silenced.
     """
 
     sample_rate: int
@@ -52,7 +52,7 @@ class Augmentation:
         Returns
         -------
         (samples,) np.ndarray of float32
-            A new array; its length differs where the speed was changed.
+            A new array; its length differs if the speed was changed.
         """
         if self.speed and rng.random() < self.probability:
             samples = change_speed(samples, rng.uniform(*self.speed))
@@ -66,12 +66,12 @@ class Augmentation:
 
     @property
     def slowest(self):
-        """Factor by which a clip can become longer."""
+        """Largest factor by which a clip can become longer."""
         return 1 / min(self.speed) if self.speed else 1.0
 
 
 def make_augmentation(enabled, probability, speed=None, noise_snr=None, band=None, mask_seconds=None):
-    """An `Augmentation` for prepared audio, or None."""
+    """Make an `Augmentation` for prepared audio, or None if not enabled."""
     if not enabled:
         return None
     speed, noise_snr, band = (tuple(value) if value else None for value in (speed, noise_snr, band))
@@ -79,19 +79,19 @@ def make_augmentation(enabled, probability, speed=None, noise_snr=None, band=Non
 
 
 def change_speed(samples, factor):
-    """Play (samples,) faster by `factor`, pitch included."""
+    """Play (samples,) faster by `factor`, which also raises the pitch."""
     return soxr.resample(samples, factor, 1.0, quality="MQ")
 
 
 def limit_band(samples, edge, sample_rate):
-    """Remove from (samples,) what lies above `edge` hertz."""
+    """Remove frequencies above `edge` hertz from (samples,)."""
     spectrum = np.fft.rfft(samples)
     spectrum[np.fft.rfftfreq(len(samples), 1 / sample_rate) > edge] = 0
     return np.fft.irfft(spectrum, len(samples))
 
 
 def add_noise(samples, snr, slope, rng):
-    """Add noise to (samples,) at `snr` dB; its amplitude falls with frequency to the power of `slope`."""
+    """Add noise to (samples,) at `snr` dB; its amplitude is proportional to frequency to the power of -`slope`."""
     spectrum = np.fft.rfft(rng.standard_normal(len(samples)))
     spectrum[1:] /= np.arange(1, len(spectrum)) ** slope
     noise = np.fft.irfft(spectrum, len(samples))
@@ -102,7 +102,7 @@ def add_noise(samples, snr, slope, rng):
 
 
 def mask_time(samples, longest, rng):
-    """Silence one stretch of (samples,), of at most `longest` samples and half the clip."""
+    """Silence a segment of (samples,) of at most `longest` samples, and at most half the clip."""
     length = int(rng.integers(0, min(longest, len(samples) // 2) + 1))
     start = int(rng.integers(0, len(samples) - length + 1))
     samples = samples.copy()

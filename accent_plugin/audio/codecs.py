@@ -1,4 +1,4 @@
-"""The only place that touches samples on disk: decode, resample, check, read, write.
+"""Read and write audio files: decode, resample, check.
 
 Samples are ``(samples,) np.ndarray`` of float32, mono. Everything after preparation is at ``SAMPLE_RATE``. Decoding is
 libsndfile's (wav, flac, mp3, ogg-vorbis, opus), so neither FFmpeg nor torch is needed.
@@ -30,17 +30,17 @@ from accent_plugin.audio.samples import (
 )
 from accent_plugin.errors import AudioError
 
-# Endings of files that are looked for in folders; what a file is, its content tells.
+# Suffixes of audio files in folders; the format itself is determined by the content.
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au")
 
 
-# A header may announce any number of frames or channels: memory grows with what is really there, block by block.
+# Values decoded at a time: a header may claim any number of frames or channels, so memory grows with the actual data.
 _BLOCK_VALUES = 1 << 21
 
 
 @dataclass(frozen=True)
 class DecodedAudio:
-    """Decoded mono samples, their rate in hertz, and how the file holds them ("MP3", "FLAC PCM_16", "OGG VORBIS")."""
+    """Decoded mono samples, their rate in hertz, and the file's format ("MP3", "FLAC PCM_16", "OGG VORBIS")."""
 
     samples: np.ndarray
     sample_rate: int
@@ -54,9 +54,9 @@ class DecodedAudio:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself: hertz, channels, how it holds the samples ("FLAC PCM_16"), and how long it is.
+    """Header of a file: sample rate in hertz, channels, format ("FLAC PCM_16"), and duration in seconds.
 
-    An MP3 does not know how long it is: then `seconds` is None.
+    An MP3 header has no reliable duration: then `seconds` is None.
     """
 
     sample_rate: int
@@ -66,7 +66,7 @@ class Header:
 
 
 def read_header(source):
-    """Read what a file says of itself; `source` and errors as for `decode`."""
+    """Read the header of a file; `source` and errors as for `decode`."""
     name = "clip" if isinstance(source, bytes) else str(getattr(source, "name", source))
     try:
         with _open(source, name) as sound:
@@ -77,18 +77,19 @@ def read_header(source):
 
 
 def decode(source, max_seconds=None):
-    """Decode one clip to mono, at the rate it has.
+    """Decode one clip to mono, at its own sample rate.
 
     Arguments
     ---------
     source : bytes, str, Path or binary file object
-        The clip: wav, flac, mp3, ogg or opus, any number of channels (their mean is taken).
+        The clip: wav, flac, mp3, ogg or opus, with any number of channels, which are averaged.
     max_seconds : float, optional
-        Refuse longer clips, from the header, without decoding them. An MP3's header may lie: it is decoded up to here.
+        Refuse longer clips by their header, without decoding them. MP3 headers are unreliable: an MP3 is decoded up to
+        this length.
 
     Returns
     -------
-    Sound
+    DecodedAudio
 
     Raises
     ------
@@ -114,7 +115,7 @@ def load(source, min_seconds=0.0, max_seconds=None):
     Raises
     ------
     AudioError
-        With the reason to count it by.
+        With a short reason, by which errors are counted.
     """
     sound = decode(source, max_seconds)
     check_samples(sound.samples, sound.sample_rate, min_seconds, max_seconds)
@@ -122,7 +123,7 @@ def load(source, min_seconds=0.0, max_seconds=None):
 
 
 def stream(source, block_seconds=60.0):
-    """Decode, check and resample a clip of any length, block by block; what `load` gives, in constant memory.
+    """Decode, check and resample a clip of any length block by block: the samples of `load`, in constant memory.
 
     Arguments
     ---------
@@ -134,14 +135,14 @@ def stream(source, block_seconds=60.0):
     Yields
     ------
     (samples,) np.ndarray
-        float32 at ``SAMPLE_RATE``, `block_seconds` long, the last one shorter. Blocks are decoded as they are drawn.
+        float32 at ``SAMPLE_RATE``, `block_seconds` long, the last one shorter. Blocks are decoded as they are consumed.
 
     Raises
     ------
     AudioError
-        "undecodable", "empty" or "non-finite", where the file comes to it, and "silent" before the last block.
+        "undecodable", "empty" or "non-finite" when decoding reaches the problem, and "silent" before the last block.
     """
-    # Not a Path's name, which is its last part alone.
+    # A Path also has a name, but without its folder.
     opened = hasattr(source, "read")
     name = "clip" if isinstance(source, bytes) else str(getattr(source, "name", "clip") if opened else source)
     size = int(block_seconds * SAMPLE_RATE)
@@ -164,16 +165,16 @@ def stream(source, block_seconds=60.0):
 
 
 def read(path, start=0, frames=-1):
-    """Read a stretch of a prepared clip.
+    """Read a segment of a prepared clip.
 
     Arguments
     ---------
     path : str or Path
-        A mono file at ``SAMPLE_RATE``, as ``write`` makes it.
+        A mono file at ``SAMPLE_RATE``, as written by ``write``.
     start : int
         First sample.
     frames : int
-        Number of samples; -1 reads to the end, and a stretch beyond the end is cut there.
+        Number of samples; -1 reads to the end. A segment that extends beyond the end is shorter.
 
     Returns
     -------
@@ -182,43 +183,43 @@ def read(path, start=0, frames=-1):
     Raises
     ------
     AudioError
-        Unreadable, at another rate, not mono, or ``start`` not inside the clip.
+        When the file is unreadable, at another rate or not mono, or ``start`` is not inside the clip.
     """
     try:
         with _open(path, str(path)) as sound:
             if sound.samplerate != SAMPLE_RATE or sound.channels != 1:
                 raise AudioError(
                     UNDECODABLE,
-                    f"{path} has {sound.channels} channel(s) at {sound.samplerate} Hz, prepared clips have one at "
+                    f"{path} has {sound.channels} channel(s) at {sound.samplerate} Hz, but prepared clips have one at "
                     f"{SAMPLE_RATE} Hz: prepare the data again, or read it with accent_plugin.audio.codecs.load",
                 )
             if not 0 <= start < sound.frames:
-                raise AudioError(EMPTY, f"{path} has {sound.frames} samples: nothing to read from {start} on")
+                raise AudioError(EMPTY, f"{path} has {sound.frames} samples: cannot read from sample {start}")
             sound.seek(start)
             samples = sound.read(frames, dtype="float32")
     except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
         raise AudioError(UNDECODABLE, f"{path} cannot be read: {_why(error)}") from None
     if not len(samples):
-        raise AudioError(EMPTY, f"{path} breaks off before sample {start}")
+        raise AudioError(EMPTY, f"{path} ends before sample {start}")
     if not np.isfinite(samples).all():
-        raise AudioError(NON_FINITE, f"{path} holds samples that are not numbers")
+        raise AudioError(NON_FINITE, f"{path} has samples that are NaN or infinite")
     return samples
 
 
 def write(path, samples):
-    """Write 16-bit FLAC at ``SAMPLE_RATE``; the file is whole or absent.
+    """Write 16-bit FLAC at ``SAMPLE_RATE`` atomically.
 
     Arguments
     ---------
     path : str or Path
-        Where to; its folder exists.
+        File in an existing folder.
     samples : (samples,) np.ndarray
         16-bit steps, or floats in [-1, 1], which are quantised.
 
     Raises
     ------
     OSError
-        A full disk, no permission, ...
+        When the disk is full, permission is missing, ...
     """
     path = Path(path)
     steps = samples if samples.dtype == np.int16 else quantise(samples)
@@ -230,23 +231,23 @@ def write(path, samples):
 
 
 def encode_mp3(samples, bitrate):
-    """Encode as MP3 of constant bitrate, in memory.
+    """Encode as MP3 with constant bitrate, in memory.
 
     Arguments
     ---------
     samples : (samples,) np.ndarray
         Floats at ``SAMPLE_RATE``.
     bitrate : int
-        In bits per second: a step of MPEG-2's layer III, such as 16,000, 24,000, 32,000 or 64,000.
+        In bits per second: a bitrate of MPEG-2 layer III, such as 16,000, 24,000, 32,000 or 64,000.
 
     Returns
     -------
     bytes
-        ``decode`` gives more samples, the first 1105 places later: the delays of encoder and decoder, which libsndfile
-        does not write into the file.
+        ``decode`` returns more samples, delayed by 1105: libsndfile does not write the delays of encoder and decoder
+        into the file.
     """
     encoded = io.BytesIO()
-    # At this rate libsndfile maps levels from 0 to 1 linearly to 160 to 8 kbit/s, and LAME takes the nearest step.
+    # At this rate libsndfile maps levels from 0 to 1 linearly to 160 to 8 kbit/s, and LAME takes the nearest bitrate.
     level = (160_000 - bitrate) / 152_000
     soundfile.write(encoded, samples, SAMPLE_RATE, format="MP3", bitrate_mode="CONSTANT", compression_level=level)
     return encoded.getvalue()
@@ -257,22 +258,22 @@ def _open(source, name):
         return soundfile.SoundFile(io.BytesIO(source))
     if hasattr(source, "read"):
         return soundfile.SoundFile(io.BytesIO(source.read()) if not source.seekable() else source)
-    # Without O_NONBLOCK a FIFO would wait for its writer. By a name, soundfile would judge the format of some files.
+    # Without O_NONBLOCK, opening a FIFO would block. Given a name, soundfile would guess some formats from the suffix.
     descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise AudioError(UNDECODABLE, f"{name} is not a regular file")
-    # libsndfile closes the descriptor, also when it fails.
+    # libsndfile closes the descriptor even if it fails.
     return soundfile.SoundFile(descriptor, closefd=True)
 
 
 def _decode(sound, name, max_seconds):
     rate = sound.samplerate
     if rate not in SAMPLE_RATES:
-        raise AudioError(UNDECODABLE, f"{name} announces a sample rate of {rate} Hz")
+        raise AudioError(UNDECODABLE, f"{name} has an unsupported sample rate of {rate} Hz")
     limit = None if max_seconds is None else int(max_seconds * rate)
     if limit is not None and sound.frames > limit and sound.format != "MP3":
-        raise AudioError(TOO_LONG, f"{name} lasts {sound.frames / rate:.1f} s, the most is {max_seconds:g} s")
+        raise AudioError(TOO_LONG, f"{name} is {sound.frames / rate:.1f} s long, the maximum is {max_seconds:g} s")
     blocks, total = [], 0
     while True:
         wanted = _BLOCK_VALUES // sound.channels
@@ -284,7 +285,7 @@ def _decode(sound, name, max_seconds):
         blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
         total += len(block)
         if limit is not None and total > limit:
-            raise AudioError(TOO_LONG, f"{name} lasts more than {max_seconds:g} s")
+            raise AudioError(TOO_LONG, f"{name} is longer than {max_seconds:g} s")
     if not total:
         raise AudioError(EMPTY, f"{name} holds no samples")
     return DecodedAudio(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], rate, _codec(sound))
@@ -295,17 +296,17 @@ def _codec(sound):
 
 
 def _refusal(source, name, error):
-    """The `AudioError` of a file that libsndfile does not open or decode."""
-    if _nothing_in(source):
+    """Make the `AudioError` for a file that libsndfile cannot open or decode."""
+    if _is_empty(source):
         return AudioError(EMPTY, f"{name} holds no bytes")
     return AudioError(UNDECODABLE, f"{name} cannot be decoded: {_why(error)}")
 
 
 def _pieces(sound, name, seconds):
-    """Yield an open file's samples as mono at ``SAMPLE_RATE``, in pieces of about so many seconds at most."""
+    """Yield an open file's samples as mono at ``SAMPLE_RATE``, in pieces of at most about ``seconds``."""
     rate = sound.samplerate
     if rate not in SAMPLE_RATES:
-        raise AudioError(UNDECODABLE, f"{name} announces a sample rate of {rate} Hz")
+        raise AudioError(UNDECODABLE, f"{name} has an unsupported sample rate of {rate} Hz")
     resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
     wanted = max(1, min(_BLOCK_VALUES // sound.channels, int(seconds * rate)))
     low, high = np.inf, -np.inf
@@ -318,16 +319,16 @@ def _pieces(sound, name, seconds):
     if low > high:
         raise AudioError(EMPTY, f"{name} holds no samples")
     if high - low <= SILENCE_LEVEL:
-        raise AudioError(SILENT, f"{name} is silent: its samples do not differ")
+        raise AudioError(SILENT, f"{name} is silent: all samples are equal")
     yield np.zeros(0, np.float32) if resampler is None else resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
 def _why(error):
-    """The library's own words, without the Python object that it prefixes."""
+    """Message of libsndfile, without the Python object that soundfile puts before it."""
     return getattr(error, "error_string", error)
 
 
-def _nothing_in(source):
+def _is_empty(source):
     if isinstance(source, bytes):
         return not source
     try:

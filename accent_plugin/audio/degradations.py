@@ -1,7 +1,7 @@
-"""Degradations of the test set, to see what a telephone, a codec or a noisy room costs.
+"""Degradations of the test set, to measure robustness to telephones, codecs and noise.
 
-Each is a function of (samples,) np.ndarray of float32 at 16 kHz and a np.random.Generator, and returns as many samples,
-of float32. They are named functions, since the loader's workers may have to pickle them.
+Each is a function of (samples,) np.ndarray of float32 at 16 kHz and a np.random.Generator that returns as many samples
+of float32. They are named functions because the loader's workers may have to pickle them.
 """
 
 import numpy as np
@@ -18,17 +18,17 @@ def telephone(samples, rng):
 
 
 def half_rate(samples, rng):
-    """Keep what 8 kHz sampling can carry."""
+    """Keep the band below 4 kHz, which a sample rate of 8 kHz can represent."""
     return limit_band(samples, 4000, SAMPLE_RATE).astype(np.float32)
 
 
 def mp3(samples, rng):
-    """Through MP3 and back: what a listener gets, so that the codec's delay of 69 ms stays and the end is cut."""
+    """Encode as MP3 and decode, as a listener would: the codec's delay of 69 ms stays, and the end is cut off."""
     return codecs.decode(codecs.encode_mp3(samples, 32_000)).samples[: len(samples)]
 
 
 def noise(samples, rng):
-    """Add noise 10 dB below the clip, between white and pink (amplitude falling with the root of frequency)."""
+    """Add noise at 10 dB SNR, between white and pink (amplitude falling with the square root of frequency)."""
     return add_noise(samples, 10.0, rng.uniform(0.0, 0.5), rng).astype(np.float32)
 
 

@@ -2,23 +2,23 @@
 
 import numpy as np
 
-# Frames of the gate, in samples: 25 ms every 10 ms, summed from cells of 5 ms.
+# In samples: frames of 25 ms every 10 ms, summed from cells of 5 ms.
 FRAME_SAMPLES, STEP_SAMPLES, _CELL = 400, 160, 80
 
 
 def frame_levels(samples, frames):
-    """Level of each frame.
+    """Compute the level of each frame.
 
     Arguments
     ---------
     samples : (samples,) np.ndarray
     frames : int
-        Frame i covers 25 ms from i times 10 ms on, or what there is of them.
+        Number of frames. Frame i starts at i times 10 ms; the last ones may be shorter than 25 ms.
 
     Returns
     -------
     (frames,) np.ndarray of float32
-        Variance in dB of full scale.
+        Variance in dB relative to full scale.
     """
     if not frames:
         return np.zeros(0, np.float32)

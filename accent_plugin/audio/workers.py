@@ -1,4 +1,4 @@
-"""Work on many clips in processes of their own, so that a file that kills its decoder costs only itself."""
+"""Process many clips in worker processes, so that a file that crashes its decoder costs only that clip."""
 
 import contextlib
 import hashlib
@@ -14,13 +14,13 @@ from accent_plugin.audio import codecs
 from accent_plugin.audio.samples import UNDECODABLE, quantise
 from accent_plugin.errors import AudioError
 
-# Starting a process costs as much as decoding this many clips.
+# Starting a worker takes as long as decoding this many clips.
 _CLIPS_PER_WORKER = 100
 
 
 @dataclass(frozen=True)
 class ConversionJob:
-    """One clip to convert: what it is called, where it is (bytes or path), where it goes, and how long it may be."""
+    """One clip to convert: its id, source (bytes or path), target path, and limits on its length."""
 
     id: str
     source: bytes | str
@@ -31,7 +31,7 @@ class ConversionJob:
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of one job: a file of ``frames`` samples and ``size`` bytes, or a ``reason`` why there is none."""
+    """Result of one job: a file of ``frames`` samples and ``size`` bytes, or the ``reason`` why there is none."""
 
     id: str
     frames: int = 0
@@ -46,15 +46,15 @@ def convert_files(jobs, workers=1):
 
     Arguments
     ---------
-    jobs : iterator of Job
-        Drawn as they are needed, so that no more clips are in memory than there are workers.
+    jobs : iterator of ConversionJob
+        Consumed as needed, so that no more clips are in memory than there are workers.
     workers : int
-        Processes; below 2 the work is done in this one. They import neither torch nor the main script.
+        Number of processes; below 2 the work is done in this one. They import neither torch nor the main script.
 
     Yields
     ------
     Converted
-        One for each job, in the order they are done. A process that dies costs the clip that it held.
+        One for each job, in order of completion. If a worker dies, only the clip that it held is lost.
 
     Raises
     ------
@@ -65,23 +65,23 @@ def convert_files(jobs, workers=1):
 
 
 def map_in_workers(work, jobs, workers=1, *, died):
-    """Do something with many clips, in the order that is quickest.
+    """Apply a function to many jobs in worker processes, and yield results in order of completion.
 
     Arguments
     ---------
     work : function
-        A job -> what becomes of it; at the top of a module that imports neither torch nor the main script.
+        Job -> result; defined at the top level of a module that imports neither torch nor the main script.
     jobs : iterator
-        Drawn as they are needed, so that no more of them are in memory than there are workers. Each has an ``id``.
+        Consumed as needed, so that no more of them are in memory than there are workers. Each has an ``id``.
     workers : int
-        Processes; below 2 the work is done in this one.
+        Number of processes; below 2 the work is done in this one.
     died : function
-        (the job's id, message) -> what becomes of a job whose process dies.
+        (id of the job, message) -> result of a job whose worker died.
 
     Yields
     ------
     object
-        What ``work`` or ``died`` gives, one for each job.
+        A result of ``work`` or ``died`` for each job.
 
     Raises
     ------
@@ -92,12 +92,12 @@ def map_in_workers(work, jobs, workers=1, *, died):
 
 
 def worker_count(workers, clips):
-    """Processes worth starting for so many clips: ``workers`` where it is given, else the cores there are."""
+    """Number of workers for so many clips: at most ``workers`` if given, else at most one per core."""
     return min(workers, clips) if workers is not None else min(core_count(), clips // _CLIPS_PER_WORKER)
 
 
 def core_count():
-    """Processors that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -116,7 +116,7 @@ def _lost(id_, message):
 
 
 def _serve(pipe, work):
-    """Do the jobs that come through the pipe until None does; runs in a process of its own."""
+    """Do the jobs from a pipe until None arrives; runs in a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError):
         while (job := pipe.recv()) is not None:
@@ -127,7 +127,7 @@ def _serve(pipe, work):
 
 
 def _in_processes(work, jobs, count, died):
-    """Yield outcomes from ``count`` processes as they come; no process holds more than one clip."""
+    """Yield results from ``count`` workers as they arrive; each worker holds at most one clip."""
     processes, busy = {}, {}
 
     def start():
@@ -142,7 +142,7 @@ def _in_processes(work, jobs, count, died):
     idle = [start() for _ in range(count)]
     try:
         while True:
-            # Zip asks for a job only when a process is idle.
+            # zip takes a job only for an idle worker.
             for pipe, job in zip(idle, jobs, strict=False):
                 pipe.send(job)
                 busy[pipe] = job.id
@@ -156,7 +156,7 @@ def _in_processes(work, jobs, count, died):
                     answer = pipe.recv()
                 except (EOFError, ConnectionError):
                     processes[pipe].join()
-                    message = f"the process that decoded it died (exit code {processes[pipe].exitcode})"
+                    message = f"the worker that decoded it died (exit code {processes[pipe].exitcode})"
                     answer, pipe = died(id_, message), start()
                 if isinstance(answer, OSError):
                     raise answer
@@ -170,7 +170,7 @@ def _in_processes(work, jobs, count, died):
 
 @contextlib.contextmanager
 def _main_hidden():
-    """A spawned process imports its parent's main script: train.py would bring torch and SpeechBrain into each."""
+    """Hide the main script, which a spawned process would import: train.py would load torch and SpeechBrain in each."""
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
         yield

@@ -305,9 +305,9 @@ class AccentBrain(sb.Brain):
         if in_a_row > self.nonfinite_patience + (_SCALER_HALVINGS if self.scaler.is_enabled() else 0):
             raise TrainingError(
                 f"the gradients of the last {in_a_row} steps up to step {self.optimizer_step} were not finite: "
-                "training diverges, or the audio is damaged\nthe last checkpoint is good: choose another output_folder, and "
-                "lower lr_encoder and lr_head or train in fp32; --nonfinite_patience sets how many such steps in a row "
-                "are tolerated"
+                "training diverges, or the audio is damaged\nthe last checkpoint is good: choose another "
+                "output_folder, and lower lr_encoder and lr_head or train in fp32; --nonfinite_patience sets how many "
+                "non-finite steps in a row are tolerated"
             )
 
     def update_average(self, loss, avg_loss):

@@ -1,4 +1,4 @@
-"""Bands: what each keeps and removes, at the clip's length, and the same again for the same generator."""
+"""Degradations: pass bands, lengths, types, and reproducibility."""
 
 import pickle
 
@@ -26,7 +26,7 @@ def decibels(samples, reference):
 
 @pytest.mark.parametrize("name", DEGRADATIONS)
 @pytest.mark.parametrize("samples", [1, 400, 16000, 48123])
-def test_a_band_keeps_length_and_type_and_is_the_same_again(name, samples):
+def test_a_degradation_keeps_length_and_type_and_is_reproducible(name, samples):
     clip = np.random.default_rng(1).uniform(-1, 1, samples).astype(np.float32)
     before = clip.copy()
     one, again = degraded(name, clip), degraded(name, clip)
@@ -40,7 +40,7 @@ def test_silence_stays_silent(name):
 
 
 @pytest.mark.parametrize("name", DEGRADATIONS)
-def test_a_band_can_be_sent_to_a_worker(name):
+def test_a_degradation_can_be_pickled(name):
     assert pickle.loads(pickle.dumps(DEGRADATIONS[name])) is DEGRADATIONS[name]
 
 
@@ -53,7 +53,7 @@ def test_tones_inside_are_kept_and_tones_outside_removed(name, kept, removed):
     assert np.allclose(degraded(name, inside + sum(map(tone, removed))), inside, atol=1e-5)
 
 
-def test_mp3_keeps_a_tone_and_removes_what_its_bitrate_has_no_bits_for():
+def test_mp3_keeps_a_tone_and_removes_high_frequencies():
     low = degraded("MP3 32 kbit/s", tone(1000))
     # Neither the start, where the codec's delay is silent, nor the end.
     assert abs(decibels(low[4000:-1000], tone(1000)[4000:-1000])) < 0.5
@@ -63,7 +63,7 @@ def test_mp3_keeps_a_tone_and_removes_what_its_bitrate_has_no_bits_for():
 
 
 @pytest.mark.parametrize("bitrate", [16_000, 24_000, 32_000])
-def test_mp3_has_the_bitrate_that_is_asked_for(bitrate):
+def test_mp3_has_the_given_bitrate(bitrate):
     clip = np.random.default_rng(0).uniform(-0.5, 0.5, 10 * RATE).astype(np.float32)
     encoded = codecs.encode_mp3(clip, bitrate)
     decoded = codecs.decode(encoded)
@@ -71,7 +71,7 @@ def test_mp3_has_the_bitrate_that_is_asked_for(bitrate):
     assert len(encoded) * 8 / decoded.seconds == bitrate
 
 
-def test_mp3_is_late_by_its_codecs_delay():
+def test_mp3_is_delayed_by_its_codec():
     # Stated in encode_mp3; a libsndfile that took it back would make the band milder than the figures say.
     clip = np.random.default_rng(0).uniform(-0.5, 0.5, RATE).astype(np.float32)
     decoded = codecs.decode(codecs.encode_mp3(clip, 32_000)).samples

@@ -91,7 +91,7 @@ def broken(what):
         ("text", "undecodable: it.wav cannot be decoded: Format not recognised."),
         ("nothing", "empty: it.wav holds no bytes"),
         ("no samples", "empty: it.wav holds no samples"),
-        ("silence", "silent: it.wav is silent: its samples do not differ"),
+        ("silence", "silent: it.wav is silent: all samples are equal"),
         ("nan", "non-finite: it.wav has samples that are NaN or infinite"),
         ("cut", "undecodable: it.wav cannot be decoded: "),
     ],

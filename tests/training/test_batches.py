@@ -309,8 +309,8 @@ SPOILT = {
     a_pipe: "is not a regular file",
     a_name_that_is_too_long: "cannot be read",
     a_name_with_a_null_byte: "cannot be read",
-    not_a_number: "not numbers",
-    infinite: "not numbers",
+    not_a_number: "NaN or infinite",
+    infinite: "NaN or infinite",
     another_rate: "at 8000 Hz",
     stereo: "2 channel(s)",
 }
