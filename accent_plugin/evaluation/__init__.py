@@ -1,1 +1,1 @@
-"""Arrays in, figures out."""
+"""Metrics, calibration, comparison and confidence intervals, computed from arrays."""

@@ -1,4 +1,4 @@
-"""Bootstrap over speakers, from sufficient statistics of each speaker."""
+"""Bootstrap over speakers, computed from sufficient statistics of each speaker."""
 
 import zlib
 
@@ -7,14 +7,11 @@ from scipy.special import logsumexp
 
 from accent_plugin.evaluation.scores import BINS, macro_f1, unweighted_average_recall
 
-_BLOCK = 4_000_000  # counts held at once while resampling: 32 MB
-
-
-# ---- speakers and the bootstrap --------------------------------------------------------------------------------------
+_BLOCK = 4_000_000  # counts in memory at a time while resampling: 32 MB
 
 
 class ResamplingUnits:
-    """The units that the bootstrap draws, sorted by accent: speakers, or clips where speakers are not known."""
+    """The units that the bootstrap draws, sorted by accent: speakers, or clips if the speakers are unknown."""
 
     def __init__(self, p):
         clips = len(p.ids)
@@ -43,7 +40,7 @@ class ResamplingUnits:
         return len(self.starts)
 
     def speaker_log_probabilities(self, p):
-        """(speakers, classes) np.ndarray: mean over the speaker's clips, normalised."""
+        """(speakers, classes) np.ndarray: mean over each speaker's clips, normalised."""
         clips = np.diff(np.append(self.starts, len(self.order)))
         means = np.add.reduceat(p.log_probabilities[self.order], self.starts, axis=0) / clips[:, None]
         return means - logsumexp(means, axis=1, keepdims=True)
@@ -55,6 +52,10 @@ class ResamplingUnits:
         ---------
         statistics : callable
             (first unit, last unit + 1) -> (units, columns) np.ndarray.
+        draws : int
+            Bootstrap samples.
+        seed : int
+            Seed of the bootstrap.
 
         Returns
         -------
@@ -69,7 +70,7 @@ class ResamplingUnits:
             sizes = np.diff(np.append(firsts, end))
             if not sizes.size:
                 continue
-            # Drawing how often each block is hit, then units within it, is the same multinomial in bounded memory.
+            # Drawing the number of hits per block, then units within it, gives the same multinomial in bounded memory.
             hits = rng.multinomial(end - start, sizes / (end - start), size=draws)
             for first, size, hit in zip(firsts, sizes, hits.T, strict=True):
                 drawn = np.repeat(np.arange(1, draws + 1), hit) * size + rng.integers(0, size, hit.sum())
@@ -83,7 +84,7 @@ class ResamplingUnits:
 
 
 class ClipStatistics:
-    """What is summed over clips, or over speakers: answers, log-loss, and the gap of each calibration bin."""
+    """Statistics summed over clips or speakers: answers, log-loss, and the gap of each calibration bin."""
 
     def __init__(self, log_probabilities, truth, unit):
         self.unit, self.classes = unit, log_probabilities.shape[1]
@@ -110,7 +111,7 @@ def grouped_sums(unit, units, column, columns, weights=None):
 
 
 def headline_figures(totals):
-    """Headline figures from (..., classes, classes + 1 + BINS) totals of `_Items.statistics`."""
+    """Headline figures from (..., classes, classes + 1 + BINS) totals of `ClipStatistics.statistics`."""
     classes = totals.shape[-2]
     confusion = totals[..., :classes]
     count = confusion.sum(axis=(-2, -1))
@@ -124,7 +125,7 @@ def headline_figures(totals):
 
 
 def bootstrap_interval(values, n):
-    """Make {"value", "low", "high", "n"} of the sample's figure (first) and those of the draws."""
+    """Make {"value", "low", "high", "n"} from the figure of the sample (first) and those of the draws."""
     draws = values[1:][~np.isnan(values[1:])]
     low, high = np.percentile(draws, [2.5, 97.5]) if draws.size else (None, None)
     return {"value": _number(values[0]), "low": _number(low), "high": _number(high), "n": int(n)}

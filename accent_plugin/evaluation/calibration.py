@@ -1,13 +1,14 @@
-"""Probabilities that mean what they say: one temperature, and what answering only the surest clips costs.
+"""Calibration by temperature scaling, and the risk-coverage curve.
 
 Conventions
 -----------
 * Temperature scaling (Guo et al., 2017): the probabilities are softmax(scores / T), with one T for all clips. T above 1
-  makes a model less sure, below 1 surer. No answer changes, nor that of a speaker, as means of scores are scaled too.
-* T minimises the mean negative log-likelihood over clips. Every clip counts once: accents are not weighed, so that the
-  probabilities fit the mixture of accents they were fitted on.
-* Fit on validation: T that has seen the test's answers makes the test's calibration look better than it is. Figures
-  "after" and the curve of `describe` are of the clips that T was fitted on, and so a little too good.
+  lowers the confidence, T below 1 raises it. No answer changes, neither of a clip nor of a speaker.
+* T minimises the mean negative log-likelihood over clips. Accents are not reweighted, so that the probabilities fit the
+  mixture of accents in the clips.
+* Fit T on the validation split: fitted on the test split, it would make the test calibration look better than it is.
+  The "after" figures and the curve of `describe_calibration` are computed on the clips that T was fitted on, and are
+  slightly optimistic.
 * Log-probabilities are floored at -700, as in `accent_plugin.evaluation.evaluate`.
 """
 
@@ -20,23 +21,23 @@ from accent_plugin.evaluation.predictions import FLOOR
 from accent_plugin.evaluation.scores import expected_calibration_error
 from accent_plugin.evaluation.selective import risk_coverage
 
-BOUNDS = (0.05, 20.0)  # of the temperature
+BOUNDS = (0.05, 20.0)  # range of the temperature
 
 
 def _checked(log_probabilities, truth):
-    """Return both as arrays, the rows normalised, or say what is wrong with them."""
+    """Return both as arrays with normalised rows, or raise a `ReportError`."""
     scores, truth = np.asarray(log_probabilities, dtype=np.float64), np.asarray(truth)
     if scores.ndim != 2 or scores.shape[1] < 2 or not len(scores):
         raise ReportError(
-            f"log_probabilities has shape {scores.shape}; calibration needs (clips, classes) of at least one clip and "
-            "two classes: is the validation split empty?"
+            f"log_probabilities has shape {scores.shape}; calibration needs (clips, classes) with at least one clip "
+            "and two classes: is the validation split empty?"
         )
     if truth.shape != (len(scores),) or not np.issubdtype(truth.dtype, np.integer):
-        raise ReportError(f"truth is {truth.dtype} of shape {truth.shape}; {len(scores)} clips need as many integers")
+        raise ReportError(f"truth has type {truth.dtype} and shape {truth.shape}; give {len(scores)} integers")
     outside = np.flatnonzero((truth < 0) | (truth >= scores.shape[1]))
     if outside.size:
         raise ReportError(
-            f"clip {outside[0]} has true accent {truth[outside[0]]}; indices go from 0 to {scores.shape[1] - 1}"
+            f"clip {outside[0]} has true accent {truth[outside[0]]}; indices range from 0 to {scores.shape[1] - 1}"
         )
     bad = np.flatnonzero(~(scores < np.inf).all(axis=1) | ~np.isfinite(scores).any(axis=1))
     if bad.size:
@@ -52,16 +53,16 @@ def _loss(log_probabilities, truth):
 
 
 def fit_temperature(log_probabilities, truth):
-    """Find the temperature that makes the true accents likeliest (Guo et al., 2017).
+    """Fit the temperature that maximises the likelihood of the true accents (Guo et al., 2017).
 
-    The log-likelihood is concave in 1 / T, so that it has one top, and a bounded search on log T finds it. Two cases
-    have none: without a wrong clip T would fall to 0, and nothing says how sure is too sure, so that the model is left
-    as it is, at 1; where chance does better than the model, T rises to its upper bound.
+    The log-likelihood is concave in 1 / T, so a bounded search on log T finds its maximum. There are two special cases.
+    If no answer is wrong, T would go to 0, and 1 is returned: nothing shows how confident the model should be. If the
+    model is worse than chance, T is at its upper bound.
 
     Arguments
     ---------
     log_probabilities : (clips, classes) array
-        Of clips that the model was not trained on. Logits do as well.
+        For clips that the model was not trained on. Logits work as well.
     truth : (clips,) array of int
 
     Returns
@@ -72,11 +73,11 @@ def fit_temperature(log_probabilities, truth):
     Raises
     ------
     ReportError
-        When there are no clips, fewer than two classes, or the arrays contradict each other.
+        When there are no clips or fewer than two classes, or the arrays are inconsistent.
 
     Example
     -------
-    >>> sure = np.log([[0.99, 0.01]] * 4)  # and right three times in four: log 99 / log 3
+    >>> sure = np.log([[0.99, 0.01]] * 4)  # correct three times out of four: log 99 / log 3
     >>> round(fit_temperature(sure, [0, 0, 0, 1]), 3)
     4.183
     """
@@ -94,7 +95,7 @@ def _fit(log_probabilities, truth):
     search = minimize_scalar(
         lambda x: loss(np.exp(x)), bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-7}
     )
-    # It comes near its bounds without reaching them.
+    # The search approaches its bounds but does not reach them.
     return float(min(*BOUNDS, np.exp(search.x), key=loss))
 
 
@@ -122,13 +123,13 @@ def apply_temperature(log_probabilities, temperature):
     array([0.667, 0.333])
     """
     if not 0 < temperature < np.inf:
-        raise ReportError(f"the temperature is {temperature}; it must be a positive number, 1 to change nothing")
+        raise ReportError(f"the temperature is {temperature}: it must be a positive number (1 changes nothing)")
     scores = np.maximum(np.asarray(log_probabilities, dtype=np.float64), FLOOR)
     return log_softmax(scores / temperature, axis=-1)
 
 
 def risk_coverage_curve(log_probabilities, truth):
-    """Trace the share of wrong answers against the share of clips answered (Geifman and El-Yaniv, 2017).
+    """Compute the fraction of wrong answers against the fraction of clips answered (Geifman and El-Yaniv, 2017).
 
     Arguments
     ---------
@@ -146,7 +147,7 @@ def risk_coverage_curve(log_probabilities, truth):
 
     Example
     -------
-    >>> curve = risk_coverage(np.log([[0.9, 0.1], [0.6, 0.4]]), [0, 1])
+    >>> curve = risk_coverage_curve(np.log([[0.9, 0.1], [0.6, 0.4]]), [0, 1])
     >>> curve.coverage, curve.risk, curve.area
     ((0.5, 1.0), (0.0, 0.5), 0.25)
     """
@@ -158,19 +159,19 @@ def _curve(log_probabilities, truth):
 
 
 def describe_calibration(log_probabilities, truth):
-    """Fit a temperature, and say what it did: what a bundle keeps of its calibration.
+    """Fit a temperature and describe its effect, for the bundle's config.
 
     Arguments
     ---------
     log_probabilities : (clips, classes) array
-        Of the validation split.
+        Scores of the validation split.
     truth : (clips,) array of int
 
     Returns
     -------
     calibration : dict
         "temperature", "clips", "log_loss" and "expected_calibration_error" (each {"before", "after"}), and "curve"
-        {"threshold", "coverage", "risk"} of the calibrated probabilities; numbers and lists, fit for JSON.
+        {"threshold", "coverage", "risk"} of the calibrated probabilities; numbers and lists that JSON can hold.
 
     Raises
     ------
@@ -179,7 +180,7 @@ def describe_calibration(log_probabilities, truth):
 
     Example
     -------
-    >>> calibration = describe(np.log([[0.99, 0.01]] * 4), [0, 0, 0, 1])
+    >>> calibration = describe_calibration(np.log([[0.99, 0.01]] * 4), [0, 0, 0, 1])
     >>> {when: round(error, 3) for when, error in calibration["expected_calibration_error"].items()}
     {'before': 0.24, 'after': 0.0}
     """

@@ -1,4 +1,4 @@
-"""Compare models on the same clips, summarise runs, and measure out-of-set detection."""
+"""Comparison of two models on the same clips, summaries of runs, and out-of-set detection."""
 
 import numpy as np
 
@@ -11,24 +11,24 @@ from accent_plugin.evaluation.scores import BINS, auroc
 FIGURES = ("accuracy", "unweighted_average_recall", "macro_f1", "log_loss", "expected_calibration_error")
 
 
-CONFIDENT = (0.5, 0.8, 0.9)  # probabilities from which an answer to out-of-set speech is counted as given
+CONFIDENT = (0.5, 0.8, 0.9)  # thresholds at which answers to out-of-set speech are counted
 
 
 def compare_models(a, b, draws=1000, seed=0):
-    """Compare two models on the same clips; a positive difference means that b has the larger figure.
+    """Compare two models on the same clips; a difference is the figure of b minus that of a.
 
     Arguments
     ---------
-    a, b : Predictions
-        Of the same clips with the same truth; clips and labels may come in another order.
+    a, b : ScoredClips
+        Predictions for the same clips with the same truth; the order of clips and labels may differ.
     draws, seed : int
-        Of the bootstrap. Both models are resampled by the same draws, so that what the speakers have in common cancels.
+        Of the bootstrap, which is paired: both models use the same draws, so that variation between speakers cancels.
 
     Returns
     -------
     comparison : dict
         "clip" and "speaker": {figure: {"a", "b", "difference": {"value", "low", "high", "n"}}} ("speaker" is None
-        without client ids); "changed": the speakers with another answer; "clips", "speakers", "notes".
+        without client ids); "changed": the speakers whose answers differ; "clips", "speakers", "notes".
 
     Raises
     ------
@@ -75,7 +75,7 @@ def compare_models(a, b, draws=1000, seed=0):
         ],
         "clips": len(a.ids),
         "speakers": len(units) if units.names is not None else None,
-        "notes": [] if units.names is not None else ["No client ids: intervals resample clips, and are too narrow."],
+        "notes": [] if units.names is not None else ["No client ids: intervals resample clips and are too narrow."],
     }
 
 
@@ -88,8 +88,8 @@ def _aligned(a, b):
     if missing or len(a.ids) != len(b.ids):
         extra = sorted(set(b.ids).difference(a.ids))
         raise ReportError(
-            f"only predictions of the same clips can be compared: {len(missing)} of {len(a.ids)} are missing from the "
-            f"second (first: {missing[:1]}), {len(extra)} are only there (first: {extra[:1]})"
+            f"only predictions for the same clips can be compared: {len(missing)} of {len(a.ids)} are missing from the "
+            f"second set (first: {missing[:1]}), {len(extra)} are only in the second set (first: {extra[:1]})"
         )
     order = np.array([where[clip] for clip in a.ids])
     columns = [b.labels.index(label) for label in a.labels]
@@ -112,15 +112,15 @@ def summarise_runs(runs, names=None):
     Arguments
     ---------
     runs : list of dict
-        As `evaluate` or metrics.json gives them.
+        From `evaluate` or metrics.json.
     names : list of str, or None
-        Of the runs; "1", "2", ... by default.
+        Names of the runs; "1", "2", ... by default.
 
     Returns
     -------
     summary : dict
         "runs": names; "clip" and "speaker": {figure: {"mean", "standard_deviation" (n - 1; None for one run),
-        "values"}}; "speaker" is None where a run has none.
+        "values"}}; "speaker" is None if a run has no such figures.
     """
     if not runs:
         raise ReportError("no runs to summarise")
@@ -144,22 +144,27 @@ def summarise_runs(runs, names=None):
 
 
 def out_of_set_scores(predictions_in, log_probabilities_out, accents_out):
-    """Measure how well the largest probability tells speech of the known accents from that of others.
+    """Measure how well the largest probability separates known accents from other accents.
 
     Arguments
     ---------
-    predictions_in : Predictions
-        Of speech of the known accents.
+    predictions_in : ScoredClips
+        Predictions for speech with the known accents.
     log_probabilities_out : (clips, classes) np.ndarray
-        The same model's answers to other speech.
+        The same model's log-probabilities for speech with other accents.
     accents_out : sequence of str
-        True accent of each of those clips.
+        True accent of each of the latter clips.
 
     Returns
     -------
     result : dict
-        "in_set", "overall" and each of "accents": {"clips", "auroc" (not for in_set), "confident": share answered with
-        a probability of at least 0.5, 0.8, 0.9, "answers": share of each answer}.
+        "in_set", "overall" and each of "accents": {"clips", "auroc" (not for in_set), "confident": fraction answered
+        with a probability of at least 0.5, 0.8, 0.9, "answers": fraction of each answer}.
+
+    Raises
+    ------
+    ReportError
+        When the shapes do not match, there are no clips, or probabilities do not sum to 1.
     """
     out = np.asarray(log_probabilities_out, dtype=np.float64)
     accents = np.asarray(list(map(str, accents_out)))
@@ -174,18 +179,18 @@ def out_of_set_scores(predictions_in, log_probabilities_out, accents_out):
 
     def describe(log_probabilities):
         top, answers = np.exp(log_probabilities.max(axis=1)), log_probabilities.argmax(axis=1)
-        share = np.bincount(answers, minlength=classes) / len(top)
+        fractions = np.bincount(answers, minlength=classes) / len(top)
         return {
             "clips": len(top),
             "confident": {str(c): float((top >= c).mean()) for c in CONFIDENT},
-            "answers": dict(zip(predictions_in.labels, share.tolist(), strict=True)),
+            "answers": dict(zip(predictions_in.labels, fractions.tolist(), strict=True)),
         }
 
-    def rejected(rows):
+    def describe_other(rows):
         return {**describe(rows), "auroc": auroc(inside, rows.max(axis=1))}
 
     return {
         "in_set": describe(predictions_in.log_probabilities),
-        "overall": rejected(out),
-        "accents": {accent: rejected(out[accents == accent]) for accent in sorted(set(accents.tolist()))},
+        "overall": describe_other(out),
+        "accents": {accent: describe_other(out[accents == accent]) for accent in sorted(set(accents.tolist()))},
     }

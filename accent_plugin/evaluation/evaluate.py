@@ -1,29 +1,29 @@
-"""How good a set of predictions is, and how sure of that one can be: arrays in, a report out.
+"""Metrics of a set of predictions with confidence intervals.
 
 Conventions
 -----------
-* A confusion matrix has the truth in its rows and the answers in its columns. The answer is the largest probability,
-  the first one on a tie.
-* By clip, every clip counts once. By speaker, every speaker counts once: his log-probabilities are the means over his
-  clips, made to sum to one again. A client id that has clips of two accents is one speaker in each of them.
-* An accent that no clip has is left out of every average and named under ``absent_accents``; answering with it is still
+* The rows of a confusion matrix are the truth, the columns the answers. The answer is the class with the largest
+  probability, the first one on a tie.
+* By clip, every clip counts once. By speaker, every speaker counts once: a speaker's log-probabilities are the
+  normalised means over the clips. A client id with clips of two accents counts as one speaker in each accent.
+* An accent without clips is excluded from every average and listed under ``absent_accents``; answering with it is still
   an error. An accent that is never the answer has precision 0 and F1 0.
-* Log-loss is in nats. Log-probabilities are floored at -700, so that one impossible answer cannot make it infinite.
-* Expected calibration error: 15 equal-width bins [k/15, (k+1)/15) of the largest probability, 1 in the last one; the
-  mean over clips of the distance between a bin's accuracy and its mean probability (Guo et al., 2017). Few clips make
-  it too large, and a resample of few clips larger still: its interval may lie above it.
-* Risk and coverage: only clips whose largest probability reaches a threshold are answered; coverage is their share,
-  risk the share of wrong answers among them, and clips of equal probability are answered together. The area under the
-  curve is the mean over clips of the risk at the clip's own probability (AURC of Geifman and El-Yaniv, 2017; of several
-  clips with the same probability each counts with the risk of all). Its interval comes from tenths of the clips by
-  probability, moved so that it belongs to the exact value.
+* Log-loss is in nats. Log-probabilities are floored at -700, so that a single wrong answer cannot make it infinite.
+* Expected calibration error: 15 equal-width bins [k/15, (k+1)/15) of the largest probability, with 1 in the last bin;
+  the mean over clips of the gap between a bin's accuracy and its mean probability (Guo et al., 2017). With few clips
+  it is biased upwards, in a resample even more: its interval may lie above it.
+* Risk and coverage: a clip is answered if its largest probability reaches a threshold. Coverage is the fraction of
+  clips answered, risk the fraction of wrong answers among them. The area under the curve is the mean over clips of the
+  risk at the clip's own probability (AURC of Geifman and El-Yaniv, 2017; clips with equal probability have the same
+  risk). Its interval is computed from tenths of the clips by probability, and shifted to match the exact value.
 * Intervals are 95 % percentile intervals of a bootstrap that draws speakers with replacement within each accent and
-  keeps all clips of a speaker together, since clips of one speaker are right or wrong together. Without client ids it
-  draws clips, which is too narrow, and a note says so. ``n`` is the number of units drawn for the figure.
-* A bootstrap cannot see what did not happen: with no error at all the interval has no width.
-* A group's unweighted average recall is over the accents that it has. A group of fewer than 5 speakers is ``small``:
-  too few to read anything into.
-* Same predictions, same bytes out, in whatever order the clips come; an accent's draws do not depend on the others.
+  keeps all clips of a speaker together, because their errors are correlated. Without client ids it draws clips; the
+  intervals are then too narrow, and a note says so. ``n`` is the number of units drawn for the figure.
+* With no error at all, the interval has no width.
+* A group's unweighted average recall is over the accents in the group. A group of fewer than 5 speakers is ``small``:
+  too small for conclusions.
+* Equal predictions give an identical report, whatever the order of the clips. An accent's draws do not depend on other
+  accents.
 """
 
 from collections import Counter
@@ -40,7 +40,7 @@ from accent_plugin.evaluation.bootstrap import (
 from accent_plugin.evaluation.scores import BINS, f1s, precisions, recalls, safe_ratio
 from accent_plugin.evaluation.selective import COVERAGE_TENTHS, CoverageTenths, risk_coverage
 
-SMALL = 5  # speakers; a cell with fewer is marked
+SMALL = 5  # speakers; groups with fewer are marked
 
 
 UNKNOWN = "unknown"
@@ -52,10 +52,7 @@ _AGES = ("teens", "twenties", "thirties", "forties", "fifties", "sixties", "seve
 _DURATIONS = ((3.0, "under 3 s"), (5.0, "3 to 5 s"), (8.0, "5 to 8 s"), (np.inf, "8 s and over"))
 
 
-_MOST_GROUPS = 12  # somebody's free-text column must not become a thousand groups
-
-
-# ---- groups ----------------------------------------------------------------------------------------------------------
+_MOST_GROUPS = 12  # so that a free-text column does not give a thousand groups
 
 
 def _age(text):
@@ -71,7 +68,7 @@ def _gender(text):
 
 
 def _groups(p):
-    """Yield the name of each kind of group, its values in reading order, and the index of every clip's value."""
+    """Yield each kind of group with its values in display order and the index of every clip's value."""
     for kind, column, band in (("gender", p.gender, _gender), ("age", p.age, _age)):
         texts = Counter(column)
         bands, counts = {text: band(text) for text in texts}, Counter()
@@ -91,30 +88,27 @@ def _groups(p):
     yield "duration", [name for _, name in _DURATIONS], np.digitize(p.seconds, [bound for bound, _ in _DURATIONS[:-1]])
 
 
-# ---- what callers use ------------------------------------------------------------------------------------------------
-
-
 def evaluate(predictions, draws=1000, seed=0):
-    """Compute every figure of a report, with its interval.
+    """Compute all metrics of a report, with intervals.
 
     Arguments
     ---------
-    predictions : Predictions
+    predictions : ScoredClips
     draws : int
         Bootstrap samples.
     seed : int
-        Of the bootstrap.
+        Seed of the bootstrap.
 
     Returns
     -------
     metrics : dict
         "clip", "speaker" (None without client ids), "per_accent", "confusion", "risk_coverage" (by clip: "threshold",
-        "coverage", "risk", "area", and "surest": what accuracy the surest 50, 80 and 90 % of clips have), "groups",
-        "absent_accents", "notes"; every figure is {"value", "low", "high", "n"}, and nothing in it is NaN.
+        "coverage", "risk", "area", and "surest": accuracy of the 50, 80 and 90 % of clips with the largest
+        probabilities), "groups", "absent_accents", "notes"; every figure is {"value", "low", "high", "n"}, never NaN.
 
     Example
     -------
-    >>> p = Predictions(("a", "b"), ("x", "y"), [0, 1], np.log([[0.9, 0.1], [0.6, 0.4]]), ("us", "england"), [4, 5])
+    >>> p = ScoredClips(("a", "b"), ("x", "y"), [0, 1], np.log([[0.9, 0.1], [0.6, 0.4]]), ("us", "england"), [4, 5])
     >>> evaluate(p)["clip"]["accuracy"]
     {'value': 0.5, 'low': 0.5, 'high': 0.5, 'n': 2}
     """
@@ -181,7 +175,7 @@ def _per_accent(confusion, units, labels):
     figures = {"precision": precisions(confusion), "recall": recalls(confusion), "f1": f1s(confusion)}
     return {
         label: {
-            # Only the accent's own speakers move its recall; everybody's answers move the other two.
+            # Recall depends on the accent's own speakers only, precision and F1 on all speakers.
             **{
                 k: bootstrap_interval(v[:, a], units.per_accent[a] if k == "recall" else len(units))
                 for k, v in figures.items()
@@ -195,14 +189,14 @@ def _per_accent(confusion, units, labels):
 
 
 def _notes(p, units, metrics):
-    """Say what a reader must know before believing the figures."""
+    """List the caveats of the figures."""
     notes, present = [], np.flatnonzero(units.per_accent)
     if metrics["absent_accents"]:
         names = ", ".join(metrics["absent_accents"])
-        notes.append(f"No clip of {names} is in these data: left out of every average.")
+        notes.append(f"These data have no clips of {names}: excluded from every average.")
     if units.names is None:
         notes.append(
-            "No client ids: intervals resample clips, not speakers, and are too narrow; nothing is counted by speaker."
+            "No client ids: intervals resample clips, not speakers, and are too narrow; figures by speaker are missing."
         )
         return notes
     unnamed = sum(not c for c in p.client_ids)
@@ -210,27 +204,27 @@ def _notes(p, units, metrics):
         notes.append(f"{unnamed} clips have no client id; each counts as a speaker of its own.")
     if len(set(p.client_ids) - {""}) + unnamed < len(units):
         notes.append(
-            "Some client ids have clips of more than one accent; each counts as one speaker in every accent it has."
+            "Some client ids have clips of more than one accent; each counts as one speaker in each of its accents."
         )
     few = [f"{p.labels[a]} ({units.per_accent[a]})" for a in present if units.per_accent[a] < SMALL]
     if few:
-        notes.append(f"Fewer than {SMALL} speakers of {', '.join(few)}: these intervals are too narrow to rely on.")
+        notes.append(f"Fewer than {SMALL} speakers of {', '.join(few)}: their intervals are too narrow to be reliable.")
     for level in ("clip", "speaker"):
         if metrics[level]["accuracy"]["value"] == 1:
             bound = 1 - 0.05 ** (1 / len(units))
             notes.append(
-                f"No error by {level}, so the bootstrap shows no width; with {len(units)} speakers, up to {bound:.0%} "
-                "of speakers wrong would still be consistent with this (exact one-sided 95 % bound)."
+                f"No error by {level}, so the bootstrap interval has no width; with {len(units)} speakers, this is "
+                f"consistent with an error rate of up to {bound:.0%} of speakers (exact one-sided 95 % bound)."
             )
     return notes
 
 
 def speaker_rows(predictions):
-    """List every speaker with his clips' answers and his own.
+    """List all speakers with their own answer and the answers of their clips.
 
     Arguments
     ---------
-    predictions : Predictions
+    predictions : ScoredClips
         With client ids.
 
     Returns

@@ -1,4 +1,4 @@
-"""Scores of clips with a known accent: the input of every figure."""
+"""A model's scores of labelled clips: the input of every metric."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ import numpy as np
 
 from accent_plugin.errors import ReportError
 
-FLOOR = -700.0  # of log-probabilities; exp of it is still a normal double
+FLOOR = -700.0  # minimum log-probability; its exponential is still a normal double
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredClips:
-    """What a model said about clips whose accent is known.
+    """A model's log-probabilities for labelled clips.
 
     Arguments
     ---------
     ids : tuple of str
-        One name per clip, no two the same.
+        Unique name of each clip.
     client_ids : tuple of str, or None
-        Speaker of each clip; None (or all empty) where the data do not say. A clip with an empty one is a speaker
-        of its own.
+        Speaker of each clip; None (or all empty) if the speakers are unknown. A clip with an empty id counts as a
+        speaker of its own.
     truth : (clips,) np.ndarray of int
         Index of the true accent in `labels`.
     log_probabilities : (clips, classes) np.ndarray
@@ -29,18 +29,18 @@ class ScoredClips:
     labels : tuple of str
         Accents in index order.
     seconds : (clips,) np.ndarray
-        Length of each clip.
+        Duration of each clip.
     gender, age : tuple of str
-        As the data have them; empty where unknown.
+        Values as in the data; empty if unknown.
 
     Raises
     ------
     ReportError
-        When there is nothing to evaluate or the arrays contradict each other.
+        When there are no clips, or the arrays are inconsistent.
 
     Example
     -------
-    >>> p = Predictions(("a", "b"), ("x", "y"), [0, 1], np.log([[0.9, 0.1], [0.6, 0.4]]), ("us", "england"), [4, 5])
+    >>> p = ScoredClips(("a", "b"), ("x", "y"), [0, 1], np.log([[0.9, 0.1], [0.6, 0.4]]), ("us", "england"), [4, 5])
     >>> p.predicted
     array([0, 0])
     """
@@ -75,7 +75,7 @@ class ScoredClips:
     def _check(self):
         clips, classes = len(self.ids), len(self.labels)
         if clips == 0:
-            raise ReportError("no predictions to evaluate: the list of clips is empty; is the test split empty?")
+            raise ReportError("no predictions to evaluate: is the test split empty?")
         if len(set(self.labels)) < classes or classes < 2:
             raise ReportError(f"labels must be two or more different accents, not {list(self.labels)}")
         columns = {"client_ids": self.client_ids, "truth": self.truth, "log_probabilities": self.log_probabilities,
@@ -90,7 +90,7 @@ class ScoredClips:
             )
         if len(set(self.ids)) < clips:
             twice = next(i for i, times in Counter(self.ids).items() if times > 1)
-            raise ReportError(f"clip {twice!r} is there twice; every clip may be predicted once")
+            raise ReportError(f"clip {twice!r} occurs twice: give one prediction per clip")
         if not (np.issubdtype(self.truth.dtype, np.integer) and self.truth.ndim == 1):
             raise ReportError(f"truth must be a list of integers, not {self.truth.dtype} of shape {self.truth.shape}")
         outside = np.flatnonzero((self.truth < 0) | (self.truth >= classes))
@@ -115,7 +115,7 @@ class ScoredClips:
 
     @property
     def probabilities(self):
-        """(clips, classes) np.ndarray: the probabilities themselves."""
+        """(clips, classes) np.ndarray: probability of each class."""
         return np.exp(self.log_probabilities)
 
     @property
@@ -125,21 +125,26 @@ class ScoredClips:
 
 
 def _text(value):
-    """Return a cell of a table as text; None and NaN are empty."""
+    """Convert a table cell to text; None and NaN become empty."""
     return "" if value is None or value != value else str(value).strip()
 
 
 def pool_clips(parts):
-    """Put the predictions of several folds together, as if one model had made them.
+    """Concatenate the predictions of several folds, as if one model had made them.
 
     Arguments
     ---------
-    parts : list of Predictions
-        No clip in two of them, the same labels in all.
+    parts : list of ScoredClips
+        With the same labels, and no clip in common.
 
     Returns
     -------
-    predictions : Predictions
+    predictions : ScoredClips
+
+    Raises
+    ------
+    ReportError
+        When there are no predictions, their labels differ, or they have a clip in common.
     """
     if not parts:
         raise ReportError("no predictions to pool")

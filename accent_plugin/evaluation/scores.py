@@ -1,4 +1,4 @@
-"""Recall, precision, F1, confusion matrix, calibration error and AUROC of arrays."""
+"""Recall, precision, F1, confusion matrix, calibration error and AUROC."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ BINS = 15
 
 
 def safe_ratio(a, b):
-    """Divide, with 0 where there is nothing to divide by."""
+    """Divide; 0 where the denominator is 0."""
     return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0)
 
 
@@ -21,12 +21,12 @@ def _mean_over_present(values, confusion):
 
 
 def recalls(confusion):
-    """Share of each accent's clips that got it as answer, (..., classes) np.ndarray; 0 for an absent accent."""
+    """Fraction of each accent's clips with the correct answer, (..., classes) np.ndarray; 0 for an absent accent."""
     return safe_ratio(np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(axis=-1))
 
 
 def precisions(confusion):
-    """Share of each answer that was right, (..., classes) np.ndarray; 0 for an answer never given."""
+    """Fraction of each answer that is correct, (..., classes) np.ndarray; 0 for an answer that is never given."""
     return safe_ratio(np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(axis=-2))
 
 
@@ -36,12 +36,12 @@ def f1s(confusion):
 
 
 def unweighted_average_recall(confusion):
-    """Average the recalls of the accents that are present, each counting the same.
+    """Average the recalls of the accents that are present, with equal weights.
 
     Arguments
     ---------
     confusion : (..., classes, classes) np.ndarray
-        Counts, rows are the truth.
+        Counts; rows are the truth.
 
     Returns
     -------
@@ -67,7 +67,7 @@ def macro_f1(confusion):
 
 
 def confusion_matrix(truth, predicted, classes):
-    """Count (classes, classes) np.ndarray of int, rows are the truth."""
+    """Count answers: (classes, classes) np.ndarray of int; rows are the truth."""
     return np.bincount(np.asarray(truth) * classes + np.asarray(predicted), minlength=classes**2).reshape(
         classes, classes
     )
@@ -93,7 +93,7 @@ def calibration_bins(probabilities, truth):
 
 
 def expected_calibration_error(probabilities, truth):
-    """Mean over clips of the distance between the accuracy and the mean probability of their bin (Guo et al., 2017).
+    """Mean over clips of the gap between the accuracy and the mean probability of their bin (Guo et al., 2017).
 
     Arguments
     ---------
@@ -114,7 +114,7 @@ def expected_calibration_error(probabilities, truth):
 
 
 def auroc(scores_in, scores_out):
-    """Probability that a random in-set score is above a random out-of-set one; a tie counts half.
+    """Probability that a random in-set score exceeds a random out-of-set score; a tie counts half.
 
     Example
     -------
@@ -123,7 +123,7 @@ def auroc(scores_in, scores_out):
     """
     inside, outside = np.asarray(scores_in, dtype=float), np.asarray(scores_out, dtype=float)
     if not inside.size or not outside.size:
-        raise ReportError("AUROC needs scores of both kinds; one of the lists is empty")
+        raise ReportError("AUROC needs in-set and out-of-set scores, but one of the lists is empty")
     outside = np.sort(outside)
     below = np.searchsorted(outside, inside, "left") + np.searchsorted(outside, inside, "right")
     return float(below.mean() / (2 * outside.size))

@@ -8,32 +8,29 @@ from accent_plugin.errors import ReportError
 from accent_plugin.evaluation.bootstrap import bootstrap_interval, grouped_sums
 from accent_plugin.evaluation.scores import safe_ratio
 
-SURE = (0.5, 0.8, 0.9)  # shares of clips that are answered, the surest ones
+SURE = (0.5, 0.8, 0.9)  # coverages at which the accuracy is reported
 
 
-_POINTS = 200  # of a curve that is kept
+_POINTS = 200  # maximum number of points of a curve
 
 
 COVERAGE_TENTHS = 10
 
 
-# ---- answering only when sure ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Curve:
-    """What answering only the surest clips costs and gains, from the surest ones to all.
+    """Risk-coverage curve: error rate against the fraction of clips answered, as the threshold falls.
 
     Arguments
     ---------
     threshold : tuple of float
-        Largest probability from which a clip is answered; falling.
+        A clip is answered if its largest probability is at least this; decreasing.
     coverage : tuple of float
-        Share of the clips that are answered; rising to 1.
+        Fraction of the clips that are answered; increasing to 1.
     risk : tuple of float
-        Share of these answers that is wrong; the last one is the error rate.
+        Fraction of these answers that are wrong; the last value is the error rate.
     area : float
-        Mean of the risk over the clips, of all points, also those that were thinned out (Geifman and El-Yaniv, 2017).
+        Area under the curve, from all points before thinning (AURC of Geifman and El-Yaniv, 2017).
     """
 
     threshold: tuple
@@ -42,16 +39,16 @@ class Curve:
     area: float
 
     def threshold_for(self, *, max_risk=None, min_coverage=None):
-        """Choose a threshold for a wanted risk or coverage.
+        """Choose a threshold for a given risk or coverage.
 
-        What held on these clips need not hold on others: a small risk seen on few clips is no bound.
+        The risk on these clips is no bound for other clips, especially if there are few of them.
 
         Arguments
         ---------
         max_risk : float
-            Answer as many clips as possible with at most this share of wrong answers.
+            Answer as many clips as possible with at most this fraction of wrong answers.
         min_coverage : float
-            Answer at least this share of clips, and as few as that allows.
+            Answer at least this fraction of clips, and as few as possible.
 
         Returns
         -------
@@ -60,7 +57,7 @@ class Curve:
         Raises
         ------
         ReportError
-            When not exactly one is given, it is no share, or no threshold reaches that risk.
+            When not exactly one of the two is given, its value is not between 0 and 1, or no threshold keeps the risk.
 
         Example
         -------
@@ -70,18 +67,16 @@ class Curve:
         """
         given = {k: v for k, v in (("max_risk", max_risk), ("min_coverage", min_coverage)) if v is not None}
         if len(given) != 1:
-            raise ReportError(
-                f"a threshold is chosen by max_risk or by min_coverage, one of them; got {given or 'none'}"
-            )
-        ((name, share),) = given.items()
-        if not 0 <= share <= 1:
-            raise ReportError(f"{name} is {share}; it is a share, from 0 to 1")
+            raise ReportError(f"give either max_risk or min_coverage to choose a threshold, not {given or 'neither'}")
+        ((name, value),) = given.items()
+        if not 0 <= value <= 1:
+            raise ReportError(f"{name} is {value}: give a fraction from 0 to 1")
         if min_coverage is not None:
             return next(t for t, c in zip(self.threshold, self.coverage, strict=True) if c >= min_coverage)
         reached = [t for t, r in zip(self.threshold, self.risk, strict=True) if r <= max_risk]
         if not reached:
             raise ReportError(
-                f"no threshold keeps the share of wrong answers at or below {max_risk}: the lowest is "
+                f"no threshold keeps the fraction of wrong answers at or below {max_risk}: the lowest is "
                 f"{min(self.risk):.3g}, at a probability of {self.threshold[int(np.argmin(self.risk))]:.3g}\n"
                 "allow a larger max_risk, or choose by min_coverage"
             )
@@ -89,19 +84,19 @@ class Curve:
 
 
 def risk_coverage(top, right):
-    """Trace risk against coverage as the threshold falls.
+    """Compute the risk-coverage curve.
 
     Arguments
     ---------
     top : (clips,) np.ndarray
         Largest probability of each clip.
     right : (clips,) np.ndarray of bool
-        Whether its answer is right.
+        Whether each answer is correct.
 
     Returns
     -------
     curve : Curve
-        At most 200 points, evenly spaced in coverage, with both ends.
+        At most 200 points, evenly spaced in coverage, including both ends.
 
     Example
     -------
@@ -110,7 +105,7 @@ def risk_coverage(top, right):
     """
     order = np.argsort(top)[::-1]
     top, wrong = top[order], np.cumsum(~right[order])
-    last = np.flatnonzero(np.append(top[1:] != top[:-1], True))  # of the clips with the same probability
+    last = np.flatnonzero(np.append(top[1:] != top[:-1], True))  # index of the last clip with each probability
     count, clips = last + 1, len(top)
     risk = wrong[last] / count
     area = float((np.diff(count, prepend=0) * risk).sum() / clips)
@@ -123,12 +118,12 @@ def risk_coverage(top, right):
 
 
 class CoverageTenths:
-    """Tenths of the clips by their largest probability, the surest first: how many, and how many are wrong."""
+    """Counts of clips and of wrong answers in tenths of the clips, in descending order of probability."""
 
     def __init__(self, items):
         self.unit, self.right, clips = items.unit, items.right, len(items.top)
         ranked = np.sort(items.top)[::-1]
-        # Of each tenth the smallest probability; all clips that share it belong to the same one.
+        # The smallest probability of each tenth. Clips with the same probability are in the same tenth.
         self.edges = ranked[(np.arange(1, COVERAGE_TENTHS + 1) * clips - 1) // COVERAGE_TENTHS]
         self.tenth = np.searchsorted(-self.edges, -items.top)
 
@@ -140,16 +135,16 @@ class CoverageTenths:
         return np.hstack([grouped_sums(unit, units, tenth, COVERAGE_TENTHS, weights) for weights in (None, wrong)])
 
     def figures(self, totals, curve, n):
-        """Make the report's part on risk and coverage of (1 + draws, classes, 2 * tenths) totals."""
+        """Make the "risk_coverage" part of a report from (1 + draws, classes, 2 * tenths) totals."""
         count, wrong = np.cumsum(totals.sum(axis=1).reshape(-1, 2, COVERAGE_TENTHS), axis=-1).swapaxes(0, 1)
         risk = safe_ratio(wrong, count)
-        # Within a tenth the risk is taken to change evenly; in the first there is no telling where it began.
+        # The risk is interpolated linearly within a tenth; in the first it is constant, as its start is unknown.
         middle = (risk + np.hstack([risk[:, :1], risk[:, :-1]])) / 2
         area = (np.diff(count, prepend=0) * middle).sum(axis=-1) / count[:, -1]
         surest = {}
-        for share in SURE:
-            k = round(share * COVERAGE_TENTHS) - 1
-            surest[str(share)] = {
+        for coverage in SURE:
+            k = round(coverage * COVERAGE_TENTHS) - 1
+            surest[str(coverage)] = {
                 "threshold": float(self.edges[k]),
                 "coverage": float(count[0, k] / count[0, -1]),
                 "accuracy": bootstrap_interval(np.where(count[:, k] > 0, 1 - risk[:, k], np.nan), n),

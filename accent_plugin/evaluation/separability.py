@@ -1,17 +1,17 @@
-"""Which clips an embedding puts close together: those of one accent, or those of one person?
+"""Separability of embeddings: are clips of one accent, or of one speaker, closer together than others?
 
 Conventions
 -----------
-* Two clips are as close as the cosine of the angle between their vectors, seen from the mean of all clips: what all of
-  them have in common says nothing about any. The mean needs no labels.
-* A figure compares two kinds of pairs, near and far: it is the probability that a random near pair is closer than a
-  random far one, a tie counting half, which is the area under the ROC curve (Hanley and McNeil, "The meaning and use of
-  the area under a receiver operating characteristic (ROC) curve", 1982). 0.5 is chance. The machine ABX task of Schatz
-  et al. (2013) asks the same of triples.
+* The similarity of two clips is the cosine of their vectors after subtracting the mean of all clips, which removes what
+  all clips have in common. The mean needs no labels.
+* A figure compares two kinds of pairs, near and far: it is the probability that a random near pair is more similar than
+  a random far one; a tie counts half. This is the area under the ROC curve (Hanley and McNeil, "The meaning and use of
+  the area under a receiver operating characteristic (ROC) curve", 1982), and 0.5 is chance. The machine ABX task of
+  Schatz et al. (2013) is the equivalent for triples.
 * Intervals are 95 % percentile intervals of a bootstrap that draws speakers with replacement and keeps all clips of a
-  speaker together. A pair of two speakers counts as often as both were drawn, one after the other; a pair of one
-  speaker's clips as often as that speaker was. Two copies of one speaker are never a pair of two speakers.
-* A draw that leaves no pairs of one kind is left out. Few speakers make an interval too narrow.
+  speaker together. A pair of two speakers has as weight the product of their numbers of draws; a pair of one speaker's
+  clips has the number of draws of that speaker. Two copies of one speaker are never a pair of two speakers.
+* A draw without pairs of one kind is skipped. With few speakers the interval is too narrow.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ from accent_plugin.errors import ReportError
 
 
 def similarities(vectors):
-    """Cosines between all clips, seen from their mean.
+    """Cosine similarities between all clips, after subtracting their mean.
 
     Arguments
     ---------
@@ -29,12 +29,12 @@ def similarities(vectors):
     Returns
     -------
     (clips, clips) np.ndarray of float64
-        A vector that is the mean itself has 0 to all.
+        A vector equal to the mean has similarity 0 to all.
 
     Raises
     ------
     ReportError
-        When they are not vectors of numbers.
+        When the array does not have two dimensions, or is not finite.
 
     Example
     -------
@@ -51,34 +51,36 @@ def similarities(vectors):
 
 
 def pairwise_auc(similarity, near, far, speakers, draws=1000, seed=0):
-    """Measure how often a near pair of clips is closer than a far pair.
+    """Estimate the probability that a near pair of clips is more similar than a far pair.
 
     Arguments
     ---------
     similarity : (clips, clips) np.ndarray
-        As from `similarities`; only what is above the diagonal is read, here and below.
+        From `similarities`; only the elements above the diagonal are used, here and below.
     near, far : (clips, clips) np.ndarray of bool
-        Pairs of either kind; those of neither are left out.
+        Pairs of each kind; other pairs are ignored.
     speakers : (clips,) sequence
-        Whom the bootstrap draws, so a voice that reads several accents is one of them.
+        Units of the bootstrap; a speaker may have several accents.
     draws : int
+        Bootstrap samples.
     seed : int
+        Seed of the bootstrap.
 
     Returns
     -------
     dict
-        "value", "low", "high" and "n", the number of speakers, as in a report; the bounds are None where no draw has
+        "value", "low", "high" and "n" (the number of speakers), as in a report; the bounds are None if no draw has
         pairs of both kinds.
 
     Raises
     ------
     ReportError
-        When shapes differ, there are no pairs of one kind, or a pair is of both.
+        When shapes differ, one kind has no pairs, or a pair is of both kinds.
 
     Example
     -------
     >>> near, far = ([[False, a, b], [False, False, b], [False] * 3] for a, b in ((True, False), (False, True)))
-    >>> closer([[1, 0.9, 0.2], [0, 1, 0.1], [0, 0, 1]], near, far, ["ann", "ann", "bob"], draws=0)["value"]
+    >>> pairwise_auc([[1, 0.9, 0.2], [0, 1, 0.1], [0, 0, 1]], near, far, ["ann", "ann", "bob"], draws=0)["value"]
     1.0
     """
     names, speaker = np.unique(np.asarray(speakers), return_inverse=True)
@@ -86,14 +88,14 @@ def pairwise_auc(similarity, near, far, speakers, draws=1000, seed=0):
     for name, matrix in {"similarity": similarity, "near": near, "far": far}.items():
         if matrix.shape != (speaker.size, speaker.size):
             raise ReportError(
-                f"{name} has shape {matrix.shape}; with the speakers of {speaker.size} clips, give a square"
+                f"{name} has shape {matrix.shape}; {speaker.size} speakers need {(speaker.size, speaker.size)}"
             )
     i, j = np.triu_indices(speaker.size, 1)
     near, far = near[i, j], far[i, j]
     if not near.any() or not far.any() or (near & far).any():
         raise ReportError(
-            f"{near.sum()} near and {far.sum()} far pairs, {(near & far).sum()} of them both; "
-            "give some of each kind, and none of both"
+            f"{near.sum()} near and {far.sum()} far pairs, {(near & far).sum()} of them both: "
+            "give at least one pair of each kind, and none of both"
         )
     kept = near | far
     near, one, other = near[kept], speaker[i[kept]], speaker[j[kept]]

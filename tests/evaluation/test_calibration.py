@@ -31,7 +31,7 @@ def synthetic(clips=20_000, seed=0):
 # ---- temperature
 
 
-def test_temperature_by_hand():
+def test_temperature_matches_hand_computed_value():
     # Right three times in four at p: the likeliest is p = 3 / 4, and (log 9) / T = log 3 gives T = 2.
     sure = np.log([[0.9, 0.1]] * 4)
     assert calibration.fit_temperature(sure, [0, 0, 1, 0]) == pytest.approx(2, rel=1e-5)
@@ -40,12 +40,12 @@ def test_temperature_by_hand():
     )
 
 
-def test_applying_a_temperature_by_hand():
+def test_apply_temperature_matches_hand_computed_values():
     scaled = calibration.apply_temperature(np.log([[0.8, 0.2], [0.5, 0.5]]), 2)
     assert np.exp(scaled) == pytest.approx(np.array([[2 / 3, 1 / 3], [0.5, 0.5]]))
 
 
-def test_calibrated_probabilities_are_left_alone():
+def test_calibrated_probabilities_have_temperature_one():
     assert calibration.fit_temperature(*synthetic()) == pytest.approx(1, abs=0.03)
 
 
@@ -58,7 +58,7 @@ def test_scaled_logits_have_the_scale_as_temperature(k):
 
 @settings(max_examples=40, deadline=None)
 @given(SCORES, st.floats(*calibration.BOUNDS))
-def test_no_answer_changes(scores, temperature):
+def test_a_temperature_does_not_change_answers(scores, temperature):
     scaled = calibration.apply_temperature(log_softmax(scores, axis=1), temperature)
     assert (scaled.argmax(axis=1) == scores.argmax(axis=1)).all()
     assert np.exp(scaled).sum(axis=1) == pytest.approx(1)
@@ -81,14 +81,14 @@ def test_no_other_temperature_is_better(scores, seed):
 
 
 @pytest.mark.parametrize("temperature", [0.3, 3.0])
-def test_answers_of_speakers_do_not_change(temperature):
+def test_a_temperature_does_not_change_answers_by_speaker(temperature):
     p = simulate()
     log_probabilities = calibration.apply_temperature(p.log_probabilities, temperature)
     q = ScoredClips(p.ids, p.client_ids, p.truth, log_probabilities, LABELS, p.seconds)
     assert [row["answer"] for row in speaker_rows(q)] == [row["answer"] for row in speaker_rows(p)]
 
 
-def test_without_an_error_the_model_is_left_as_it_is():
+def test_without_an_error_the_temperature_is_one():
     assert calibration.fit_temperature(np.log([[0.9, 0.1], [0.3, 0.7]]), [0, 1]) == 1
     assert calibration.fit_temperature([[0.0, -np.inf]], [0]) == 1
 
@@ -105,7 +105,7 @@ def test_an_impossible_truth_stays_finite():
 
 
 @pytest.mark.parametrize("temperature", [0, -1, np.inf, np.nan])
-def test_temperatures_that_are_none_are_refused(temperature):
+def test_temperatures_that_are_not_positive_numbers_are_refused(temperature):
     with pytest.raises(ReportError, match="must be a positive number"):
         calibration.apply_temperature([[0.0, 0.0]], temperature)
 
@@ -116,9 +116,9 @@ def test_temperatures_that_are_none_are_refused(temperature):
         (np.zeros((0, 3)), np.zeros(0, int), r"shape \(0, 3\).*is the validation split empty"),
         (np.zeros((2, 1)), [0, 0], "two classes"),
         (np.zeros(3), [0, 0, 0], r"shape \(3,\)"),
-        (np.zeros((2, 3)), [0], r"truth is int64 of shape \(1,\); 2 clips"),
-        (np.zeros((2, 3)), [0.0, 1.0], "truth is float64"),
-        (np.zeros((2, 3)), [0, 3], "clip 1 has true accent 3; indices go from 0 to 2"),
+        (np.zeros((2, 3)), [0], r"truth has type int64 and shape \(1,\); give 2 integers"),
+        (np.zeros((2, 3)), [0.0, 1.0], "truth has type float64"),
+        (np.zeros((2, 3)), [0, 3], "clip 1 has true accent 3; indices range from 0 to 2"),
         (np.zeros((2, 3)), [-1, 0], "clip 0 has true accent -1"),
         ([[0.0, 0.0], [np.nan, 0.0]], [0, 0], "1 of 2 clips .* the first is clip 1 .*did training diverge"),
         ([[-np.inf, -np.inf]], [0], "not numbers"),
@@ -128,7 +128,7 @@ def test_temperatures_that_are_none_are_refused(temperature):
 @pytest.mark.parametrize(
     "function", [calibration.fit_temperature, calibration.risk_coverage_curve, calibration.describe_calibration]
 )
-def test_what_cannot_be_calibrated_is_refused(function, scores, truth, match):
+def test_invalid_scores_and_truth_are_refused(function, scores, truth, match):
     with pytest.raises(ReportError, match=match):
         function(scores, truth)
 
@@ -141,7 +141,7 @@ def hand():
     return calibration.risk_coverage_curve(np.log([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.4, 0.6]]), [0, 0, 0, 0])
 
 
-def test_curve_by_hand():
+def test_risk_coverage_curve_matches_hand_computed_values():
     curve = hand()
     assert curve.threshold == pytest.approx((0.9, 0.8, 0.6))
     assert curve.coverage == (0.25, 0.75, 1)
@@ -149,7 +149,7 @@ def test_curve_by_hand():
     assert curve.area == pytest.approx((0 + 1 / 3 + 1 / 3 + 1 / 2) / 4)
 
 
-def test_thresholds_by_hand():
+def test_thresholds_match_hand_computed_values():
     curve = hand()
     assert curve.threshold_for(max_risk=0) == pytest.approx(0.9)
     assert curve.threshold_for(max_risk=0.4) == pytest.approx(0.8)
@@ -162,19 +162,19 @@ def test_thresholds_by_hand():
 @pytest.mark.parametrize(
     ("wanted", "match"),
     [
-        ({}, "one of them; got none"),
-        ({"max_risk": 0.1, "min_coverage": 0.5}, "one of them; got {'max_risk': 0.1, 'min_coverage': 0.5}"),
-        ({"max_risk": 5}, "max_risk is 5; it is a share"),
+        ({}, "give either max_risk or min_coverage .* not neither"),
+        ({"max_risk": 0.1, "min_coverage": 0.5}, "not {'max_risk': 0.1, 'min_coverage': 0.5}"),
+        ({"max_risk": 5}, "max_risk is 5: give a fraction"),
         ({"min_coverage": -0.1}, "min_coverage is -0.1"),
         ({"min_coverage": float("nan")}, "min_coverage is nan"),
     ],
 )
-def test_thresholds_that_cannot_be_chosen(wanted, match):
+def test_invalid_risks_and_coverages_are_refused(wanted, match):
     with pytest.raises(ReportError, match=match):
         hand().threshold_for(**wanted)
 
 
-def test_a_risk_out_of_reach_is_said_with_the_lowest():
+def test_an_unreachable_risk_is_an_error_that_names_the_lowest():
     curve = calibration.risk_coverage_curve(np.log([[0.9, 0.1], [0.8, 0.2]]), [1, 0])
     with pytest.raises(
         ReportError, match="at or below 0.2: the lowest is 0.5, at a probability of 0.8\nallow a larger"
@@ -184,7 +184,7 @@ def test_a_risk_out_of_reach_is_said_with_the_lowest():
 
 @settings(max_examples=40, deadline=None)
 @given(SCORES, st.integers(0, 10**6))
-def test_laws_of_the_curve(scores, seed):
+def test_invariants_of_the_risk_coverage_curve(scores, seed):
     truth = np.random.default_rng(seed).integers(0, scores.shape[1], len(scores))
     curve = calibration.risk_coverage_curve(scores, truth)
     assert (np.diff(curve.threshold) < 0).all() and (np.diff(curve.coverage) > 0).all()
@@ -199,7 +199,7 @@ def test_laws_of_the_curve(scores, seed):
 # ---- what a bundle keeps
 
 
-def test_description_is_plain_and_repeats_what_the_functions_say():
+def test_description_is_json_and_matches_the_functions():
     log_probabilities, truth = synthetic(3000)
     made = calibration.describe_calibration(3 * log_probabilities, truth)
     assert json.loads(json.dumps(made, allow_nan=False)) == made
@@ -215,7 +215,7 @@ def test_description_is_plain_and_repeats_what_the_functions_say():
     assert made["expected_calibration_error"]["after"] < 0.03 < 0.1 < made["expected_calibration_error"]["before"]
 
 
-def test_description_gives_the_reports_own_figures():
+def test_description_matches_the_figures_of_a_report():
     p = simulate()
     made, clip = calibration.describe_calibration(p.log_probabilities, p.truth), evaluate(p, draws=2)["clip"]
     for name in ("log_loss", "expected_calibration_error"):

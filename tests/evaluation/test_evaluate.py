@@ -35,7 +35,7 @@ def values(part):
 # ---- figures of a confusion matrix
 
 
-def test_average_recall_and_macro_f1_by_hand():
+def test_average_recall_and_macro_f1_match_hand_computed_values():
     confusion = np.array([[8, 2, 0], [1, 3, 0], [2, 0, 0]])
     assert recalls(confusion) == pytest.approx([0.8, 0.75, 0])
     assert precisions(confusion) == pytest.approx([8 / 11, 3 / 5, 0])  # australia is never the answer
@@ -50,7 +50,7 @@ def test_an_absent_accent_is_left_out_of_averages_but_answering_it_is_wrong():
     assert macro_f1(confusion) == pytest.approx((6 / 7 + 1) / 2)
 
 
-def test_figures_of_many_matrices_at_once_are_those_of_each():
+def test_metrics_are_vectorised_over_matrices():
     stack = np.random.default_rng(0).integers(0, 9, (5, 3, 3))
     assert macro_f1(stack) == pytest.approx([macro_f1(c) for c in stack])
     assert unweighted_average_recall(stack) == pytest.approx([unweighted_average_recall(c) for c in stack])
@@ -83,7 +83,7 @@ def by_hand():
     )
 
 
-def test_figures_by_clip_by_hand():
+def test_figures_by_clip_match_hand_computed_values():
     clip = values(evaluate(by_hand(), draws=20)["clip"])
     assert clip["accuracy"] == pytest.approx(2 / 4)
     assert clip["unweighted_average_recall"] == pytest.approx((2 / 3 + 0) / 2)
@@ -91,7 +91,7 @@ def test_figures_by_clip_by_hand():
     assert clip["log_loss"] == pytest.approx(-np.log([0.4, 0.9, 0.8, 0.3]).mean())
 
 
-def test_figures_by_speaker_by_hand():
+def test_figures_by_speaker_match_hand_computed_values():
     metrics = evaluate(by_hand(), draws=20)
     us, england = np.sqrt(0.4 * 0.9), np.sqrt(0.6 * 0.1)  # geometric means of a's clips
     assert metrics["confusion"] == {
@@ -112,7 +112,7 @@ def test_figures_by_speaker_by_hand():
     assert rows[0]["probability"] == pytest.approx(us / (us + england))
 
 
-def test_expected_calibration_error_by_hand():
+def test_expected_calibration_error_matches_hand_computed_value():
     # Bin 9 is [0.6, 0.667): mean probability 0.62, half of it right. The last bin takes probability 1.
     p = build([[0.61, 0.39], [0.37, 0.63], [1, 0]], [0, 0, 0], labels=("us", "england"))
     assert evaluate(p, draws=5)["clip"]["expected_calibration_error"]["value"] == pytest.approx(2 / 3 * 0.12)
@@ -121,14 +121,14 @@ def test_expected_calibration_error_by_hand():
     assert (confidence[9], accuracy[9]) == (pytest.approx(0.62), 0.5)
 
 
-def test_calibration_error_is_that_of_the_diagram():
+def test_calibration_error_matches_the_reliability_diagram():
     p = simulate()
     count, confidence, accuracy = calibration_bins(p.probabilities, p.truth)
     expected = (count * np.abs(confidence - accuracy)).sum() / count.sum()
     assert evaluate(p, draws=5)["clip"]["expected_calibration_error"]["value"] == pytest.approx(expected)
 
 
-def test_risk_and_coverage_by_hand():
+def test_risk_and_coverage_match_hand_computed_values():
     # The two of 0.8 are answered together; they count with a risk of 1 / 3 each, the last with 2 / 4.
     p = build([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.4, 0.6]], [0, 0, 0, 0], list("abcd"), labels=("us", "england"))
     part = evaluate(p, draws=20)["risk_coverage"]
@@ -177,7 +177,7 @@ def test_interval_of_the_area_agrees_with_a_plain_loop_over_speakers():
 
 
 @pytest.mark.parametrize("clips", [1, 9, 10, 11, 95])
-def test_the_surest_clips_are_those_of_the_curve(clips):
+def test_the_surest_clips_match_the_curve(clips):
     p = simulate(speakers=clips, clips=1)
     metrics = evaluate(p, draws=5)
     top, right = p.probabilities.max(axis=1), p.predicted == p.truth
@@ -188,14 +188,14 @@ def test_the_surest_clips_are_those_of_the_curve(clips):
         assert sure["accuracy"]["value"] == pytest.approx(right[mine].mean())
 
 
-def test_an_impossible_answer_costs_much_but_not_everything():
+def test_an_impossible_answer_has_a_finite_log_loss():
     p = build([[0.0, 1.0], [1.0, 0.0]], [0, 0], ["a", "b"], labels=("us", "england"))
     metrics = evaluate(p, draws=5)
     assert metrics["clip"]["log_loss"]["value"] == 350
     assert np.isfinite(metrics["speaker"]["log_loss"]["value"])
 
 
-def test_structure_is_that_of_the_design():
+def test_a_report_has_the_documented_structure():
     metrics = evaluate(simulate(), draws=20)
     assert list(metrics) == ["clip", "speaker", "per_accent", "confusion", "risk_coverage", "groups", "absent_accents",
                              "notes"]  # fmt: skip
@@ -214,7 +214,7 @@ def test_n_counts_the_units_drawn():
     assert metrics["per_accent"]["us"]["recall"]["n"] == metrics["per_accent"]["us"]["speakers"] == 11
 
 
-def test_absent_accent_is_named_and_left_out():
+def test_an_absent_accent_is_named_and_excluded_from_averages():
     p = build([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]], [0, 1], ["a", "b"])
     metrics = evaluate(p, draws=20)
     assert metrics["absent_accents"] == ["australia"]
@@ -223,7 +223,7 @@ def test_absent_accent_is_named_and_left_out():
     assert any("australia" in note for note in metrics["notes"])
 
 
-def test_without_client_ids_nothing_is_by_speaker_and_a_note_says_so():
+def test_without_client_ids_a_note_replaces_figures_by_speaker():
     p = simulate()
     metrics = evaluate(build(p.probabilities, p.truth), draws=20)
     assert metrics["speaker"] is None and metrics["confusion"]["speakers"] is None
@@ -248,7 +248,7 @@ def test_a_client_with_two_accents_is_a_speaker_in_each():
     assert any("more than one accent" in note for note in metrics["notes"])
 
 
-def test_no_error_is_said_to_prove_little():
+def test_without_errors_a_note_gives_an_exact_bound():
     p = build(
         [[0.9, 0.1]] * 22 + [[0.1, 0.9]], [0] * 22 + [1], list("abcdefghijklmnopqrstuvw"), labels=("us", "england")
     )
@@ -257,7 +257,7 @@ def test_no_error_is_said_to_prove_little():
     assert "england (1)" in notes
 
 
-def test_groups_hold_their_clips_and_their_own_recall():
+def test_groups_have_clip_counts_and_recalls():
     p = simulate()
     groups = evaluate(p, draws=50)["groups"]
     for kind, cells in groups.items():
@@ -281,7 +281,7 @@ def test_ages_are_banded(age, band):
     assert set(evaluate(p, draws=2)["groups"]["age"]) == {"sixties", band}
 
 
-def test_cells_under_five_speakers_are_small_and_free_text_does_not_make_a_thousand_groups():
+def test_groups_under_five_speakers_are_small_and_the_number_of_groups_is_limited():
     n = 40
     p = build([[0.9, 0.1]] * n, [0] * n, [str(i) for i in range(n)], labels=("us", "england"),
               gender=[f"text {i}" for i in range(n)])  # fmt: skip
@@ -342,21 +342,21 @@ def test_with_one_clip_per_speaker_speakers_and_clips_are_the_same():
     assert evaluate(unnamed, draws=200)["clip"] == metrics["clip"]
 
 
-def test_clips_of_a_speaker_hang_together():
+def test_clips_of_a_speaker_are_resampled_together():
     p = simulate(speakers=30, clips=20, spread=2)
     alone = ScoredClips(p.ids, None, p.truth, p.log_probabilities, p.labels, p.seconds)
     wide, narrow = (evaluate(q, draws=300)["clip"]["accuracy"] for q in (p, alone))
     assert wide["high"] - wide["low"] > 1.8 * (narrow["high"] - narrow["low"])
 
 
-def test_seed_decides_the_draws():
+def test_draws_depend_on_the_seed():
     p = simulate()
     assert evaluate(p, draws=100, seed=1) == evaluate(p, draws=100, seed=1)
     assert evaluate(p, draws=100, seed=1)["clip"] != evaluate(p, draws=100, seed=2)["clip"]
 
 
 @pytest.mark.parametrize("block", [1, 700, 10**9])
-def test_blocks_draw_every_time_as_many_as_there_are(monkeypatch, block):
+def test_every_draw_has_as_many_units_as_the_sample(monkeypatch, block):
     monkeypatch.setattr(bootstrap, "_BLOCK", block)
     units = ResamplingUnits(simulate(speakers=31, clips=2))
     totals = units.resample(lambda a, b: np.stack([np.ones(b - a), np.arange(a, b)], axis=1).astype(float), 400, 0)
@@ -401,7 +401,7 @@ def test_interval_agrees_with_confidence_intervals():
     assert 0.75 < (v["high"] - v["low"]) / (high - low) < 1.1
 
 
-def test_intervals_cover_the_truth_as_often_as_they_promise():
+def test_intervals_cover_the_truth_at_the_nominal_rate():
     truth = evaluate(simulate(speakers=6000, clips=4, seed=999), draws=2)["clip"]["accuracy"]["value"]
     inside = 0
     for seed in range(100):
@@ -420,13 +420,13 @@ def test_intervals_cover_the_truth_as_often_as_they_promise():
         ({"probabilities": [[0.5, 0.4, 0.05]] * 2}, "do not sum to 1.*'clip0000'"),
         ({"probabilities": [[np.nan, 0.5, 0.5]] * 2}, "2 of 2 clips .* do not sum to 1"),
         ({"probabilities": [[0.5, 0.5]] * 2}, r"shape \(2, 2\)"),
-        ({"truth": [0, 3]}, "'clip0001' has true accent 3; indices go from 0 to 2"),
+        ({"truth": [0, 3]}, "'clip0001' has true accent 3; indices range from 0 to 2"),
         ({"truth": [0, -1]}, "true accent -1"),
         ({"truth": [0.0, 1.0]}, "integers"),
         ({"clients": ["a"]}, "2 ids, but 1 client_ids"),
         ({"seconds": [1.0]}, "2 ids, but 1 seconds"),
         ({"seconds": [1.0, np.nan]}, "'clip0001' is nan seconds"),
-        ({"ids": ["x", "x"]}, "'x' is there twice"),
+        ({"ids": ["x", "x"]}, "'x' occurs twice"),
         ({"labels": ("us", "us", "england")}, "different accents"),
         ({"gender": ["male"] * 3}, "3 gender"),
     ],
@@ -440,7 +440,7 @@ def test_predictions_that_cannot_be_evaluated_are_refused(change, match):
 # ---- comparing, summarising, pooling, rejecting
 
 
-def test_a_model_compared_with_itself_differs_in_nothing():
+def test_a_model_compared_with_itself_has_no_differences():
     comparison = compare_models(simulate(), simulate(), draws=50)
     assert comparison["changed"] == []
     for level in ("clip", "speaker"):
@@ -448,7 +448,7 @@ def test_a_model_compared_with_itself_differs_in_nothing():
             assert figure["difference"] == {"value": 0, "low": 0, "high": 0, "n": 30}
 
 
-def test_a_better_model_is_seen_whatever_the_order_of_clips_and_labels():
+def test_a_better_model_is_detected_in_any_order_of_clips_and_labels():
     a, b = simulate(skill=1.0), simulate(skill=2.0)
     order = np.random.default_rng(0).permutation(len(b.ids))
     comparison = compare_models(a, b, draws=200)
@@ -488,9 +488,9 @@ def test_models_are_compared_by_clip_alone_without_client_ids():
     assert comparison["notes"] == ["No client ids: intervals resample clips, and are too narrow."]
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_predictions_for_other_data_cannot_be_compared():
     a = by_hand()
-    with pytest.raises(ReportError, match="1 of 4 are missing from the second .*'clip0003'"):
+    with pytest.raises(ReportError, match="1 of 4 are missing from the second set .*'clip0003'"):
         compare_models(a, permuted(a, [0, 1, 2]))
     with pytest.raises(ReportError, match="different labels"):
         compare_models(a, simulate())
@@ -501,7 +501,7 @@ def test_what_cannot_be_compared_is_refused():
         compare_models(a, ScoredClips(a.ids, None, a.truth, a.log_probabilities, a.labels, a.seconds))
 
 
-def test_summary_by_hand():
+def test_summary_matches_hand_computed_values():
     runs = [{"clip": {n: {"value": v} for n in FIGURES}, "speaker": None} for v in (0.8, 0.9, 1.0)]
     summary = summarise_runs(runs, ["1", "2", "3"])
     assert summary["clip"]["accuracy"] == {
@@ -517,7 +517,7 @@ def test_summary_by_hand():
         summarise_runs(runs, ["1"])
 
 
-def test_pooled_folds_are_one_evaluation():
+def test_pooled_folds_equal_one_evaluation():
     p = simulate()
     parts = [permuted(p, np.flatnonzero(np.arange(len(p.ids)) // 4 % 5 == k)) for k in range(5)]
     assert evaluate(pool_clips(parts), draws=30) == evaluate(p, draws=30)
@@ -533,7 +533,7 @@ def test_auroc_agrees_with_scikit_learn(inside, outside):
     assert auroc(inside, outside) == pytest.approx(expected)
 
 
-def test_out_of_set_speech():
+def test_out_of_set_scores_match_hand_computed_values():
     inside = build([[0.95, 0.05], [0.1, 0.9], [0.6, 0.4]], [0, 1, 0], labels=("us", "england"))
     out = np.log([[0.6, 0.4], [0.15, 0.85], [0.45, 0.55]])
     result = out_of_set_scores(inside, out, ["scotland", "scotland", "spanish"])

@@ -23,24 +23,24 @@ def by_speaker(speakers):
     return same, ~same
 
 
-def test_similarities_are_cosines_seen_from_the_mean():
+def test_similarities_are_cosines_after_subtracting_the_mean():
     corners = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     expected = np.array([[1, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, -1], [0, 0, -1, 1]])
     assert np.allclose(similarities(corners), expected)
     assert np.allclose(similarities(100 + 7 * corners), expected)
 
 
-def test_a_clip_at_the_mean_is_close_to_none():
+def test_a_clip_at_the_mean_has_similarity_zero():
     assert np.array_equal(similarities([[1.0], [2.0], [3.0]])[1], [0, 0, 0])
 
 
 @pytest.mark.parametrize("vectors", [[1.0, 2.0], [[1.0], [np.nan]]])
-def test_what_is_no_vectors_is_refused(vectors):
+def test_invalid_vectors_are_refused(vectors):
     with pytest.raises(ReportError, match="vectors have shape"):
         similarities(vectors)
 
 
-def test_the_figure_by_hand():
+def test_pairwise_auc_matches_hand_computed_values():
     speakers = ["ann", "ann", "bob", "bob"]
     similarity = np.zeros((4, 4))
     for pair, value in {(0, 1): 0.9, (2, 3): 0.3, (0, 2): 0.1, (0, 3): 0.2, (1, 2): 0.3, (1, 3): 0.8}.items():
@@ -53,7 +53,7 @@ def test_the_figure_by_hand():
     assert pairwise_auc(similarity, *by_speaker(speakers), speakers, draws=0)["low"] is None
 
 
-def test_pairs_of_neither_kind_and_what_is_below_the_diagonal_have_no_influence():
+def test_other_pairs_and_the_lower_triangle_are_ignored():
     similarity = np.full((3, 3), np.nan)
     similarity[0, 1], similarity[0, 2], similarity[1, 2] = 0.5, 0.4, 99.0
     near, far = upper(3, [(0, 1), (2, 1)]), upper(3, [(0, 2), (1, 0)])
@@ -67,7 +67,7 @@ def random_clips(speakers, clips, seed):
     return np.round(rng.normal(size=(who.size, who.size)), 1), who
 
 
-def test_the_figure_is_the_area_under_the_curve():
+def test_pairwise_auc_is_the_area_under_the_roc_curve():
     similarity, who = random_clips(speakers=5, clips=4, seed=0)
     near, far = by_speaker(who)
     i, j = np.triu_indices(who.size, 1)
@@ -87,7 +87,7 @@ def spelled_out(similarity, who, times):
     return auroc(near, far) if near and far else None
 
 
-def test_bounds_are_figures_of_draws_in_which_speakers_are_repeated():
+def test_bounds_match_explicitly_repeated_speakers():
     similarity, who = random_clips(speakers=3, clips=3, seed=1)
     possible = [
         spelled_out(similarity, who, times) for times in itertools.product(range(4), repeat=3) if sum(times) == 3
@@ -98,7 +98,7 @@ def test_bounds_are_figures_of_draws_in_which_speakers_are_repeated():
     assert found["low"] == pytest.approx(min(possible)) and found["high"] == pytest.approx(max(possible))
 
 
-def test_more_speakers_make_a_narrower_interval_around_the_figure():
+def test_more_speakers_give_a_narrower_interval():
     def interval(speakers):
         rng = np.random.default_rng(2)
         who = np.repeat(np.arange(speakers), 4)
@@ -125,11 +125,11 @@ def test_the_same_arguments_give_the_same_figures():
         ([(0, 1), (0, 2)], [(0, 1)], "2 near and 1 far pairs, 1 of them both"),
     ],
 )
-def test_pairs_of_one_kind_alone_or_of_both_are_refused(near, far, message):
+def test_missing_kinds_and_overlapping_kinds_of_pairs_are_refused(near, far, message):
     with pytest.raises(ReportError, match=message):
         pairwise_auc(np.zeros((3, 3)), upper(3, near), upper(3, far), list("abc"))
 
 
 def test_shapes_that_differ_are_refused():
-    with pytest.raises(ReportError, match=r"far has shape \(2, 2\); with the speakers of 3 clips"):
+    with pytest.raises(ReportError, match=r"far has shape \(2, 2\); 3 speakers need \(3, 3\)"):
         pairwise_auc(np.zeros((3, 3)), upper(3, [(0, 1)]), upper(2, [(0, 1)]), list("abc"))
