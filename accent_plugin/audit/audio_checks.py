@@ -18,21 +18,18 @@ from accent_plugin.data import dataset_dict
 from accent_plugin.errors import AudioError
 from accent_plugin.report.text import count_in_words
 
-MAX_SECONDS = 600.0  # longer than any clip; decoding a whole audio book would take all memory
+MAX_SECONDS = 600.0  # longer than any clip; decoding a whole audiobook would fill the memory
 
 
 _BAD = (UNDECODABLE, EMPTY, NON_FINITE, SILENT, TOO_LONG)
 
 
-WITHOUT_AUDIO = "the audio was not read: same recordings, broken files, hours and the channel were not checked"
-
-
-# ------------------------------------------------------------------------------------------------------- the audio
+WITHOUT_AUDIO = "the audio was not read: duplicate recordings, broken files, hours and confounds were not checked"
 
 
 @dataclass(frozen=True)
 class AuditJob:
-    """A clip to listen to, and whether it goes into the channel test."""
+    """A clip to decode, and whether it is part of the confound test."""
 
     id: int
     source: bytes | str
@@ -41,7 +38,7 @@ class AuditJob:
 
 @dataclass(frozen=True)
 class AuditOutcome:
-    """What was heard; digests are 64 bits, of the bytes and of the samples."""
+    """Result of one job, with 64-bit digests of the file's bytes and of its samples."""
 
     id: int
     seconds: float = 0.0
@@ -54,7 +51,7 @@ class AuditOutcome:
 
 @dataclass(frozen=True)
 class Measurements:
-    """The same for all rows: arrays, features of the drawn ones, and the first few problems of each reason."""
+    """Results for all rows: arrays, features of the drawn clips, and the first few problems of each reason."""
 
     seconds: np.ndarray
     content: np.ndarray
@@ -66,7 +63,7 @@ class Measurements:
 
 
 def _measure_clip(job):
-    """Decode one clip; runs in a process of its own."""
+    """Decode one clip; runs in a worker process."""
     try:
         sound = codecs.decode(job.source, MAX_SECONDS)
         check_samples(sound.samples, sound.sample_rate)
@@ -92,13 +89,13 @@ def _number(*parts):
 
 
 def measure_clips(table, data_folder, drawn, workers, progress):
-    """Decode every clip, in processes of their own, and measure the drawn ones for the channel test."""
+    """Decode every clip in worker processes, and measure the drawn clips for the confound test."""
     from tqdm import tqdm
 
     total = len(table.accent)
     measure = np.zeros(total, bool)
     measure[drawn] = True
-    heard = Measurements(
+    measurements = Measurements(
         seconds=np.zeros(total),
         content=np.zeros(total, np.uint64),
         samples=np.zeros(total, np.uint64),
@@ -115,51 +112,51 @@ def measure_clips(table, data_folder, drawn, workers, progress):
             yield AuditJob(row, sound if isinstance(sound, bytes) else str(data_folder / sound), bool(measure[row]))
 
     outcomes = map_in_workers(_measure_clip, jobs(), worker_count(workers, total), died=_died)
-    with contextlib.closing(outcomes), tqdm(total=total, desc="listening", unit="clip", disable=not progress) as bar:
+    with contextlib.closing(outcomes), tqdm(total=total, desc="decoding", unit="clip", disable=not progress) as bar:
         for outcome in outcomes:
             bar.update()
             row = outcome.id
             if outcome.reason:
-                heard.reasons[outcome.reason] += 1
-                # Outcomes come in any order: the first ones are known at the end only.
-                worst = heard.problems[outcome.reason]
-                worst.append((row, outcome.message))
-                if len(worst) > 4 * EXAMPLES:
-                    worst[:] = sorted(worst)[:EXAMPLES]
+                measurements.reasons[outcome.reason] += 1
+                # Outcomes arrive in any order: the first rows are only known at the end.
+                first = measurements.problems[outcome.reason]
+                first.append((row, outcome.message))
+                if len(first) > 4 * EXAMPLES:
+                    first[:] = sorted(first)[:EXAMPLES]
                 continue
-            heard.seconds[row], heard.usable[row] = outcome.seconds, True
-            heard.content[row], heard.samples[row] = outcome.content, outcome.samples
+            measurements.seconds[row], measurements.usable[row] = outcome.seconds, True
+            measurements.content[row], measurements.samples[row] = outcome.content, outcome.samples
             if outcome.features:
-                heard.features[row] = outcome.features
-    return heard
+                measurements.features[row] = outcome.features
+    return measurements
 
 
-def unusable_clips(table, heard):
-    """Yield a finding about clips that cannot be decoded, or that nothing can be learned from."""
-    if not heard.reasons:
+def unusable_clips(table, measurements):
+    """Yield a finding about unusable clips."""
+    if not measurements.reasons:
         return
     examples = []
     for reason in _BAD:
-        for row, message in sorted(heard.problems[reason])[:EXAMPLES]:
+        for row, message in sorted(measurements.problems[reason])[:EXAMPLES]:
             clip = table.clip(row)
             examples.append(Example(f"{reason}: {clip}: {message}", (clip,)))
-    total = sum(heard.reasons.values())
-    counts = ", ".join(f"{reason} {heard.reasons[reason]:,}" for reason in _BAD if heard.reasons[reason])
+    total = sum(measurements.reasons.values())
+    counts = ", ".join(f"{reason} {measurements.reasons[reason]:,}" for reason in _BAD if measurements.reasons[reason])
     yield Finding(
         UNDECODABLE_CLIP,
         ERROR,
-        f"{count_in_words(total, 'file')} that cannot be used: {counts}",
+        f"{count_in_words(total, 'unusable file')}: {counts}",
         total,
         tuple(examples),
     )
 
 
-def duplicate_clips(table, heard):
-    """Yield findings about equal recordings, across splits, accents or speakers and within them."""
-    rows = np.flatnonzero(heard.usable)
-    order = rows[np.argsort(heard.samples[rows], kind="stable")]
+def duplicate_clips(table, measurements):
+    """Yield findings about duplicate recordings, across splits, accents or speakers and within them."""
+    rows = np.flatnonzero(measurements.usable)
+    order = rows[np.argsort(measurements.samples[rows], kind="stable")]
     leaks, within = [], []
-    for group in sorted(runs_of_equal(heard.samples[order], order, 2), key=lambda group: group[0]):
+    for group in sorted(runs_of_equal(measurements.samples[order], order, 2), key=lambda group: group[0]):
         differ = any(len(np.unique(of[group])) > 1 for of in (table.split, table.accent, table.client))
         (leaks if differ else within).append(group)
     for found, severity in ((leaks, ERROR), (within, WARNING)):
@@ -167,32 +164,36 @@ def duplicate_clips(table, heard):
             noun = "recording" if len(found) == 1 else "recordings"
             where = name_splits(table, found)
             what = (
-                "more than once, in several splits or with several accents or clients"
+                "more than once, in several splits or with several accents or speakers"
                 if severity == ERROR
-                else ("more than once in a split, with one client")
+                else "more than once in a split, with one speaker"
             )
-            examples = tuple(_same(table, heard, group) for group in found[:EXAMPLES])
+            examples = tuple(_same(table, measurements, group) for group in found[:EXAMPLES])
             message = f"{len(found):,} {noun} {what} ({where})"
             yield Finding(AUDIO, severity, message, len(found), examples)
 
 
-def _same(table, heard, group):
-    # A clip of another split says more than a neighbour.
+def _same(table, measurements, group):
+    # A clip of another split is a better example than one of the same split.
     other = next((row for row in group if table.split[row] != table.split[group[0]]), group[1])
     clips = table.clip(group[0]), table.clip(other)
-    what = "same bytes" if heard.content[group[0]] == heard.content[other] else "same samples in another file"
+    what = (
+        "same bytes"
+        if measurements.content[group[0]] == measurements.content[other]
+        else "same samples in another file"
+    )
     more = f", and {count_in_words(len(group) - 2, 'more')}" if len(group) > 2 else ""
     who = [f"{table.client_name(row) or '?'}, {table.accent_name(row) or '?'}" for row in (group[0], other)]
     named = [f"{clip} ({name})" for clip, name in zip(clips, who, strict=True)] if who[0] != who[1] else clips
     return Example(f"{named[0]} and {named[1]}{more}: {what}", clips)
 
 
-def measure_confounds(table, heard, seed, permutations, progress):
-    """Run the channel test; return its result and the (accent, features) pairs that it used."""
-    rows = sorted(heard.features)
+def measure_confounds(table, measurements, seed, permutations, progress):
+    """Run the confound test; return its result and the (accent, features) pairs that it used."""
+    rows = sorted(measurements.features)
     accents = [table.accent_name(row) for row in rows]
     clients = [table.client_name(row) for row in rows]
-    measured = [heard.features[row] for row in rows]
+    measured = [measurements.features[row] for row in rows]
     result = confounds.run_confound_test(
         measured, accents, clients, seed=seed, permutations=permutations, progress=progress
     )
@@ -200,39 +201,39 @@ def measure_confounds(table, heard, seed, permutations, progress):
 
 
 def channel_finding(confound):
-    """Yield a finding where the recording conditions alone tell the accents apart."""
+    """Yield a finding if the recording conditions predict the accent, or if this cannot be tested."""
     if not confound.possible:
         yield Finding(
-            CHANNEL, WARNING, f"whether the recording gives the accent away was not possible to test: {confound.reason}"
+            CHANNEL, WARNING, f"cannot test whether the recording conditions predict the accent: {confound.reason}"
         )
     elif confound.found:
-        told = sorted(confound.by_feature.items(), key=lambda item: -item[1])
+        features = sorted(confound.by_feature.items(), key=lambda item: -item[1])
         examples = tuple(
-            Example(f"{name.replace('_', ' ')} alone: {uar:.2f}") for name, uar in told if uar > confound.chance
+            Example(f"{name.replace('_', ' ')} alone: {uar:.2f}") for name, uar in features if uar > confound.chance
         )
         message = (
-            f"the recording alone tells the accents apart: average recall {confound.uar:.2f} without listening to"
-            f" anybody, {confound.chance:.2f} by chance (p = {confound.p:.3f})"
+            f"the recording conditions predict the accent: average recall {confound.uar:.2f} without any speech"
+            f" features, {confound.chance:.2f} by chance (p = {confound.p:.3f})"
         )
         yield Finding(CHANNEL, ERROR, message, 1, examples[:3])
 
 
 def confound_notes(confound, table):
-    """Notes on what the channel test used and left out."""
+    """Notes on the clips and accents that the confound test used and excluded."""
     made = []
     labelled = int((table.accent >= 0).sum())
     if confound.possible:
         made.append(
-            f"the channel test used {confound.clips:,} of {count_in_words(labelled, 'labelled clip')}, by"
-            f" {count_in_words(confound.clients, 'client')}: at most {confounds.CLIPS_PER_CLIENT} of each,"
+            f"the confound test used {confound.clips:,} of {count_in_words(labelled, 'labelled clip')}, from"
+            f" {count_in_words(confound.clients, 'speaker')}: at most {confounds.CLIPS_PER_CLIENT} per speaker and"
             f" {confounds.MOST_CLIPS:,} in all"
         )
         if not confound.by_client:
-            made[-1] += "; without client ids each clip stands for itself, and p is too small where speakers repeat"
+            made[-1] += "; without client ids each clip counts as a speaker, and p is too small if speakers repeat"
         if left := [accent for accent in table.accents if accent not in confound.accents]:
             named = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
             made.append(
-                f"the channel test leaves out {named}: it takes the {confounds.MOST_ACCENTS} accents with the most"
-                f" clients, {confounds.FOLDS} or more"
+                f"the confound test excluded {named}: it uses the {confounds.MOST_ACCENTS} accents with the most"
+                f" speakers, each with at least {confounds.FOLDS}"
             )
     return made

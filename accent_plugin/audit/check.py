@@ -1,25 +1,25 @@
-"""What is wrong with a DatasetDict as data for telling accents apart: leaks, contradictions, broken files, confounds.
+"""Audit of a DatasetDict for accent classification: leaks, contradictions, broken files, confounds.
 
-It looks at every split of any DatasetDict, prepared by nobody, and changes nothing. Kinds of findings:
+It reads every split of any DatasetDict and changes nothing. Kinds of findings:
 
 =============  ========  =============================================================================================
-kind           severity  what is found
+kind           severity  finding
 =============  ========  =============================================================================================
-client         error     a client in more than one split; a warning where the data have no client ids
+client         error     a speaker in more than one split; a warning if the data have no client ids
 sentence       error     a sentence (letters and digits, see ``splits.normalise_sentence``) in more than one split
-contradiction  error     a client with more than one accent
-audio          error     the same samples twice, in two splits or with two accents or clients; else a warning
+contradiction  error     a speaker with more than one accent
+audio          error     the same samples in two splits or with two accents or speakers; otherwise a warning
 undecodable    error     files that are undecodable, empty, non-finite, silent, or too long to be one clip
-missing        error     an accent that a split does not have
-unlabelled     warning   rows without an accent; an error where no row has one
+missing        error     an accent without clips in a split
+unlabelled     warning   rows without an accent; an error if all rows lack one
 balance        warning   an accent with more than 3 times as many clips in train as another
-channel        error     the recording alone tells the accents apart (``nuisance.confound``); a warning where that
-                         cannot be tested
+channel        error     the recording conditions predict the accent (``confounds.run_confound_test``); a warning if
+                         this cannot be tested
 =============  ========  =============================================================================================
 
-The same samples are those that are equal in 16 bits after decoding to mono: a recording as FLAC and as WAV, not one
-that was compressed, cut or resampled. Accents outside ``labels`` count as they are written, so that any corpus can be
-checked. Nothing here imports torch; rows are streamed, and of each a few numbers are kept.
+Samples are the same if they are equal in 16 bits after decoding to mono: a recording as FLAC and as WAV, but not after
+lossy compression, cutting or resampling. Accents that ``labels`` does not know keep their spelling, so that any corpus
+can be checked. Nothing here imports torch; rows are streamed, and only a few numbers of each are kept.
 """
 
 from pathlib import Path
@@ -59,21 +59,21 @@ def check_dataset(
     Arguments
     ---------
     data_folder : str or Path
-        A DatasetDict saved with ``save_to_disk``. Relative paths in it are relative to this folder. Only read.
+        A DatasetDict saved with ``save_to_disk``, which is not changed. Audio paths may be relative to this folder.
     seed : int
-        Decides the clips, folds and permutations of the channel test.
+        Seed of the clips, folds and permutations of the confound test.
     with_audio : bool
         Whether to decode every clip.
     workers : int, optional
-        Processes that decode; None takes the machine's cores, or none for a few clips.
+        Decoding processes; None takes one per core, and this process for a few clips.
     progress : bool
         Whether to draw progress bars on stderr.
     permutations : int
-        Of the channel test, 100 or more.
+        Permutations of the confound test, 100 or more.
     accent_column, client_column, sentence_column, audio_column : str, optional
-        Names of columns; None finds them.
+        Names of columns; None finds them by their usual names.
     mapping : dict, optional
-        More spellings of accents, ``{spelling: label}``.
+        Additional accent names, ``{name: label}``.
 
     Returns
     -------
@@ -82,9 +82,9 @@ def check_dataset(
     Raises
     ------
     DataError
-        When there is no DatasetDict, or it lacks a column that is needed.
+        When there is no DatasetDict, or it lacks a required column.
     ConfigError
-        When ``permutations`` cannot show anything.
+        When ``permutations`` is too small, or ``workers`` is less than 1.
     """
     confounds.require_permutations(permutations)
     if workers is not None and workers < 1:
@@ -96,17 +96,17 @@ def check_dataset(
     given = {"accent": accent_column, "client": client_column, "sentence": sentence_column, "audio": audio_column}
     columns = {split: dataset_dict.find_columns(split, data, data_folder, given) for split, data in loaded.items()}
     if not sum(map(len, loaded.values())):
-        raise DataError(f"{data_folder} has no rows in any of its splits {', '.join(loaded)}: make it again")
+        raise DataError(f"{data_folder} has no rows in any of its splits {', '.join(loaded)}: prepare it again")
     table = ClipTable(loaded, columns, seed, mapping)
 
     findings = [*shared_speakers(table), *shared_sentences(table), *contradictions(table), *imbalance(table)]
     notes, confound, measured, seconds = table.notes(), None, (), None
     if with_audio:
         drawn = confounds.draw(table.accent, table.client, table.ranks(), seed=seed)
-        heard = measure_clips(table, data_folder, drawn, workers, progress)
-        seconds = heard.seconds
-        findings += [*unusable_clips(table, heard), *duplicate_clips(table, heard)]
-        confound, measured = measure_confounds(table, heard, seed, permutations, progress)
+        measurements = measure_clips(table, data_folder, drawn, workers, progress)
+        seconds = measurements.seconds
+        findings += [*unusable_clips(table, measurements), *duplicate_clips(table, measurements)]
+        confound, measured = measure_confounds(table, measurements, seed, permutations, progress)
         findings += channel_finding(confound)
         notes += confound_notes(confound, table)
     else:

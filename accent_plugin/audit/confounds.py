@@ -1,14 +1,14 @@
-"""What a recording says besides the voice, and whether that alone gives the accent away.
+"""Confound test: do the recording conditions alone predict the accent?
 
-Where each accent was recorded with equipment of its own, accents can be told apart without listening to anybody: the
-classifier learns the microphone. Seven features that hold no speech are measured, and put to a test that allows for
-clips of one client being alike.
+If each accent was recorded with different equipment, a classifier can learn the microphone instead of the accent. Seven
+features that contain no speech are measured, and a permutation test shows whether they predict the accent. It takes
+into account that clips of one speaker are alike.
 
 Example
 -------
 >>> rate = 16_000
 >>> sine = 0.5 * np.sin(2 * np.pi * 1_000 * np.arange(rate) / rate)
->>> found = features(np.concatenate([np.zeros(rate), sine]), rate, "WAV PCM_16")
+>>> found = recording_features(np.concatenate([np.zeros(rate), sine]), rate, "WAV PCM_16")
 >>> found.duration, found.leading_silence, round(found.loudness, 1), round(found.noise_floor)
 (2.0, 1.0, -12.0, -120)
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 from accent_plugin.errors import ConfigError
 
-# Name of a feature -> its unit, in the order of every table and picture.
+# Name of a feature -> its unit, in the order of all tables and figures.
 UNITS = {
     "sample_rate": "Hz",
     "codec": "",
@@ -34,7 +34,7 @@ UNITS = {
 }
 
 
-KINDS = ("sample_rate", "codec")  # told apart by value; the others are measured
+KINDS = ("sample_rate", "codec")  # categorical features
 
 
 FOLDS = 5
@@ -49,7 +49,7 @@ MOST_CLIPS = 4_000
 MOST_ACCENTS = 20
 
 
-ALPHA = 0.01  # p below it is a finding
+ALPHA = 0.01  # a p below this is a finding
 
 
 FEWEST_PERMUTATIONS = 100  # fewer cannot give a p below ALPHA
@@ -61,48 +61,48 @@ SILENCE = -120.0  # dBFS; digital silence would be minus infinity
 _FRAME = 0.025  # seconds
 
 
-_QUIET = 10  # percentile of the frames' levels that is the noise floor
+_QUIET = 10  # percentile of the frame levels that is the noise floor
 
 
-_LOUD = 95  # percentile that is the level of speech
+_LOUD = 95  # percentile of the frame levels that is the speech level
 
 
-_ONSET = 30.0  # dB below the level of speech, where silence ends
+_ONSET = 30.0  # dB below the speech level; silence ends above it
 
 
-_EDGE = 60.0  # dB below the peak of the spectrum, where the band ends
+_EDGE = 60.0  # dB below the peak of the spectrum; the band ends there
 
 
-_BIN = 32.0  # Hz; bins of the spectrum are this wide at most
+_BIN = 32.0  # Hz; maximum width of the bins of the spectrum
 
 
-_BLOCK = 1 << 20  # samples transformed at once
+_BLOCK = 1 << 20  # samples transformed at a time
 
 
-_MOST_VALUES = 10  # columns for one codec or rate each; rarer ones share one
+_MOST_VALUES = 10  # codecs or rates with a column of their own; the rarer ones have none
 
 
 @dataclass(frozen=True, order=True)
 class RecordingFeatures:
-    """What is measured on one clip besides its speech.
+    """Recording conditions of one clip.
 
     Arguments
     ---------
     sample_rate : int
-        Of the file, before any resampling, in Hz.
+        Sample rate of the file in Hz, before resampling.
     codec : str
         Format and coding of the file, as ``accent_plugin.audio.codecs.DecodedAudio`` names them.
     band_edge : float
-        Highest frequency, in Hz, at which the power spectrum, averaged over the clip in bins of at most 32 Hz, lies
-        within 60 dB of its peak; 0 for silence. The spectrum's window (Blackman) widens a sharp edge by up to 128 Hz.
+        Highest frequency in Hz at which the power spectrum, averaged over the clip in bins of at most 32 Hz, is within
+        60 dB of its peak; 0 for silence. The Blackman window widens a sharp edge by up to 128 Hz.
     loudness : float
-        Root mean square of the clip without its constant offset, in dBFS: a sine of full scale has -3.0, silence -120.
+        Root mean square of the clip after removing its mean, in dBFS: a full-scale sine has -3.0, silence -120.
     noise_floor : float
-        10th percentile of the levels (as for loudness) of the clip's whole frames of 25 ms, in dBFS.
+        10th percentile of the levels (computed as for loudness) of the clip's complete frames of 25 ms, in dBFS.
     duration : float
-        In s.
+        In seconds.
     leading_silence : float
-        Time before the first frame of 25 ms whose level is above the 95th percentile of the levels less 30 dB, in s.
+        Seconds before the first frame of 25 ms with a level above the 95th percentile of the levels minus 30 dB.
     """
 
     sample_rate: int
@@ -116,30 +116,30 @@ class RecordingFeatures:
 
 @dataclass(frozen=True)
 class Confound:
-    """Whether the features alone tell the accents apart.
+    """Result of the confound test.
 
     Arguments
     ---------
     possible : bool
-        Whether there was enough to test.
+        Whether there were enough data for the test.
     reason : str
-        Why not; "" where it was.
+        Why the test was not possible; "" if it was.
     uar : float or None
-        Unweighted average recall of the accents, out of fold.
+        Out-of-fold unweighted average recall of the accents.
     chance : float or None
         Mean of the same over the permutations.
     p : float or None
-        Share of the permutations, and of the observation itself, that do at least as well.
+        Fraction of the permutations, including the observation itself, with at least the same recall.
     permuted : tuple of float
         Unweighted average recall of each permutation.
     by_feature : dict
-        Name of a feature -> out-of-fold unweighted average recall of it alone.
+        Name of a feature -> out-of-fold unweighted average recall with this feature only.
     accents : tuple of str
-        Accents that were told apart; those with fewer than 5 clients are left out.
+        Accents in the test; accents with fewer than 5 speakers are excluded.
     clips, clients : int
-        That went into the test.
+        Numbers of clips and speakers in the test.
     by_client : bool
-        False where no clip has a client id, so that each stands for itself and p is too small.
+        False if no clip has a client id, so that each clip counts as a speaker and p is too small.
     """
 
     possible: bool
@@ -156,7 +156,7 @@ class Confound:
 
     @property
     def found(self):
-        """Whether the accents are told apart beyond chance."""
+        """Whether the recording conditions predict the accent better than chance."""
         return self.p is not None and self.p < ALPHA
 
 
@@ -166,14 +166,14 @@ def recording_features(samples, sample_rate, codec):
     Arguments
     ---------
     samples : (samples,) np.ndarray
-        Finite, mono, full scale at 1, at least one.
+        Finite, mono, with full scale 1, at least one sample.
     sample_rate : int
         In Hz.
     codec : str
 
     Returns
     -------
-    Features
+    RecordingFeatures
     """
     samples = np.asarray(samples)
     samples = samples - samples.mean(dtype=np.float64).astype(np.float32)
@@ -203,24 +203,24 @@ def _band_edge(samples, sample_rate):
     power = np.zeros(size // 2 + 1)
     for start in range(0, len(frames), step := max(1, _BLOCK // size)):
         power += (np.abs(np.fft.rfft(frames[start : start + step] * window, size)) ** 2).sum(axis=0)
-    # Rounding leaves a little power where there is none.
+    # Rounding leaves a little power in silence.
     if power.max() <= len(frames) * size * 10 ** (SILENCE / 10):
         return 0.0
     return float(np.flatnonzero(power >= power.max() * 10 ** (-_EDGE / 10))[-1] * sample_rate / size)
 
 
 def draw(accents, clients, ranks, *, seed):
-    """Choose clips for the test: at most 10 of each client, and whole clients until there are 4,000 clips.
+    """Choose clips for the test: at most 10 of each speaker, and complete speakers up to 4,000 clips.
 
-    Clients are taken in turns from every accent, so that a rare accent is not drowned. Clients with several accents are
-    left out, and so are accents with fewer than 5 clients and all but the 20 accents with the most clients.
+    Speakers are taken from all accents in turn, so that rare accents are represented. Speakers with several accents are
+    excluded, as are accents with fewer than 5 speakers and all but the 20 accents with the most speakers.
 
     Arguments
     ---------
     accents : (clips,) np.ndarray of int
-        Code of each clip's accent, below 0 where it has none.
+        Code of each clip's accent, negative if it has none.
     clients : (clips,) np.ndarray of int
-        Code of each clip's client, below 0 where it is unknown: such a clip is a client of its own.
+        Code of each clip's speaker, negative if unknown: such a clip counts as a speaker of its own.
     ranks : (clips,) np.ndarray of uint64
         A pseudo-random number for each clip that does not depend on the order of the clips.
     seed : int
@@ -228,7 +228,7 @@ def draw(accents, clients, ranks, *, seed):
     Returns
     -------
     (drawn,) np.ndarray of int
-        Places of the drawn clips, ascending.
+        Indices of the drawn clips, ascending.
     """
     accents, clients = np.asarray(accents, dtype=np.int64), np.asarray(clients, dtype=np.int64)
     ranks = np.asarray(ranks, dtype=np.uint64)
@@ -238,7 +238,7 @@ def draw(accents, clients, ranks, *, seed):
     pairs = np.unique(np.stack([clients[rows], accents[rows]], axis=1), axis=0)
     twice, times = np.unique(pairs[:, 0], return_counts=True)
     rows = rows[~np.isin(clients[rows], twice[times > 1])]
-    # Clients in the order of their lowest rank, then shuffled: those with many clips have low ones.
+    # Speakers in the order of their lowest rank, then shuffled: speakers with many clips have low ranks.
     rows = rows[np.argsort(ranks[rows], kind="stable")]
     _, first, unit = np.unique(clients[rows], return_index=True, return_inverse=True)
     place = np.empty(len(first), np.int64)
@@ -262,28 +262,28 @@ def draw(accents, clients, ranks, *, seed):
 
 
 def _turns(groups):
-    """How many equal ones stand before each element; ``groups`` is sorted."""
+    """Number of equal elements before each element; ``groups`` is sorted."""
     starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]]) if len(groups) else np.zeros(0, np.int64)
     return np.arange(len(groups)) - np.repeat(starts, np.diff(np.r_[starts, len(groups)]))
 
 
 def run_confound_test(features, accents, clients=None, *, seed, permutations=199, progress=False):
-    """Test whether the features alone tell the accents apart, in clients that were not learned from.
+    """Test whether the features predict the accents of unseen speakers.
 
-    A multinomial logistic regression (accents weighted to count the same) is trained on four fifths of the clients of
-    each accent and answers for the others, five times. The unweighted average recall of all answers is compared with
-    that of accents that are dealt anew to the clients, folds included: under the null hypothesis that accents have
-    nothing to do with the recordings every deal is as likely, so that p is exact, whatever clips of one client share
-    (Phipson and Smyth, 2010). Band edge and duration enter as logarithms, rate and codec as a column for each value.
+    A multinomial logistic regression with balanced class weights is cross-validated in five folds, with the speakers of
+    each accent spread over the folds. Its unweighted average recall is compared with that after permuting the accents
+    of the speakers, with new folds. If the accents are independent of the recordings, all permutations are equally
+    likely, so that p is exact, however alike the clips of one speaker are (Phipson and Smyth, 2010). Band edge and
+    duration enter as logarithms, sample rate and codec one-hot encoded.
 
     Arguments
     ---------
-    features : sequence of Features
+    features : sequence of RecordingFeatures
     accents : sequence of str
     clients : sequence of str, optional
-        "" where unknown: such a clip is a client of its own. Clients with several accents are left out.
+        Speakers, "" if unknown: such a clip counts as a speaker of its own. Speakers with several accents are excluded.
     seed : int
-        Decides folds and permutations; the order of the clips does not.
+        Seed of folds and permutations, which do not depend on the order of the clips.
     permutations : int
         100 or more.
     progress : bool
@@ -296,7 +296,7 @@ def run_confound_test(features, accents, clients=None, *, seed, permutations=199
     Raises
     ------
     ConfigError
-        When ``permutations`` cannot show anything.
+        When ``permutations`` is too small for a p below ``ALPHA``.
     """
     require_permutations(permutations)
     clients = [""] * len(accents) if clients is None else list(clients)
@@ -310,10 +310,10 @@ def run_confound_test(features, accents, clients=None, *, seed, permutations=199
     count = Counter(accent for _, accent in {(unit, row[1]) for unit, row in zip(units, rows, strict=True)})
     names = sorted(accent for accent in count if count[accent] >= FOLDS)
     if len(names) < 2:
-        # By name among equals: sets have another order in each process.
+        # Ties are sorted by name, because the order of sets differs between processes.
         most = sorted(count.items(), key=lambda item: (-item[1], item[0]))[:5]
         has = ", ".join(f"{accent} {n}" for accent, n in most) or "none"
-        return Confound(False, f"2 accents with {FOLDS} clients or more are needed; clients are: {has}")
+        return Confound(False, f"2 accents need {FOLDS} speakers or more, but the speakers are: {has}")
 
     members = [(unit, row) for unit, row in zip(units, rows, strict=True) if row[1] in names]
     index = {unit: place for place, unit in enumerate(dict.fromkeys(unit for unit, _ in members))}
@@ -329,9 +329,9 @@ def run_confound_test(features, accents, clients=None, *, seed, permutations=199
     by_feature = {name: _score(part, unit, accent_of, order, len(names)) for name, part in columns.items()}
     from tqdm import tqdm
 
-    deals = (generator.permutation(accent_of) for _ in range(permutations))
-    bar = tqdm(deals, total=permutations, desc="permuting accents", unit="permutation", disable=not progress)
-    permuted = tuple(_score(everything, unit, deal, order, len(names)) for deal in bar)
+    permuted_accents = (generator.permutation(accent_of) for _ in range(permutations))
+    bar = tqdm(permuted_accents, total=permutations, desc="permuting accents", unit="permutation", disable=not progress)
+    permuted = tuple(_score(everything, unit, accents, order, len(names)) for accents in bar)
     better = sum(score >= uar - 1e-9 for score in permuted)
     return Confound(
         possible=True,
@@ -348,15 +348,15 @@ def run_confound_test(features, accents, clients=None, *, seed, permutations=199
 
 
 def require_permutations(permutations):
-    """Refuse a number of permutations that no p below ``ALPHA`` can come from."""
+    """Raise a `ConfigError` if so few permutations cannot give a p below ``ALPHA``."""
     if permutations < FEWEST_PERMUTATIONS:
         raise ConfigError(
-            f"permutations is {permutations}; give {FEWEST_PERMUTATIONS} or more: fewer cannot show p below {ALPHA:g}"
+            f"permutations is {permutations}: give {FEWEST_PERMUTATIONS} or more, as fewer cannot give p < {ALPHA:g}"
         )
 
 
 def _columns(rows):
-    """Name of a feature -> (clips, columns) np.ndarray, no column where all clips have the same."""
+    """Name of a feature -> (clips, columns) np.ndarray, without columns if all clips have the same value."""
     return {
         name: (_one_hot if name in KINDS else _standard)(name, [getattr(row, name) for row in rows]) for name in UNITS
     }
@@ -375,12 +375,12 @@ def _standard(name, values):
     if name in ("band_edge", "duration"):
         values = np.log2(np.maximum(values, 0.01))
     spread = values.std()
-    # Far ones would outweigh all others.
+    # Clipped, as outliers would dominate the regression.
     return np.clip((values - values.mean()) / spread, -4, 4)[:, None] if spread > 1e-6 else np.zeros((len(values), 0))
 
 
 def _score(columns, unit, accent_of, order, classes):
-    """Out-of-fold unweighted average recall; folds deal the clients of each accent in ``order``."""
+    """Out-of-fold unweighted average recall; the speakers of each accent are spread over the folds in ``order``."""
     if not columns.shape[1]:
         return 1 / classes
     from sklearn.exceptions import ConvergenceWarning
@@ -399,5 +399,5 @@ def _score(columns, unit, accent_of, order, classes):
 
 
 def as_json(confound):
-    """Plain values of a Confound."""
+    """Convert a `Confound` to plain values."""
     return dataclasses.asdict(confound) | {"found": confound.found}

@@ -1,4 +1,4 @@
-"""Pictures of an audit: composition of the data, recording conditions, and the permutation test."""
+"""Figures of an audit: composition of the data, recording conditions, and the permutation test."""
 
 import numpy as np
 from matplotlib.patches import Patch
@@ -12,18 +12,18 @@ def _height(rows):
 
 
 def composition(path, counts):
-    """Draw how many clips, clients and hours each accent has in each split.
+    """Draw the clips, speakers and hours of each accent in each split.
 
     Arguments
     ---------
     path : Path
     counts : dict
-        Split -> accent -> {"clips", "clients", "seconds"}; what is None everywhere is left out.
+        Split -> accent -> {"clips", "clients", "seconds"}; quantities that are None everywhere are omitted.
     """
     accents = sorted({accent for cells in counts.values() for accent in cells})
     sizes = {accent: sum(cells[accent]["clips"] for cells in counts.values() if accent in cells) for accent in accents}
     accents.sort(key=lambda accent: (-sizes[accent], accent))
-    kinds = {"clips": ("clips", 1), "clients": ("clients", 1), "hours": ("seconds", 3600)}
+    kinds = {"clips": ("clips", 1), "speakers": ("clients", 1), "hours": ("seconds", 3600)}
     kinds = {
         title: (key, unit)
         for title, (key, unit) in kinds.items()
@@ -55,13 +55,13 @@ def composition(path, counts):
 
 
 def recording_conditions(path, values, units):
-    """Draw what the recordings of each accent are like: boxes of what is measured, shares of what is named.
+    """Draw the recording conditions of each accent: box plots of measurements, fractions of categories.
 
     Arguments
     ---------
     path : Path
     values : dict
-        Feature -> accent -> list of floats; of whole numbers or texts where they are names.
+        Feature -> accent -> list of floats, or of integers or strings for categories.
     units : dict
         Feature -> unit, or "".
     """
@@ -72,7 +72,7 @@ def recording_conditions(path, values, units):
         title = name.replace("_", " ") + (f" ({unit})" if unit else "")
         seen = sorted({value for cell in cells.values() for value in cell})
         if not isinstance(seen[0], float):
-            _shares(ax, [cells[accent] for accent in accents], seen)
+            _draw_fractions(ax, [cells[accent] for accent in accents], seen)
         else:
             ax.boxplot(
                 [cells[accent] for accent in accents],
@@ -97,20 +97,20 @@ def recording_conditions(path, values, units):
     figures.save_figure(figure, path)
 
 
-def _shares(ax, cells, seen):
-    """One bar for each cell, cut into the shares of the values; the last colour is for all beyond seven."""
+def _draw_fractions(ax, cells, seen):
+    """Draw a stacked bar for each accent with the fraction of each value; all values beyond seven are "others"."""
     most = sorted(seen, key=lambda value: -sum(cell.count(value) for cell in cells))[:7]
     left = np.zeros(len(cells))
     for i, value in enumerate([*most, None]):
         mine = [v for v in seen if v not in most] if value is None else [value]
-        share = np.array([sum(map(cell.count, mine)) / len(cell) for cell in cells])
-        if share.any():
+        fraction = np.array([sum(map(cell.count, mine)) / len(cell) for cell in cells])
+        if fraction.any():
             label = (
                 "others" if value is None else figures.plain_text(value if isinstance(value, str) else f"{value:,}", 20)
             )
             style = figures.figure_style(i) | {"edgecolor": "white", "linewidth": 0.4}
-            ax.barh(range(len(cells)), share, 0.6, left=left, label=label, **style)
-            left += share
+            ax.barh(range(len(cells)), fraction, 0.6, left=left, label=label, **style)
+            left += fraction
     ax.set_xlim(0, 1)
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(frameon=False, fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(-0.03, 0), borderaxespad=3,
@@ -118,7 +118,7 @@ def _shares(ax, cells, seen):
 
 
 def permutations(path, permuted, observed, p):
-    """Draw the scores that chance gives, and the one that was observed.
+    """Draw the distribution of the scores under permutation, and the observed score.
 
     Arguments
     ---------
@@ -136,7 +136,7 @@ def permutations(path, permuted, observed, p):
     away, side = (-5, "right") if observed > (low + high) / 2 else (5, "left")
     ax.annotate(f"observed {observed:.3f}", (observed, 1), (away, -2), xycoords=("data", "axes fraction"),
                 textcoords="offset points", ha=side, va="top", color=figures.WRONG, fontsize=9)  # fmt: skip
-    ax.set(xlabel="unweighted average recall from the recording alone", ylabel="permutations over clients")
+    ax.set(xlabel="unweighted average recall from the recording conditions", ylabel="permutations over speakers")
     ax.set_title(f"{len(permuted)} permutations, mean {np.mean(permuted):.3f}; p = {p:.3f}", fontsize=10, loc="left")
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     ax.margins(y=0.25)

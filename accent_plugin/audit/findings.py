@@ -1,4 +1,4 @@
-"""What an audit finds, as records."""
+"""Findings of an audit, as records."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ EXAMPLES = 5
 
 @dataclass(frozen=True)
 class AuditClip:
-    """Where a clip is: split and row number (from 0) in the source, and its path there, which may be empty."""
+    """Position of a clip: split and row number (from 0) in the source, and its path there, which may be empty."""
 
     split: str
     row: int
@@ -43,7 +43,7 @@ class AuditClip:
 
 @dataclass(frozen=True)
 class Example:
-    """One instance of a finding, in words that name the clips, and the clips."""
+    """One instance of a finding: a description that names the clips, and the clips."""
 
     text: str
     clips: tuple[AuditClip, ...] = ()
@@ -51,20 +51,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One problem in the data.
 
     Arguments
     ---------
     kind : str
-        Of ``KINDS``.
+        One of ``KINDS``.
     severity : str
         "error" or "warning".
     message : str
         One sentence with numbers.
     count : int
-        Of clients, sentences, recordings, files or whatever the message counts.
+        Number of speakers, sentences, recordings, files or whatever the message counts.
     examples : tuple of Example
-        The first few, in the order of the data.
+        The first few instances, in the order of the data.
     """
 
     kind: str
@@ -76,25 +76,25 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """What ``check`` found.
+    """Result of ``check_dataset``.
 
     Arguments
     ---------
     name : str
-        Of the data set.
+        Name of the dataset.
     findings : tuple of Finding
         Errors first, then in the order of ``KINDS``.
     counts : dict
-        Split -> accent -> {"clips", "clients", "seconds"}; clients are None without client ids, seconds are None where
-        the audio was not read, and leave out unusable files.
-    confound : nuisance.Confound or None
-        None where the audio was not read.
+        Split -> accent -> {"clips", "clients", "seconds"}; clients are None without client ids; seconds exclude
+        unusable files, and are None if the audio was not read.
+    confound : confounds.Confound or None
+        None if the audio was not read.
     notes : tuple of str
-        What to know when reading it.
+        Remarks on how to read the audit.
     arguments : dict
         Seed, permutations, and names of columns by split.
     measured : tuple
-        (accent, nuisance.Features) of each clip that went into the confound test.
+        (accent, confounds.RecordingFeatures) of each clip in the confound test.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Audit:
     measured: tuple = field(default=(), repr=False)
 
     def wrong(self, ignore=()):
-        """Findings that are errors and whose kind is not ignored.
+        """Findings that are errors of a kind that is not ignored.
 
         Raises
         ------
@@ -117,7 +117,7 @@ class Audit:
         return tuple(found for found in self.findings if found.severity == ERROR and found.kind not in ignore)
 
     def as_json(self):
-        """Plain values for strict JSON, without the single measurements."""
+        """Plain values for strict JSON, without the measurements of single clips."""
         plain = {
             "name": self.name,
             "errors": len(self.wrong()),
@@ -132,13 +132,13 @@ class Audit:
 
 
 def require_kinds(names):
-    """Refuse names that are no kinds of findings."""
+    """Raise a `ConfigError` for unknown kinds of findings."""
     if unknown := sorted(set(names) - set(KINDS)):
-        raise ConfigError(f"ignore names {', '.join(unknown)}; choose of {', '.join(KINDS)}")
+        raise ConfigError(f"ignore has unknown kinds {', '.join(unknown)}: choose from {', '.join(KINDS)}")
 
 
 def medians_by_accent(measured):
-    """Accent -> feature -> median, or the commonest value."""
+    """Accent -> feature -> median, or the most common value of a categorical feature."""
     by_accent = {}
     for accent, clip in measured:
         by_accent.setdefault(accent, []).append(clip)

@@ -1,4 +1,4 @@
-"""Checks of the table alone: speakers and sentences in several splits, contradictory labels, balance."""
+"""Checks of the table without audio: speakers and sentences in several splits, contradictory labels, balance."""
 
 from array import array
 from collections import Counter
@@ -25,11 +25,8 @@ from accent_plugin.report.text import count_in_words
 MOST_UNBALANCED = 3.0
 
 
-# -------------------------------------------------------------------------------------------------------- the text
-
-
 class ClipTable:
-    """A few numbers for each row of every split, in the order of the data; -1 stands for "none"."""
+    """A few numbers for each row of every split, in the order of the data; -1 means "none"."""
 
     def __init__(self, loaded, columns, seed, mapping):
         self.loaded, self.columns, self.names = loaded, columns, list(loaded)
@@ -44,10 +41,10 @@ class ClipTable:
                 accent.append(accents.setdefault(label, len(accents)) if label else -1)
                 client.append(clients.setdefault(cells["client"], len(clients)) if cells["client"] else -1)
                 words = splits.normalise_sentence(cells["sentence"])
-                # 64 bits: among ten million sentences two share a number once in 300,000 corpora.
+                # 64 bits: ten million sentences have a collision in one of 300,000 corpora.
                 sentence.append(splits.rank("sentence", words) if words else 0)
                 ranks.append(splits.rank(seed, "check", cells["client"], cells["path"], cells["sentence"]))
-        # Codes in the order of names, so that nothing depends on the order of rows.
+        # Codes follow the sorted names, so that nothing depends on the order of rows.
         self.accents, self.accent = _sorted_codes(accents, accent)
         self.clients, self.client = _sorted_codes(clients, client)
         self.sentence, self._ranks = (np.frombuffer(a, np.uint64) if len(a) else np.zeros(0, np.uint64)
@@ -62,7 +59,7 @@ class ClipTable:
         return parsed.label or (labels.normalise(raw) if parsed.reason == labels.UNKNOWN_ACCENT else "")
 
     def ranks(self):
-        """A pseudo-random number for each row; rows that nothing in the table tells apart are told apart by content."""
+        """A pseudo-random number for each row, from its text, or from its audio if other rows have the same text."""
         ranks = self._ranks.copy()
         _, inverse, count = np.unique(ranks, return_inverse=True, return_counts=True)
         for row in np.flatnonzero((count[inverse] > 1) & (self.accent >= 0)):
@@ -72,34 +69,34 @@ class ClipTable:
         return ranks
 
     def place(self, row):
-        """Split and row number in it."""
+        """Split of a row, and its number there."""
         split = self.split[row]
         return self.names[split], int(row - self.starts[split])
 
     def clip(self, row):
-        """Where a row is, with its path."""
+        """Position and path of a row."""
         split, number = self.place(row)
         return AuditClip(split, number, self.cells(row)["path"])
 
     def cells(self, row):
-        """Text of one row, read again."""
+        """Read the text cells of one row."""
         split, number = self.place(row)
-        return next(dataset_dict.read_cells(_One(self.loaded[split], number), self.columns[split]))
+        return next(dataset_dict.read_cells(_SingleRow(self.loaded[split], number), self.columns[split]))
 
     def accent_name(self, row):
-        """Label of a row; empty where it has none."""
+        """Label of a row; empty if it has none."""
         return self.accents[self.accent[row]] if self.accent[row] >= 0 else ""
 
     def client_name(self, row):
-        """Speaker of a row; empty where it is not known."""
+        """Speaker of a row; empty if unknown."""
         return self.clients[self.client[row]] if self.client[row] >= 0 else ""
 
     def sentence_text(self, row):
-        """The sentence as it is written."""
+        """Sentence of a row in its original spelling."""
         return self.cells(row)["sentence"]
 
     def counts(self, seconds=None):
-        """Clips, clients and seconds of each accent in each split."""
+        """Clips, speakers and seconds of each accent in each split."""
         made = {name: {} for name in self.names}
         labelled = np.flatnonzero(self.accent >= 0)
         cell = self.split[labelled] * len(self.accents) + self.accent[labelled]
@@ -114,21 +111,21 @@ class ClipTable:
         return made
 
     def notes(self):
-        """Notes on cells that no finding is made of."""
+        """Notes on cells that are not findings."""
         made = []
         if self.compound:
             (cell, _), total = self.compound.most_common(1)[0], sum(self.compound.values())
             made.append(
                 f"{count_in_words(total, 'row')} with more than one accent in the cell, such as '{cell}': "
-                "not labelled here"
+                "counted as unlabelled"
             )
         nameless = int((self.client < 0).sum())
         if self.clients and nameless:
-            made.append(f"{count_in_words(nameless, 'row')} without a client id, of {len(self.client):,}")
+            made.append(f"{nameless:,} of {count_in_words(len(self.client), 'row')} without a client id")
         return made
 
 
-class _One:
+class _SingleRow:
     """One row of a Dataset in Arrow format, as a Dataset of one row."""
 
     def __init__(self, data, number):
@@ -152,14 +149,14 @@ def _sorted_codes(found, codes):
 
 
 def _in_several(group, part, rows):
-    """Groups of rows that lie in more than one part, as arrays of rows, each part's first, in the order of the data."""
+    """Groups of rows that occur in more than one part, as arrays of the first row in each part, in the data's order."""
     order = rows[np.lexsort((rows, part[rows], group[rows]))]
     first = order[_changes(group[order]) | _changes(part[order])]
     return sorted(map(np.sort, runs_of_equal(group[first], first, 2)), key=lambda members: members[0])
 
 
 def runs_of_equal(values, rows, least=1):
-    """Yield the stretches of rows along which the sorted values are equal, if they have so many rows."""
+    """Yield the rows of each run of equal values, if it has at least ``least`` rows; the values are sorted."""
     starts = np.flatnonzero(_changes(values))
     ends = np.append(starts[1:], len(values))
     for place in np.flatnonzero(ends - starts >= least):
@@ -167,7 +164,7 @@ def runs_of_equal(values, rows, least=1):
 
 
 def _changes(values):
-    """Where a sorted array differs from the element before; the first one does."""
+    """Whether each element of a sorted array differs from the one before; True for the first."""
     changed = np.ones(len(values), bool)
     changed[1:] = values[1:] != values[:-1]
     return changed
@@ -176,14 +173,14 @@ def _changes(values):
 def shared_speakers(table):
     """Yield a finding about speakers in more than one split."""
     if not table.clients:
-        message = "no client ids: whether splits share speakers cannot be told (client_column names the column)"
+        message = "no client ids: cannot check whether splits share speakers (client_column names the column)"
         yield Finding(CLIENT, WARNING, message)
         return
     found = _in_several(table.client, table.split, np.flatnonzero(table.client >= 0))
     if found:
         where = name_splits(table, found)
-        message = f"{count_in_words(len(found), 'client')} in more than one split ({where}): "
-        message += "scores are not on unseen speakers"
+        message = f"{count_in_words(len(found), 'speaker')} in more than one split ({where}): "
+        message += "the test is not on unseen speakers"
         yield Finding(CLIENT, ERROR, message, len(found), _examples(table, found, table.client_name))
 
 
@@ -202,14 +199,14 @@ def contradictions(table):
         examples = []
         for rows in found[:EXAMPLES]:
             clips = [table.clip(row) for row in rows]
-            told = ", ".join(f"{table.accent_name(row)} ({clip})" for row, clip in zip(rows, clips, strict=True))
-            examples.append(Example(f"'{table.client_name(rows[0])}': {told}", tuple(clips)))
-        message = f"{count_in_words(len(found), 'client')} with contradicting accents"
+            accents = ", ".join(f"{table.accent_name(row)} ({clip})" for row, clip in zip(rows, clips, strict=True))
+            examples.append(Example(f"'{table.client_name(rows[0])}': {accents}", tuple(clips)))
+        message = f"{count_in_words(len(found), 'speaker')} with contradictory accents"
         yield Finding(CONTRADICTION, ERROR, message, len(found), tuple(examples))
 
 
 def imbalance(table):
-    """Yield findings about missing labels, missing accents and unbalanced training data."""
+    """Yield findings about missing labels, missing accents and imbalanced training data."""
     counts = table.counts()
     if nothing := int((table.accent < 0).sum()):
         rows = np.flatnonzero(table.accent < 0)[:EXAMPLES]
@@ -223,7 +220,7 @@ def imbalance(table):
         accents = len({accent for _, accent in absent})
         message = f"{count_in_words(accents, 'accent')} without a clip in some split"
         yield Finding(MISSING, ERROR, message, len(absent), examples)
-    # A single split is a pool to train on, whatever it is called.
+    # A single split is training data, whatever its name.
     for split in (name for name in table.names if dataset_dict.canonical(name) == splits.TRAIN or len(counts) == 1):
         clips = {accent: cell["clips"] for accent, cell in counts[split].items()}
         if clips and (ratio := max(clips.values()) / min(clips.values())) > MOST_UNBALANCED:
@@ -233,7 +230,7 @@ def imbalance(table):
 
 
 def name_splits(table, found):
-    """Name the splits that groups of rows lie in, the most frequent combinations first."""
+    """Name the splits of groups of rows, the most frequent combinations first."""
     pairs = Counter(tuple(dict.fromkeys(table.names[table.split[row]] for row in rows)) for rows in found)
     return ", ".join(f"{' and '.join(names)} {count:,}" for names, count in pairs.most_common(4))
 

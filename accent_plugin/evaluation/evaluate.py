@@ -108,6 +108,7 @@ def evaluate(predictions, draws=1000, seed=0):
 
     Example
     -------
+    >>> from accent_plugin.evaluation.predictions import ScoredClips
     >>> p = ScoredClips(("a", "b"), ("x", "y"), [0, 1], np.log([[0.9, 0.1], [0.6, 0.4]]), ("us", "england"), [4, 5])
     >>> evaluate(p)["clip"]["accuracy"]
     {'value': 0.5, 'low': 0.5, 'high': 0.5, 'n': 2}

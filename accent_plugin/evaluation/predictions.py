@@ -97,7 +97,7 @@ class ScoredClips:
         if outside.size:
             clip = outside[0]
             raise ReportError(
-                f"clip {self.ids[clip]!r} has true accent {self.truth[clip]}; indices go from 0 to {classes - 1}"
+                f"clip {self.ids[clip]!r} has true accent {self.truth[clip]}; indices range from 0 to {classes - 1}"
             )
         with np.errstate(over="ignore", invalid="ignore"):
             sums = np.exp(self.log_probabilities).sum(axis=1)

@@ -39,7 +39,7 @@ def sound(samples=None, **encoding):
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """Two accents without anything wrong, with enough clients for the channel test; and its audit."""
+    """Two accents without anything wrong, with enough speakers for the confound test; and its audit."""
     tables = three_splits(clients=(4, 2, 2))
     folder = save(tmp_path_factory.mktemp("clean") / "data", **tables)
     return tables, folder, checked(folder)
@@ -56,7 +56,7 @@ def changed(tmp_path, tables, *edits, without=(), **more):
 # ----------------------------------------------------------------------------------------------- nothing is wrong
 
 
-def test_a_clean_set_has_no_findings(clean):
+def test_a_clean_dataset_has_no_findings(clean):
     _, _, result = clean
     assert result.findings == result.wrong() == ()
     assert result.confound.possible
@@ -69,11 +69,11 @@ def test_a_clean_set_has_no_findings(clean):
         for split, n in zip(KEYS, (8, 4, 4), strict=True)
     }
     assert result.notes == (
-        "the channel test used 32 of 32 labelled clips, by 16 clients: at most 10 of each, 4,000 in all",
+        "the confound test used 32 of 32 labelled clips, from 16 speakers: at most 10 per speaker and 4,000 in all",
     )
 
 
-def test_the_order_of_rows_and_the_number_of_workers_do_not_matter(clean, tmp_path):
+def test_findings_do_not_depend_on_row_order_or_workers(clean, tmp_path):
     tables, _, first = clean
     shuffled = {split: random.Random(1).sample(table, len(table)) for split, table in tables.items()}
     second = checked(save(tmp_path / "data", **shuffled), workers=2)
@@ -84,22 +84,22 @@ def test_the_order_of_rows_and_the_number_of_workers_do_not_matter(clean, tmp_pa
 # ------------------------------------------------------------------------------------------------ what is in the text
 
 
-def test_a_client_in_two_splits(clean, tmp_path):
+def test_a_speaker_in_two_splits_is_an_error(clean, tmp_path):
     result = of_text(changed(tmp_path, clean[0], ("test", 2, {"client_id": "us-0"})))
     assert found(result) == [("client", "error", 1)]
     (finding,) = result.findings
     assert places(finding) == [[("train", 0, "us-0-0.flac"), ("test", 2, "us-7-0.flac")]]
-    assert finding.message == "1 client in more than one split (train and test 1): scores are not on unseen speakers"
+    assert finding.message == "1 speaker in more than one split (train and test 1): the test is not on unseen speakers"
     assert finding.examples[0].text == "'us-0': train:0 us-0-0.flac and test:2 us-7-0.flac"
 
 
-def test_a_client_in_three_splits(clean, tmp_path):
+def test_a_speaker_in_three_splits_is_one_finding(clean, tmp_path):
     edits = [(split, 0, {"client_id": "somebody"}) for split in KEYS]
     result = of_text(changed(tmp_path, clean[0], *edits))
     assert [[clip[:2] for clip in example] for example in places(result.findings[0])] == [[(s, 0) for s in KEYS]]
 
 
-def test_a_sentence_in_two_splits_however_it_is_written(clean, tmp_path):
+def test_a_sentence_in_two_splits_is_found_in_any_spelling(clean, tmp_path):
     edits = [("train", 5, {"sentence": "Don't stop!"}), ("validation", 1, {"sentence": " dont  STOP"})]
     result = of_text(changed(tmp_path, clean[0], *edits))
     assert found(result) == [("sentence", "error", 1)]
@@ -107,12 +107,12 @@ def test_a_sentence_in_two_splits_however_it_is_written(clean, tmp_path):
     assert result.findings[0].examples[0].text.startswith("'Don't stop!': train:5")
 
 
-def test_empty_sentences_and_punctuation_are_no_sentences(clean, tmp_path):
+def test_empty_sentences_and_punctuation_are_ignored(clean, tmp_path):
     edits = [(split, row, {"sentence": text}) for split in KEYS for row, text in enumerate(("", "...", "?"))]
     assert found(of_text(changed(tmp_path, clean[0], *edits))) == []
 
 
-def test_a_client_with_two_accents(clean, tmp_path):
+def test_a_speaker_with_two_accents_is_an_error(clean, tmp_path):
     result = of_text(changed(tmp_path, clean[0], ("train", 1, {"accent": "Scots English"})))
     assert ("contradiction", "error", 1) in found(result)
     (finding,) = (f for f in result.findings if f.kind == "contradiction")
@@ -125,21 +125,21 @@ def test_spellings_of_one_accent_do_not_contradict(clean, tmp_path):
     assert found(of_text(changed(tmp_path, clean[0], *edits), mapping={"Yankee": "us"})) == []
 
 
-def test_accents_of_other_corpora_count_as_they_are_written(clean, tmp_path):
+def test_unknown_accents_keep_their_spelling(clean, tmp_path):
     edits = [(split, row, {"accent": " Klingon"}) for split in KEYS for row in range(4 if split == "train" else 2)]
     result = of_text(changed(tmp_path, clean[0], *edits))
     assert found(result) == []
     assert result.counts["train"]["klingon"] == {"clips": 4, "clients": 2, "seconds": None}
 
 
-def test_rows_without_an_accent_and_with_several(clean, tmp_path):
+def test_rows_without_an_accent_and_with_several_are_reported(clean, tmp_path):
     edits = [("train", 0, {"accent": ""}), ("train", 3, {"accent": "US English|Scottish English"})]
     result = of_text(changed(tmp_path, clean[0], *edits))
     assert found(result) == [("unlabelled", "warning", 2)]
     assert result.findings[0].message == "2 of 32 rows without an accent"
     assert [clip[0][1] for clip in places(result.findings[0])] == [0, 3]
     assert result.notes[0] == (
-        "1 row with more than one accent in the cell, such as 'US English|Scottish English': not labelled here"
+        "1 row with more than one accent in the cell, such as 'US English|Scottish English': counted as unlabelled"
     )
     assert result.counts["train"]["us"]["clips"] == 6
 
@@ -149,7 +149,7 @@ def test_no_accent_at_all_is_an_error(tmp_path):
     assert found(result) == [("unlabelled", "error", 4)]
 
 
-def test_an_accent_that_a_split_lacks(clean, tmp_path):
+def test_an_accent_missing_from_a_split_is_an_error(clean, tmp_path):
     edits = [("train", row, {"accent": "wales"}) for row in range(4)]
     result = of_text(changed(tmp_path, clean[0], *edits))
     assert found(result) == [("missing", "error", 2)]
@@ -164,14 +164,14 @@ def test_an_accent_that_a_split_lacks(clean, tmp_path):
     ("train", 4, [("balance", "warning", 1)]),
     ("whatever", 4, [("balance", "warning", 1)]),
 ])  # fmt: skip
-def test_more_than_three_times_as_many_clips(tmp_path, split, clients, expected):
+def test_more_than_three_times_as_many_clips_is_a_warning(tmp_path, split, clients, expected):
     result = of_text(save(tmp_path / "data", **{split: rows("us", clients) + rows("wales", 1)}))
     assert found(result) == expected
     if expected:
         assert result.findings[0].message == f"us has 4.0 times as many clips in {split} as wales: 8 and 2"
 
 
-def test_without_client_ids(clean, tmp_path):
+def test_missing_client_ids_are_a_warning(clean, tmp_path):
     result = of_text(changed(tmp_path, clean[0], without=("client_id",)))
     assert found(result) == [("client", "warning", 1)]
     assert "no client ids" in result.findings[0].message
@@ -182,10 +182,10 @@ def test_some_client_ids_missing_is_noted(clean, tmp_path):
     edits = [(split, 0, {"client_id": ""}) for split in KEYS]
     result = of_text(changed(tmp_path, clean[0], *edits))
     assert found(result) == []
-    assert result.notes[0] == "3 rows without a client id, of 32"
+    assert result.notes[0] == "3 of 32 rows without a client id"
 
 
-def test_splits_of_any_name_and_columns_that_are_named(tmp_path):
+def test_splits_and_columns_can_have_any_name(tmp_path):
     first = [row | {"who": row["client_id"], "said": row["sentence"]} for row in rows("us", 1)]
     second = [row | {"said": "Else.", "client_id": "other"} for row in first]
     folder = save(tmp_path / "data", one=first, odd=second)
@@ -195,7 +195,7 @@ def test_splits_of_any_name_and_columns_that_are_named(tmp_path):
         of_text(folder, client_column="whom")
 
 
-def test_no_datasetdict(tmp_path, clean):
+def test_a_folder_without_a_datasetdict_is_an_error(tmp_path, clean):
     with pytest.raises(DataError, match="there is no folder"):
         of_text(tmp_path / "absent")
     with pytest.raises(DataError, match="holds a Dataset"):
@@ -207,7 +207,7 @@ def test_no_datasetdict(tmp_path, clean):
 
 @pytest.fixture(scope="module")
 def broken(clean, tmp_path_factory):
-    """One clip of every kind of broken file, same recordings, and a client too few for the channel test."""
+    """One clip of every kind of broken file, duplicate recordings, and one speaker too few for the confound test."""
     tables = {split: [dict(row) for row in table] for split, table in clean[0].items()}
     train, test = tables["train"], tables["test"]
     steps = quantise(noise(1.0, seed=77))
@@ -237,9 +237,9 @@ def finding_of(result, kind, severity):
     return next(f for f in result.findings if (f.kind, f.severity) == (kind, severity))
 
 
-def test_broken_files_are_named_by_reason(broken):
+def test_broken_files_are_listed_by_reason(broken):
     finding = finding_of(broken[1], "undecodable", "error")
-    assert finding.message == "6 files that cannot be used: undecodable 2, empty 1, non-finite 1, silent 2"
+    assert finding.message == "6 unusable files: undecodable 2, empty 1, non-finite 1, silent 2"
     assert finding.count == 6
     named = [example.text.split(":")[0] for example in finding.examples]
     assert named == ["undecodable", "undecodable", "empty", "non-finite", "silent", "silent"]
@@ -248,7 +248,7 @@ def test_broken_files_are_named_by_reason(broken):
     assert finding.examples[2].text == "empty: train:2 us-1-0.flac: clip holds no bytes"
 
 
-def test_the_same_bytes_in_two_splits(broken):
+def test_the_same_bytes_in_two_splits_are_an_error(broken):
     finding = finding_of(broken[1], "audio", "error")
     assert finding.count == 1
     assert places(finding) == [[("train", 6, "us-3-0.flac"), ("test", 1, "us-6-1.flac")]]
@@ -256,7 +256,7 @@ def test_the_same_bytes_in_two_splits(broken):
     assert finding.examples[0].text == ("train:6 us-3-0.flac (us-3, us) and test:1 us-6-1.flac (us-6, us): same bytes")
 
 
-def test_the_same_samples_in_another_file(broken):
+def test_the_same_samples_in_another_file_are_found(broken):
     finding = finding_of(broken[1], "audio", "warning")
     assert [[clip[:2] for clip in pair] for pair in places(finding)] == [[("train", 12), ("train", 13)]]
     assert finding.examples[0].text.endswith("same samples in another file")
@@ -267,7 +267,7 @@ def test_unusable_files_have_no_hours(broken):
     assert broken[1].confound.clips == 26
 
 
-def test_copies_with_another_accent_or_client_are_errors(tmp_path):
+def test_copies_with_another_accent_or_speaker_are_errors(tmp_path):
     table = rows("us", 2, 1) + rows("england", 1, 1)
     for row in table:
         row["audio"] = table[0]["audio"]
@@ -291,7 +291,7 @@ def test_paths_are_relative_to_the_data(tmp_path):
     assert finding_of(result, "audio", "error").examples[0].text.endswith("same bytes")
 
 
-def test_too_long_a_clip_is_not_decoded(tmp_path, monkeypatch):
+def test_a_clip_that_is_too_long_is_not_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(audio_checks, "MAX_SECONDS", 1.1)
     result = checked(save(tmp_path / "data", train=rows("us", 1, 1)))
     assert finding_of(result, "undecodable", "error").message.endswith("too long 1")
@@ -300,7 +300,7 @@ def test_too_long_a_clip_is_not_decoded(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------- the channel
 
 
-def test_an_accent_with_its_own_channel_is_found(clean, tmp_path):
+def test_an_accent_with_its_own_recording_conditions_is_found(clean, tmp_path):
     edits = []
     for split, table in clean[0].items():
         for row, cells in enumerate(table):
@@ -310,23 +310,23 @@ def test_an_accent_with_its_own_channel_is_found(clean, tmp_path):
     result = checked(changed(tmp_path, clean[0], *edits))
     assert found(result) == [("channel", "error", 1)]
     (finding,) = result.wrong()
-    assert "average recall 1.00 without listening to anybody" in finding.message
+    assert "average recall 1.00 without any speech features" in finding.message
     assert "p = 0.010" in finding.message
     told = [re.sub(" alone.*", "", example.text) for example in finding.examples]
     assert told == ["sample rate", "codec", "band edge"]
     assert result.wrong(ignore=["channel"]) == ()
 
 
-def test_too_few_clients_for_the_channel_is_said(tmp_path):
+def test_too_few_speakers_for_the_confound_test_are_a_warning(tmp_path):
     result = checked(save(tmp_path / "data", **three_splits(clients=(2, 1, 1))))
     assert found(result) == [("channel", "warning", 1)]
     assert result.findings[0].message.endswith(
-        "not possible to test: 2 accents with 5 clients or more are needed; clients are: none"
+        "predict the accent: 2 accents need 5 speakers or more, but the speakers are: none"
     )
     assert result.wrong() == ()
 
 
-def test_few_permutations_are_refused_at_once(tmp_path):
+def test_too_few_permutations_are_refused_at_once(tmp_path):
     with pytest.raises(ConfigError, match="permutations is 20"):
         checked(tmp_path / "absent", permutations=20)
 
@@ -334,10 +334,12 @@ def test_few_permutations_are_refused_at_once(tmp_path):
 # ------------------------------------------------------------------------------------------------------- what is said
 
 
-def test_kinds_to_ignore(broken):
+def test_ignored_kinds_are_not_errors(broken):
     assert {finding.kind for finding in broken[1].wrong()} == {"audio", "undecodable"}
     assert [finding.kind for finding in broken[1].wrong(ignore=["audio"])] == ["undecodable"]
-    with pytest.raises(ConfigError, match="ignore names sound; choose of client, sentence, contradiction, audio"):
+    with pytest.raises(
+        ConfigError, match="ignore has unknown kinds sound: choose from client, sentence, contradiction, audio"
+    ):
         broken[1].wrong(ignore=["sound"])
 
 
@@ -352,7 +354,7 @@ def test_errors_come_first(clean, tmp_path):
     ]
 
 
-def test_text_of_a_clean_set(clean):
+def test_text_of_a_clean_dataset(clean):
     head, *rest = audit_to_text(clean[2]).split("\n\n")
     assert head == "data: 0 errors, 0 warnings"
     assert rest[0].splitlines() == [
@@ -369,7 +371,7 @@ def test_text_without_audio(clean):
     said = audit_to_text(of_text(clean[1]))
     assert "hours" not in said.split("note:")[0]
     assert said.endswith(
-        "note: the audio was not read: same recordings, broken files, hours and the channel were not checked\n"
+        "note: the audio was not read: duplicate recordings, broken files, hours and confounds were not checked\n"
     )
 
 
@@ -386,7 +388,7 @@ def test_a_report_is_written_and_read(broken, tmp_path):
     assert "| us | 8 | 4 | 0.00 |" in said
 
 
-def test_a_report_that_cannot_be_written(clean, tmp_path):
+def test_an_unwritable_report_folder_is_an_error(clean, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="file cannot be written"):
         write_audit(tmp_path / "file", clean[2])
@@ -395,7 +397,7 @@ def test_a_report_that_cannot_be_written(clean, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- real data
 
 
-def test_real_speech_has_no_leak_until_one_is_planted(tmp_path):
+def test_a_planted_leak_is_found_in_real_speech(tmp_path):
     from datasets import Audio, DatasetDict, concatenate_datasets, load_from_disk
 
     folder = shared_data("speech_accent_archive")
@@ -417,7 +419,7 @@ def test_real_speech_has_no_leak_until_one_is_planted(tmp_path):
     shutil.rmtree(tmp_path / "data")
 
 
-def test_a_dataset_without_rows(tmp_path):
+def test_a_dataset_without_rows_is_an_error(tmp_path):
     from datasets import DatasetDict
 
     data = save(tmp_path / "data", train=rows("us", 1))

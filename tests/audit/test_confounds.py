@@ -29,7 +29,7 @@ def limited(edge, rate, seconds=2.0):
 # -------------------------------------------------------------------------------------------------- what is measured
 
 
-def test_a_sine_after_silence():
+def test_features_of_a_sine_after_silence():
     sine = 0.5 * np.sin(2 * np.pi * 1_000 * np.arange(24_000) / 16_000)
     found = measured(np.concatenate([np.zeros(8_000), sine]))
     assert (found.sample_rate, found.codec, found.duration, found.leading_silence) == (16_000, "WAV PCM_16", 2.0, 0.5)
@@ -80,13 +80,13 @@ def test_decoding_names_the_codec(format, subtype, codec):
 
 @pytest.mark.parametrize("samples", [[0.0], [0.5], [0.25] * 3, np.zeros(16_000), np.full(16_000, 0.5)])
 @pytest.mark.parametrize("rate", [1_000, 16_000, 192_000])
-def test_silence_has_numbers_too(samples, rate):
+def test_silence_has_finite_features(samples, rate):
     expected = confounds.RecordingFeatures(rate, "WAV PCM_16", 0.0, -120.0, -120.0, len(samples) / rate, 0.0)
     assert measured(samples, rate) == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 399, 400, 401, 800])
-def test_short_clips(count):
+def test_short_clips_have_finite_features(count):
     found = measured(noise(1.0)[:count])
     assert 0 <= found.band_edge <= 8_000
     assert found.duration == count / 16_000
@@ -96,7 +96,7 @@ def test_short_clips(count):
 
 @given(seed=st.integers(0, 99), power=st.integers(0, 6), frames=st.integers(0, 40))
 @settings(max_examples=25, deadline=None)
-def test_gain_moves_levels_and_silence_moves_the_onset(seed, power, frames):
+def test_gain_shifts_levels_and_silence_shifts_the_onset(seed, power, frames):
     samples = noise(1.0, seed=seed)
     first = measured(samples)
     quiet = measured(samples / 2**power)
@@ -158,13 +158,13 @@ def test_a_planted_confound_is_found_and_named(name, shift):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_nothing_is_found_where_there_is_nothing(seed):
+def test_without_a_confound_nothing_is_found(seed):
     found = result_of(clips(10, seed=seed))
     assert found.possible
     assert not found.found
 
 
-def test_clips_of_a_client_being_alike_is_no_confound():
+def test_similar_clips_of_one_speaker_are_not_a_confound():
     # Accents have nothing to do with the recordings, but clips of a client are nearly the same.
     features, accents, clients = clips(8, per_client=8, own=20.0, seed=3)
     assert not result_of((features, accents, clients)).found
@@ -178,46 +178,46 @@ def slight():
     return table, result_of(zip(*table, strict=True))
 
 
-def test_p_counts_the_observation_itself(slight):
+def test_p_includes_the_observation_itself(slight):
     _, found = slight
     assert len(found.permuted) == 100
     assert found.p == (1 + sum(score >= found.uar for score in found.permuted)) / 101 > 1 / 101
     assert found.chance == pytest.approx(np.mean(found.permuted))
 
 
-def test_the_order_of_clips_does_not_matter(slight):
+def test_the_result_does_not_depend_on_clip_order(slight):
     table, found = slight
     assert result_of(zip(*random.Random(1).sample(table, len(table)), strict=True)) == found
 
 
-def test_the_seed_decides(slight):
+def test_the_result_depends_on_the_seed(slight):
     table, found = slight
     assert result_of(zip(*table, strict=True), seed=6).permuted != found.permuted
 
 
-def test_the_order_of_clips_without_clients_does_not_matter():
+def test_without_client_ids_the_result_does_not_depend_on_clip_order():
     features, accents, _ = clips(4, loudness=3.0)
     found = result_of((features, accents, None))
     assert result_of((features[::-1], accents[::-1], [""] * len(accents))) == found
     assert (found.clients, found.by_client) == (32, False)
 
 
-def test_recordings_that_are_all_alike_tell_nothing():
+def test_identical_recordings_predict_nothing():
     same = confounds.RecordingFeatures(16_000, "MP3", 8_000.0, -20.0, -60.0, 5.0, 0.1)
     _, accents, clients = clips(5)
     found = result_of(([same] * len(accents), accents, clients))
     assert (found.uar, found.p, set(found.by_feature.values())) == (0.5, 1.0, {0.5})
 
 
-def test_too_few_clients_is_not_a_pass():
+def test_too_few_speakers_make_the_test_impossible():
     found = result_of(clips(4))
     assert not found.possible
     assert not found.found
-    assert found.reason == "2 accents with 5 clients or more are needed; clients are: england 4, us 4"
-    assert result_of(([], [], [])).reason.endswith("clients are: none")
+    assert found.reason == "2 accents need 5 speakers or more, but the speakers are: england 4, us 4"
+    assert result_of(([], [], [])).reason.endswith("but the speakers are: none")
 
 
-def test_small_accents_and_clients_of_two_accents_are_left_out():
+def test_small_accents_and_speakers_of_two_accents_are_excluded():
     features, accents, clients = clips(6)
     # One more client each: of a third accent, and of both.
     features += features[:3]
@@ -227,8 +227,8 @@ def test_small_accents_and_clients_of_two_accents_are_left_out():
     assert (found.accents, found.clients, found.clips) == (("england", "us"), 12, 48)
 
 
-def test_fewer_permutations_cannot_show_anything():
-    with pytest.raises(ConfigError, match="permutations is 99; give 100 or more"):
+def test_fewer_than_100_permutations_are_refused():
+    with pytest.raises(ConfigError, match="permutations is 99: give 100 or more"):
         result_of(clips(6), permutations=99)
 
 
@@ -240,7 +240,7 @@ def drawn(accents, clients, seed=1):
     return confounds.draw(accents, clients, ranks, seed=seed)
 
 
-def test_draws_cap_clients_and_leave_out_what_cannot_be_result_of():
+def test_draws_limit_clips_per_speaker_and_exclude_unusable_groups():
     # Accent 0 has 5 clients, one of them with 30 clips; accent 1 has 4 clients; client 99 has two accents.
     clients = [0] * 30 + [1, 2, 3, 4] + [10, 11, 12, 13] + [99, 99] + [20]
     accents = [0] * 34 + [1] * 4 + [0, 1] + [-1]
@@ -249,7 +249,7 @@ def test_draws_cap_clients_and_leave_out_what_cannot_be_result_of():
     assert set(found[found >= 30]) == {30, 31, 32, 33}
 
 
-def test_draws_take_whole_clients_evenly_over_accents():
+def test_draws_take_complete_speakers_evenly_over_accents():
     clients = np.repeat(np.arange(1_100), 8)
     accents = np.where(clients < 1_000, 0, 1)
     found = drawn(accents, clients)
@@ -260,14 +260,14 @@ def test_draws_take_whole_clients_evenly_over_accents():
     assert not np.array_equal(found, drawn(accents, clients, seed=2))
 
 
-def test_draws_keep_the_accents_with_the_most_clients():
+def test_draws_keep_the_accents_with_the_most_speakers():
     clients = np.arange(21 * 10)
     accents = np.repeat(np.arange(21), 10)
     accents[0] = 1
     assert set(accents[drawn(accents, clients)]) == set(range(1, 21))
 
 
-def test_clips_without_a_client_stand_for_themselves():
+def test_clips_without_a_client_id_count_as_speakers():
     assert len(drawn([0] * 30 + [1] * 4, [-1] * 34)) == 30
 
 

@@ -485,7 +485,7 @@ def test_models_are_compared_by_clip_alone_without_client_ids():
     comparison = compare_models(a, b, draws=10)
     assert comparison["clip"]["accuracy"]["difference"]["value"] == 0.5
     assert (comparison["speaker"], comparison["speakers"], comparison["changed"]) == (None, None, [])
-    assert comparison["notes"] == ["No client ids: intervals resample clips, and are too narrow."]
+    assert comparison["notes"] == ["No client ids: intervals resample clips and are too narrow."]
 
 
 def test_predictions_for_other_data_cannot_be_compared():
