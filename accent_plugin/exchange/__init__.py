@@ -1,1 +1,1 @@
-"""Hugging Face in both directions, ONNX, and training that starts from a trained model."""
+"""Import from and export to Hugging Face, export to ONNX, and training from a trained model."""

@@ -1,4 +1,4 @@
-"""A bundle -> a repository on the Hugging Face Hub."""
+"""Upload a bundle to a repository on the Hugging Face Hub."""
 
 from pathlib import Path
 
@@ -7,36 +7,37 @@ from accent_plugin.errors import BundleError
 
 
 def push(folder, repo, *, private=True, token=None, endpoint=None, message=None, check=None):
-    """Upload a bundle, after checking that it is whole.
+    """Check and upload a bundle.
 
-    Hidden files stay here. Files that the repository has and the bundle has not stay there.
+    Hidden files are not uploaded. Other files that are already in the repository are kept.
 
     Arguments
     ---------
     folder : str or Path
         The bundle.
     repo : str
-        "NAME" or "NAMESPACE/NAME"; made where it does not exist.
+        "NAME" or "NAMESPACE/NAME"; created if it does not exist.
     private : bool
-        Whether a new repository is private. With True, one that exists and is public is refused.
+        Whether a new repository is private. With True, an existing public repository is refused.
     token : str, or None
-        With permission to write; by default what `hf auth login` or HF_TOKEN left.
+        Token with write permission; by default that of `hf auth login` or HF_TOKEN.
     endpoint : str, or None
-        Of another server than the Hub's own, or than HF_ENDPOINT says.
+        Address of the server; by default HF_ENDPOINT or the Hub.
     message : str, or None
-        Of the commit.
+        Commit message.
     check : callable, or None
-        Folder -> raises BundleError where it is no whole bundle; `accent_plugin.bundle.load.check_bundle` by default.
+        Function of the folder that raises BundleError if it is not a bundle or is damaged;
+        `accent_plugin.bundle.load.check_bundle` by default.
 
     Returns
     -------
     url : str
-        Of the repository.
+        Address of the repository.
 
     Raises
     ------
     BundleError
-        When the folder is no bundle, the name is none, there is no token, or the Hub cannot be reached or refuses.
+        When the folder is not a bundle, the name is invalid, there is no token, or the Hub is unreachable or refuses.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -49,20 +50,20 @@ def push(folder, repo, *, private=True, token=None, endpoint=None, message=None,
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise BundleError(f"{repo!r} cannot be a repository's name: {error}\ngive NAME or NAMESPACE/NAME") from None
+        raise BundleError(f"{repo!r} is not a valid repository name: {error}\ngive NAME or NAMESPACE/NAME") from None
     token = token or get_token()
     if not token:
         raise BundleError(
-            f"no token for the Hub: nothing of {folder} was uploaded\n"
-            f"log in with `hf auth login`, or set HF_TOKEN to a token that may write (see the settings of your account)"
+            f"there is no token for the Hub: {folder} was not uploaded\n"
+            "log in with `hf auth login`, or set HF_TOKEN to a token with write permission (see your account settings)"
         )
     api = HfApi(endpoint=endpoint, token=token)
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
         if private and not api.repo_info(url.repo_id).private:
             raise BundleError(
-                f"{url} exists and is public, and this upload was to be private: nothing was uploaded\n"
-                "choose another name, or say that it may be public"
+                f"{url} exists and is public, but a private upload was requested: nothing was uploaded\n"
+                "choose another name, or allow a public upload with --public"
             )
         api.upload_folder(
             folder_path=folder,
@@ -71,25 +72,25 @@ def push(folder, repo, *, private=True, token=None, endpoint=None, message=None,
             ignore_patterns=[".*", "**/.*"],
         )
     except OfflineModeIsEnabled:
-        raise BundleError(f"{api.endpoint} is not asked while HF_HUB_OFFLINE is set: unset it to upload") from None
+        raise BundleError(f"cannot upload to {api.endpoint} while HF_HUB_OFFLINE is set: unset it") from None
     except HfHubHTTPError as error:
         raise BundleError(_refused(error, api.endpoint, repo)) from error
     except (HTTPError, OSError) as error:
         raise BundleError(
             f"{api.endpoint} cannot be reached: {error or type(error).__name__}\n"
-            "check the network and run the same command again: what has arrived is not sent twice"
+            "check the network and run the same command again: files that have arrived are not sent twice"
         ) from error
     except ValueError as error:
-        raise BundleError(f"the Hub does not take {folder}: {error}") from error
+        raise BundleError(f"{folder} cannot be uploaded: {error}") from error
     return str(url)
 
 
 def _refused(error, endpoint, repo):
     status = error.response.status_code
-    said = error.server_message or str(error).strip().splitlines()[0]
+    answer = error.server_message or str(error).strip().splitlines()[0]
     remedies = {
-        401: "the token is wrong or has expired: log in with `hf auth login`, with one that may write",
-        403: "this token may not write there: is the namespace yours, and has the token the role write?",
-        404: "is the name right, and may this token see the repository?",
+        401: "the token is wrong or has expired: log in with `hf auth login` and a token with write permission",
+        403: "this token has no write permission there: check the namespace, and the role of the token",
+        404: "check the name, and whether this token has access to the repository",
     }
-    return f"{endpoint} refused {repo} with {status}: {said}\n{remedies.get(status, 'try again later')}"
+    return f"{endpoint} refused {repo} with {status}: {answer}\n{remedies.get(status, 'try again later')}"

@@ -1,12 +1,12 @@
-"""A bundle -> a classifier of Hugging Face's transformers, and back.
+"""Convert a bundle to a Hugging Face transformers classifier, and back.
 
-transformers has one form of audio classifier for the wav2vec 2.0 family: encoder (its last state, or a weighted sum of
-all), linear projector, mean over frames, linear layer. What a bundle has besides is folded into these where that is
-exact (whitening, a sum over some layers, no projector) and refused where it is not. Either way both models are given
-the same noise before anything is handed on: log-probabilities of a clip alone must agree to 1e-5.
+transformers has one architecture of audio classifiers for the wav2vec 2.0 family: encoder (last state, or a weighted
+sum of all), linear projector, mean over frames, linear layer. Other parts of a bundle are folded into these if that is
+exact (whitening, a sum over some layers, no projector); otherwise the conversion is refused. In both directions the two
+models are compared on noise before the result is used: log-probabilities of single clips must agree to 1e-5.
 
-A checkpoint's weights are read from its .safetensors, or, where it has none, from its .bin files, which transformers
-opens with torch's weights_only loader: no code of a checkpoint is run. As with encoders, all weights must be there.
+Weights are read from a checkpoint's .safetensors, or else from its .bin files, which transformers opens with torch's
+weights_only loader: no code of a checkpoint is executed. As with encoders, all weights must be present.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 LAYER_WEIGHTS = "wav2vec2.layer_weights"
 
 
-# Name in an AccentModel -> name in a classifier of transformers; the encoder's have a prefix of their own.
+# Name in an AccentModel -> name in a transformers classifier, for all tensors outside the encoder.
 _HEAD = {
     LAYER_WEIGHTS: "layer_weights",
     "projector.0.weight": "projector.weight",
@@ -51,22 +51,22 @@ _HEAD = {
 }
 
 
-# Of a classifier's configuration: what is not about its encoder.
+# Keys of a classifier's configuration that do not concern its encoder.
 _NOT_ENCODER = {
     *NOT_ARCHITECTURE,
     *("id2label", "label2id", "problem_type", "classifier_proj_size", "use_weighted_layer_sum"),
 }
 
 
-# Where transformers looks for weights, in its order.
+# Files with weights, in the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-# All that a folder written for transformers holds.
+# All files of a folder written for transformers.
 _FILES = (bundle_config.CONFIG_FILE, "preprocessor_config.json", _WEIGHTS[0], bundle_config.CARD_FILE)
 
 
-# A softmax over numbers of which one is 0 or more gives exactly 0 to this.
+# A softmax gives this exactly 0 if any other number is 0 or more.
 _NEVER = -1e4
 
 
@@ -77,27 +77,27 @@ _TOLERANCE = 1e-5
 
 
 def from_hugging_face(source, mapping=None):
-    """Read a classifier of transformers as a bundle, in memory.
+    """Convert a transformers classifier to a bundle in memory.
 
     Arguments
     ---------
     source : str or Path
         Folder of a checkpoint (config.json, preprocessor_config.json, weights), or its name on the Hub.
     mapping : dict
-        Name of a class in the checkpoint -> label, as `accent_plugin.data.labels.read_mapping` reads them; known
-        spellings of accents need none.
+        Name of a class in the checkpoint -> label, from `accent_plugin.data.labels.read_mapping`; not needed for known
+        accent names.
 
     Returns
     -------
     accent_plugin.bundle.load.Bundle
-        Without calibration; "weights" of its configuration are name, size and SHA-256 of the checkpoint's file.
+        Without calibration; "weights" in its configuration has name, size and SHA-256 of the checkpoint's file.
 
     Raises
     ------
     EncoderError
         When there is no such checkpoint, or the Hub cannot be reached.
     ExchangeError
-        When it is no such classifier, lacks weights or has others, or a class has no label of its own.
+        When it is not such a classifier, has missing or unexpected weights, or has classes without distinct labels.
     """
     checkpoint = read_classifier(source)
     found = _labels(source, checkpoint.names, mapping or {})
@@ -114,12 +114,12 @@ def from_hugging_face(source, mapping=None):
 
 
 def import_hugging_face(source, out, mapping=None):
-    """Write a classifier of transformers as a bundle; arguments and errors as of `from_hugging_face`.
+    """Convert a transformers classifier to a bundle on disk; arguments and errors as for `from_hugging_face`.
 
     Arguments
     ---------
     out : str or Path
-        Replaced when it holds a bundle already.
+        Folder to write; replaced if it holds a bundle.
 
     Returns
     -------
@@ -132,7 +132,7 @@ def import_hugging_face(source, out, mapping=None):
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """A classifier of transformers as a model of ours, and what it calls its classes, in order."""
+    """A transformers classifier as an `AccentModel`, and the names of its classes in order."""
 
     folder: Path
     model: AccentModel
@@ -140,17 +140,17 @@ class _Checkpoint:
 
 
 def read_classifier(source):
-    """Load a classifier of transformers as an `AccentModel`."""
+    """Load a transformers classifier as an `AccentModel`."""
     folder = local_folder(source)
     config = read_config(folder)
     if problems := list(_misfits(config)):
-        raise ExchangeError(f"{source} is no classifier that can be taken over:\n" + _lines(problems))
+        raise ExchangeError(f"{source} is not a classifier that can be imported:\n" + _lines(problems))
     extractor = _read_extractor(folder)
     classifier = _load_classifier(folder, config)
     try:
         model = _accent_model(classifier, extractor)
     except EncoderError as error:
-        raise ExchangeError(f"{source} cannot be taken over: {error}") from error
+        raise ExchangeError(f"{source} cannot be imported: {error}") from error
     _compare(model, classifier, extractor)
     return _Checkpoint(folder, model, [str(config.id2label[row]) for row in range(config.num_labels)])
 
@@ -161,22 +161,22 @@ def _classifier_class(family):
 
 
 def _misfits(config):
-    """What a configuration asks for that a bundle cannot hold."""
+    """Yield the properties of a configuration that a bundle does not support."""
     known = [family.hf_classifier for family in FAMILIES.values() if family.hf_classifier]
     wanted = FAMILIES[config.model_type].hf_classifier if config.model_type in FAMILIES else None
     if wanted is None or wanted not in (config.architectures or []):
         found = ", ".join(config.architectures or []) or f"a {config.model_type} without a class"
-        yield f"it is {found}; understood are {', '.join(known)}"
+        yield f"it is {found}; supported are {', '.join(known)}"
     if config.problem_type in ("regression", "multi_label_classification") or config.num_labels < 2:
-        yield f"it does not choose one of several classes ({config.problem_type or 'one class'})"
+        yield f"it is not a single-label classifier ({config.problem_type or 'one class'})"
     if sorted(config.id2label) != list(range(config.num_labels)):
         yield f"id2label numbers its classes {sorted(config.id2label)}, not from 0 on"
     if getattr(config, "conv_pos_batch_norm", False):
-        yield "its positional convolution has a batch normalisation, which is not supported"
+        yield "its positional convolution has batch normalisation, which is not supported"
 
 
 def _read_extractor(folder):
-    """The checkpoint's preprocessing, with nothing in it but what is used."""
+    """Read the checkpoint's preprocessing, reduced to the settings that are used."""
     try:
         found = AutoFeatureExtractor.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -184,8 +184,8 @@ def _read_extractor(folder):
         raise ExchangeError(f"preprocessor_config.json in {folder} cannot be read: {problem}") from error
     if not isinstance(found, Wav2Vec2FeatureExtractor) or (found.sampling_rate, found.feature_size) != (SAMPLE_RATE, 1):
         raise ExchangeError(
-            f"preprocessor_config.json in {folder} is of a {type(found).__name__} at {found.sampling_rate} Hz with "
-            f"{found.feature_size} feature(s); understood is a Wav2Vec2FeatureExtractor at {SAMPLE_RATE} Hz with 1"
+            f"preprocessor_config.json in {folder} describes a {type(found).__name__} at {found.sampling_rate} Hz with "
+            f"{found.feature_size} feature(s); supported is a Wav2Vec2FeatureExtractor at {SAMPLE_RATE} Hz with 1"
         )
     return _extractor(found.do_normalize, found.return_attention_mask)
 
@@ -201,38 +201,36 @@ def _extractor(do_normalize, return_attention_mask):
 
 
 def _load_classifier(folder, config):
-    """Load all weights of a checkpoint: by itself transformers draws missing ones at random, and drops others."""
+    """Load all weights of a checkpoint; raise for missing and unexpected ones, which transformers itself tolerates."""
     if (folder / "adapter_config.json").is_file():
-        raise ExchangeError(
-            f"{folder} holds adapters of PEFT beside the model: merge them (merge_and_unload) and save it"
-        )
+        raise ExchangeError(f"{folder} holds PEFT adapters beside the model: merge them (merge_and_unload) and save it")
     try:
         with quiet_transformers():
             classifier, info = _classifier_class(config.model_type).from_pretrained(
                 str(folder), config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True
             )
     except Exception as error:
-        # OSError, ValueError, RuntimeError, UnpicklingError and others for what is one thing to a user.
+        # transformers raises OSError, ValueError, RuntimeError, UnpicklingError and others for the same problem.
         problem = next(iter(str(error).splitlines()), type(error).__name__)
         raise ExchangeError(f"the weights in {folder} cannot be loaded: {problem}") from error
-    # The vector of SpecAugment is drawn at random where it was never used; it is not used here either.
+    # SpecAugment's vector may be missing if it was never trained. It is not used here either.
     vector = f"{classifier.base_model_prefix}.masked_spec_embed"
     if missing := sorted(set(info["missing_keys"]) - {vector}):
         raise ExchangeError(
-            f"the weights in {folder} lack {len(missing)} tensors of the classifier, {missing[0]} for one"
+            f"the weights in {folder} lack {len(missing)} tensors of the classifier, such as {missing[0]}"
         )
     if extra := sorted(info["unexpected_keys"]):
-        raise ExchangeError(f"the weights in {folder} have {len(extra)} tensors too many, {extra[0]} for one")
+        raise ExchangeError(f"the weights in {folder} have {len(extra)} unexpected tensors, such as {extra[0]}")
     if vector in info["missing_keys"]:
-        # Not at random, so that the same checkpoint gives the same bundle.
+        # Zeros instead of random numbers, so that the same checkpoint gives the same bundle.
         torch.nn.init.zeros_(classifier.base_model.masked_spec_embed)
     return classifier.eval()
 
 
 def _accent_model(classifier, extractor):
-    """A model of ours with the weights of a classifier."""
+    """Make an `AccentModel` with the weights of a transformers classifier."""
     config = classifier.config
-    # Keys of another version of transformers change nothing in this one.
+    # This version of transformers ignores the keys of other versions.
     known = type(config)().to_dict().keys() - _NOT_ENCODER
     layers = list(range(config.num_hidden_layers + 1)) if config.use_weighted_layer_sum else None
     description = {
@@ -255,28 +253,29 @@ def _accent_model(classifier, extractor):
 
 
 def _labels(source, names, mapping):
-    """One label for each name, or an error with the mapping to write."""
+    """Map each name to a label; raise an error that shows the mapping to write if that fails."""
     mapping = {labels.normalise(name): label for name, label in mapping.items()}
     found = [mapping.get(labels.normalise(name)) or labels.parse(name, mapping).label for name in names]
     unknown = [name for name, label in zip(names, found, strict=True) if label is None]
     twice = sorted({label for label in found if label is not None and found.count(label) > 1})
     if not unknown and not twice:
         return found
-    problems = [f"no accent is known for {', '.join(unknown)}"] if unknown else []
+    problems = [f"these are not known accents: {', '.join(unknown)}"] if unknown else []
     problems += [
-        f"{label} would be {' and '.join(name for name, one in zip(names, found, strict=True) if one == label)}"
+        f"these would all be {label}: {', '.join(name for name, one in zip(names, found, strict=True) if one == label)}"
         for label in twice
     ]
     wanted = {name: label or "ACCENT" for name, label in zip(names, found, strict=True)}
     table = yaml.safe_dump(wanted, sort_keys=False, allow_unicode=True).strip()
     raise ExchangeError(
-        f"{source} calls its classes {', '.join(names)}:\n{_lines(problems)}\n"
-        f"give each its own accent in a file, and the file as --labels map.yaml:\n{_lines(table.splitlines())}"
+        f"{source} has the classes {', '.join(names)}:\n{_lines(problems)}\n"
+        f"map each class to an accent of its own in a file, and pass it with --labels map.yaml:\n"
+        f"{_lines(table.splitlines())}"
     )
 
 
 def checkpoint_identity(folder):
-    """Name, size in bytes and SHA-256 of a checkpoint's weights, as of one file where they are in several."""
+    """Name, size in bytes and SHA-256 of a checkpoint's weights; several files are combined."""
     name = next(name for name in _WEIGHTS if (folder / name).is_file())
     files = [folder / name]
     if name.endswith(".index.json"):
@@ -290,7 +289,7 @@ def checkpoint_identity(folder):
 
 
 def _short_name(source):
-    # The folder's name alone: a bundle travels, a local path should not.
+    # Only the folder's name: a bundle should not contain local paths.
     return Path(source).resolve().name if Path(source).is_dir() else str(source)
 
 
@@ -298,14 +297,14 @@ def _short_name(source):
 
 
 def to_hugging_face(folder, out):
-    """Write a bundle as a classifier of transformers, load it back, and compare.
+    """Convert a bundle to a transformers classifier, load it again and compare the two.
 
     Arguments
     ---------
     folder : str or Path
-        Of the bundle.
+        Folder of the bundle.
     out : str or Path
-        Replaced when it holds what this function wrote before, and nothing else.
+        Folder to write; replaced if it holds nothing but an earlier export.
 
     Returns
     -------
@@ -314,15 +313,15 @@ def to_hugging_face(folder, out):
     Raises
     ------
     BundleError
-        When the bundle is not whole, or the folder holds something else.
+        When the bundle is damaged, or `out` holds something else.
     ExchangeError
-        When transformers has no such model, or what was written gives other scores.
+        When transformers does not support the model, or the written model gives other scores.
     """
     found = load_bundle(folder)
     if problems := list(_obstacles(found.config["model"])):
         raise ExchangeError(
-            f"{folder} cannot be written for transformers:\n{_lines(problems)}\n"
-            "train a model without these, or give the bundle itself away: accent-plugin push"
+            f"{folder} cannot be converted for transformers:\n{_lines(problems)}\n"
+            "train a model without these, or publish the bundle itself: accent-plugin push"
         )
     out = Path(out).absolute()
     bundle_config.require_replaceable(out, _FILES, _is_own)
@@ -333,18 +332,18 @@ def to_hugging_face(folder, out):
 
 
 def _obstacles(described):
-    """What a bundle's model has that a classifier of transformers cannot have."""
+    """Yield the parts of a bundle's model that a transformers classifier does not support."""
     family = described["encoder"]["family"]
     if FAMILIES[family].hf_classifier is None:
         yield f"its encoder is of the family {family}, for which transformers has no audio classifier with these scores"
     if described["pooling"] != "mean":
-        yield f"its pooling is {described['pooling']}; transformers' is mean"
+        yield f"its pooling is {described['pooling']}; transformers supports mean"
     if described["projector_activation"]:
-        yield "projector_activation is True; transformers has nothing between projector and pooling"
+        yield "projector_activation is True; transformers has no activation between projector and pooling"
     if described["encoder"]["standardise_layers"]:
-        yield "standardise_layers is True; transformers sums layers as they are"
+        yield "standardise_layers is True; transformers sums layers without normalisation"
     if described["speeds"] != [1.0]:
-        yield f"test_speeds is {described['speeds']}; transformers hears a clip once, as it is"
+        yield f"test_speeds is {described['speeds']}; transformers classifies a clip at its original speed only"
 
 
 def _is_own(folder):
@@ -355,16 +354,16 @@ def _is_own(folder):
 
 
 def _write(folder, found, source):
-    # Imported here, since it draws in what makes reports, which loading needs not.
+    # Imported late: it imports the report modules, which loading does not need.
     from accent_plugin.bundle import model_card
 
     model, encoder = found.model, found.model.wav2vec2
     with quiet_transformers():
         _classifier(model, found.config).save_pretrained(folder)
-        # As Hugging Face advises: encoders with a group normalisation were trained without a mask.
+        # As Hugging Face recommends: encoders with group normalisation were trained without a mask.
         has_mask = getattr(encoder.config, "feat_extract_norm", "layer") == "layer"
         _extractor(encoder.normalize_wav, has_mask).save_pretrained(folder)
-    # safetensors lets nobody else read what it writes, whatever the umask says.
+    # safetensors ignores the umask and makes its files readable for the owner only.
     shutil.copymode(folder / bundle_config.CONFIG_FILE, folder / _WEIGHTS[0])
     card = source / model_card.CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else model_card.render(found.config)
@@ -372,7 +371,7 @@ def _write(folder, found, source):
 
 
 def _classifier(model, config):
-    """The classifier of transformers that gives a model's scores."""
+    """Make the transformers classifier that gives the same scores as a model."""
     names, described = config["labels"], config["model"]["encoder"]
     head = _head(model)
     kind = _classifier_class(described["family"])
@@ -391,14 +390,14 @@ def _classifier(model, config):
 
 
 def _head(model):
-    """Tensors of a classifier's head: names of transformers -> values; float64 until what was folded is there."""
+    """Tensors of a classifier's head by their transformers names; folded in float64."""
     width = model.wav2vec2.width
     weight, bias = torch.eye(width).double(), torch.zeros(width).double()
     if model.projector is not None:
         weight, bias = (value.detach().double() for value in model.projector[0].parameters())
     rows = model.classifier.weight.detach().double()
     if model.whitening is not None:
-        # The mean of frames less a vector is the mean of frames, less the vector: so the projector can take it off.
+        # Subtracting a vector commutes with the mean over frames, so the projector's bias can subtract it.
         bias = bias - model.whitening.mean.double()
         rows = rows @ model.whitening.transform.double().T
     head = {
@@ -413,7 +412,7 @@ def _head(model):
 
 
 def _all_layer_weights(encoder):
-    """One number for each state of the encoder whose softmax is the weight that it has in the sum, 0 for most."""
+    """Weights of all encoder states before the softmax, which is 0 for states that are not in the sum."""
     found = torch.full((len(encoder.layers) + 1,), _NEVER, dtype=torch.double)
     chosen = torch.log_softmax(encoder.layer_weights.detach().double(), dim=0)
     layers = torch.tensor(encoder.weighted_layers)
@@ -426,18 +425,18 @@ def _all_layer_weights(encoder):
 
 
 def _compare(ours, theirs, extractor):
-    """Both must give the same scores of noise, clip by clip, each with its own preprocessing."""
+    """Raise if the models give different scores for single clips of noise, each with its own preprocessing."""
     noise = 0.1 * torch.randn(2, 2 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0)) + 0.01
     with torch.inference_mode():
         for wave in noise:
             inputs = extractor(wave.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt")
             expected = torch.log_softmax(theirs(**inputs).logits, dim=-1)
             found = Head(ours)(Embedding(ours)(wave[None])).squeeze(1)
-            # Not "difference > tolerance": that would let NaN pass. Relative to scores that are far from 0.
+            # Not "difference > tolerance", which would accept NaN. Relative, because scores may be far from 0.
             if not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
                 raise ExchangeError(
-                    f"transformers and this package give other scores with the same weights (by "
-                    f"{(found - expected).abs().max().item():.1e}): report it"
+                    "transformers and this package give different scores with the same weights (by "
+                    f"{(found - expected).abs().max().item():.1e}): please report this as a bug"
                 )
 
 

@@ -1,8 +1,7 @@
-"""Classify with ONNX Runtime, where neither torch nor SpeechBrain is installed.
+"""Classify with ONNX Runtime, without torch or SpeechBrain.
 
-The folder is what `accent-plugin export BUNDLE --to onnx` writes: config.json as in a bundle, and model.onnx, a graph
-from padded waveforms and their lengths to log-probabilities, with everything in between in it. Its numbers do not
-depend on what a clip is padded with.
+`accent-plugin export BUNDLE --to onnx` writes the folder: config.json as in a bundle, and model.onnx, the complete
+graph from padded waveforms and their lengths to log-probabilities, which do not depend on the padding.
 """
 
 import os
@@ -16,27 +15,27 @@ from accent_plugin.bundle import config as bundle_config
 from accent_plugin.errors import BundleError, ConfigError
 from accent_plugin.inference.base import InferenceOptions, RecordingClassifier
 
-# What a session calls the inputs and the output of the graph.
+# Names of the inputs and the output of the graph.
 WAVES, LENGTHS, LOG_PROBABILITIES = "waves", "lengths", "log_probabilities"
 
 
 class OnnxAccentClassifier(RecordingClassifier):
-    """`accent_plugin.inference.AccentClassifier` on ONNX Runtime: the same methods, records and options.
+    """`accent_plugin.inference.AccentClassifier` on ONNX Runtime, with the same methods, records and options.
 
-    Make it with `from_bundle`. May be used by several threads.
+    Create it with `from_bundle`. It is thread-safe.
 
     Arguments
     ---------
     session : onnxruntime.InferenceSession
     config : dict
-        The content of config.json.
+        Content of config.json.
     **options
-        Of `accent_plugin.inference.base.InferenceOptions`.
+        Fields of `accent_plugin.inference.base.InferenceOptions`.
 
     Raises
     ------
     ConfigError
-        With all the options that are wrong.
+        Lists all invalid options.
     """
 
     def __init__(self, session, config, **options):
@@ -50,25 +49,25 @@ class OnnxAccentClassifier(RecordingClassifier):
 
     @classmethod
     def from_bundle(cls, folder, threads=None, providers=("CPUExecutionProvider",), **options):
-        """Load an exported folder; nothing in it is run but the graph.
+        """Load an exported folder; only the graph in it is executed.
 
         Arguments
         ---------
         folder : str or Path
-            As ``accent-plugin export --to onnx`` writes it.
+            Folder written by ``accent-plugin export --to onnx``.
         threads : int
-            Of ONNX Runtime; None for one per core.
+            Threads of ONNX Runtime; None for one per core.
         providers : sequence of str
-            Of ONNX Runtime, such as "CUDAExecutionProvider", the preferred one first.
+            Execution providers of ONNX Runtime in order of preference, such as "CUDAExecutionProvider".
         **options
-            Of `accent_plugin.inference.base.InferenceOptions`: `window_seconds`, `min_probability`, ...
+            Fields of `accent_plugin.inference.base.InferenceOptions`: `window_seconds`, `min_probability`, ...
 
         Raises
         ------
         BundleError
             When the folder is missing, damaged, or holds something else.
         ConfigError
-            When an option is wrong, or ONNX Runtime is not installed.
+            When an option is invalid, or ONNX Runtime is not installed.
         """
         folder = Path(folder).absolute()
         config = bundle_config.read(folder)
@@ -97,7 +96,7 @@ class OnnxAccentClassifier(RecordingClassifier):
 
 
 def _session(graph, threads, providers):
-    # It would tell its maker what it runs on; whoever wants that says so.
+    # Telemetry is off unless the user enables it.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
@@ -105,14 +104,16 @@ def _session(graph, threads, providers):
         raise ConfigError("ONNX Runtime is not installed: pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    # Errors alone: a model of another exporter's version is not worth a page of warnings.
+    # Errors only: models from another version of the exporter cause many warnings.
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
     except Exception as error:
-        # ONNX Runtime has a dozen exceptions of its own, without a common parent.
+        # ONNX Runtime has a dozen exceptions without a common base class.
         raise BundleError(f"{graph} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}") from None
     names = {each.name for each in (*session.get_inputs(), *session.get_outputs())}
     if names != {WAVES, LENGTHS, LOG_PROBABILITIES}:
-        raise BundleError(f"{graph} has inputs and outputs {', '.join(sorted(names))}, which no export has")
+        raise BundleError(
+            f"{graph} has the inputs and outputs {', '.join(sorted(names))}: it was not written by accent-plugin export"
+        )
     return session

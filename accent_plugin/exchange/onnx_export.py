@@ -1,14 +1,14 @@
-"""Write a bundle as a graph for ONNX Runtime; `accent_plugin.exchange.onnx_classifier` runs it.
+"""Export a bundle to ONNX; `accent_plugin.exchange.onnx_classifier` runs the graph.
 
-The graph takes padded waveforms and their lengths. Scaling, masks and the head are in it, so a clip's scores are the
-same alone and in any batch there too. It is written in fp32, or smaller:
+The graph takes padded waveforms and their lengths. It includes normalisation, masks and the head, so that a clip has
+the same scores alone and in any batch. It is written in fp32 or in a lower precision:
 
-* ``fp16``, ``bf16``: weights in half the bytes, which ONNX Runtime widens when it loads them. It computes in fp32,
-  because on a processor it has no kernels for either.
-* ``int8``: the weights of linear layers in a quarter of the bytes, and their products in integers, with inputs
-  quantised as they come (dynamic quantisation). Convolutions stay in fp32.
+* ``fp16``, ``bf16``: weights are stored in half the bytes and converted to fp32 on loading. ONNX Runtime computes in
+  fp32, because it has no CPU kernels for these types.
+* ``int8``: weights of linear layers are stored in a quarter of the bytes and multiplied in integers, with dynamic
+  quantisation of the inputs. Convolutions stay in fp32.
 
-A smaller model gives other answers. So it is compared with fp32 on labelled speech before it is kept.
+A lower precision changes answers, so the model is compared with fp32 on labelled speech before it is kept.
 """
 
 import contextlib
@@ -51,31 +51,30 @@ _TOLERANCE = 1e-4
 _WORST_LOSS = 0.01
 
 
-# Smaller tensors are not worth a conversion each.
+# Smaller tensors are not worth converting.
 _LEAST_VALUES = 1024
 
 
-# Of protobuf, in which a graph is written.
+# Limit of protobuf, the format of the graph.
 _LARGEST_GRAPH = (1 << 31) - 1
 
 
 def export(folder, out, precision="fp32", data=None, unchecked=False):
-    """Write a bundle for ONNX Runtime, and compare.
+    """Export a bundle to ONNX and compare the result with the bundle.
 
     Arguments
     ---------
     folder : str or Path
-        Of the bundle.
+        Folder of the bundle.
     out : str or Path
-        Replaced when it holds such an export already, and nothing else.
+        Folder to write; replaced if it holds nothing but an earlier export.
     precision : str
         One of `PRECISIONS`.
     data : str or Path
-        Labelled speech (see `accent_plugin.inference.labelled.read_labelled`): its validation split, or all of
-        it where it has none. A smaller precision that loses more than a point of unweighted average recall on it is
-        refused.
+        Labelled speech (see `accent_plugin.inference.labelled.read_labelled`): its validation split, or all of it if it
+        has none. A lower precision is refused if its unweighted average recall on it is more than 0.01 lower.
     unchecked : bool
-        Keep a smaller precision whatever it loses, and without data.
+        Keep a lower precision even without data or with a larger loss.
 
     Returns
     -------
@@ -84,15 +83,16 @@ def export(folder, out, precision="fp32", data=None, unchecked=False):
     Raises
     ------
     ExchangeError
-        When the model has no such form, or the smaller one is refused.
+        When the model cannot be exported, or a lower precision is refused.
     BundleError
-        When the folder holds something else, or what was written gives other scores than torch.
+        When `out` holds something else, or ONNX Runtime and torch give different scores.
     """
     if precision not in PRECISIONS:
         raise ExchangeError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     if precision != "fp32" and data is None and not unchecked:
         raise ExchangeError(
-            f"{precision} gives other answers than fp32: give --data, labelled speech to compare on, or --unchecked"
+            f"{precision} may give other answers than fp32: give --data, labelled speech to compare them on, or keep "
+            "it with --unchecked"
         )
     out = Path(out).absolute()
     bundle_config.require_replaceable(out, bundle_config.ONNX_FILES)
@@ -100,14 +100,14 @@ def export(folder, out, precision="fp32", data=None, unchecked=False):
     family = loaded.config["model"]["encoder"]["family"]
     if not FAMILIES[family].onnx:
         exportable = ", ".join(name for name in FAMILIES if FAMILIES[name].onnx)
-        raise ExchangeError(f"{family} cannot be exported to ONNX; {exportable} can")
+        raise ExchangeError(f"{family} cannot be exported to ONNX; supported are {exportable}")
     with files.atomic_folder(out, bundle_config.ONNX_FILES) as temporary:
         exact = temporary if precision == "fp32" else temporary / "fp32"
         exact.mkdir(exist_ok=True)
         _write(exact, loaded, "fp32", trace(loaded.model), folder)
-        _require_torchs_scores(exact, loaded)
+        _require_same_scores(exact, loaded)
         if exact != temporary:
-            graph = make_smaller(exact / bundle_config.ONNX_FILE, precision)
+            graph = lower_precision(exact / bundle_config.ONNX_FILE, precision)
             _write(temporary, loaded, precision, graph, folder)
             if data is not None:
                 _keep_comparison(temporary, compare(exact, temporary, data), unchecked)
@@ -125,7 +125,7 @@ class _Graph(nn.Module):
 
 
 def trace(model):
-    """The graph of an `AccentModel`, with any number of clips of any length, by torch's exporter.
+    """Export an `AccentModel` as a graph for any number of clips of any length.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def trace(model):
     least = model.wav2vec2.minimum_samples
     clips = torch.export.Dim("clips")
     samples = torch.export.Dim("samples", min=least, max=_LONGEST_SECONDS * SAMPLE_RATE)
-    # Long enough for many frames: what has a length of one in the example would have one for ever.
+    # Long enough for many frames: the exporter fixes dimensions that are 1 in the example.
     length = max(SAMPLE_RATE, 4 * least)
     example = torch.zeros(2, length), torch.tensor([length, 3 * length // 4])
     with _quiet(), torch.no_grad():
@@ -157,21 +157,21 @@ def trace(model):
                 verbose=False,
             )
         except Exception as error:
-            # The exporter wraps whatever torch, ONNX or a model says.
+            # The exporter wraps any exception of torch, ONNX or the model.
             raise ExchangeError(f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}") from error
     return _without_origins(program.model_proto)
 
 
 def _without_origins(graph):
-    """Take away what the exporter notes of where each node came from, with paths of this machine."""
+    """Remove the source locations of nodes, which contain paths of this machine."""
     for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.functions):
         del part.metadata_props[:]
         part.doc_string = ""
     return graph
 
 
-def make_smaller(path, precision):
-    """The graph in ``path`` with weights in "fp16", "bf16" or "int8"; returns an onnx.ModelProto."""
+def lower_precision(path, precision):
+    """Convert the weights of the graph in ``path`` to "fp16", "bf16" or "int8"; return an onnx.ModelProto."""
     import onnx
 
     if precision == "int8":
@@ -207,7 +207,7 @@ def _in_int8(path):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a smaller model costs: unweighted average recalls by clip, and the share of clips with the same label."""
+    """Effect of a lower precision: unweighted average recalls by clip, and the fraction of clips with equal answers."""
 
     data: str
     clips: int
@@ -217,7 +217,7 @@ class Comparison:
 
     @property
     def loss(self):
-        """Fall of the unweighted average recall."""
+        """Decrease of the unweighted average recall."""
         return self.exact - self.smaller
 
 
@@ -226,9 +226,12 @@ def compare(exact, smaller, data, split=None):
 
     Arguments
     ---------
-    exact, smaller, data : str or Path
+    exact, smaller : str or Path
+        Folders of the exports in fp32 and in a lower precision.
+    data : str or Path
+        Labelled speech.
     split : str
-        None for validation, or all where there is none.
+        None for validation, or all data if there is no such split.
 
     Returns
     -------
@@ -248,14 +251,14 @@ def compare(exact, smaller, data, split=None):
 
 
 def _keep_comparison(folder, found, unchecked):
-    """Write a comparison into the folder's config.json, or refuse the folder."""
-    said = (
-        f"unweighted average recall {found.smaller:.3f} in place of {found.exact:.3f} on {found.clips} clips of "
-        f"{found.data}, the same label on {found.same_label:.1%}"
+    """Write a comparison into the folder's config.json, or raise if the loss is too large."""
+    summary = (
+        f"unweighted average recall {found.smaller:.3f} instead of {found.exact:.3f} on {found.clips} clips of "
+        f"{found.data}, the same answer on {found.same_label:.1%}"
     )
     if found.loss > _WORST_LOSS and not unchecked:
-        raise ExchangeError(f"refused: {said}, a loss of more than a point; --unchecked keeps it")
-    logger.info("%s", said)
+        raise ExchangeError(f"refused: {summary}; a loss of more than {_WORST_LOSS} needs --unchecked")
+    logger.info("%s", summary)
     path = folder / bundle_config.CONFIG_FILE
     config = json.loads(path.read_text(encoding="utf-8"))
     config["onnx"]["compared"] = {
@@ -272,7 +275,7 @@ def _write(folder, loaded, precision, graph, source):
     path = folder / bundle_config.ONNX_FILE
     if graph.ByteSize() > _LARGEST_GRAPH:
         raise ExchangeError(
-            f"the graph has {graph.ByteSize():,} bytes, and an ONNX file holds {_LARGEST_GRAPH:,} at most"
+            f"the graph has {graph.ByteSize():,} bytes, but an ONNX file can hold at most {_LARGEST_GRAPH:,}"
         )
     path.write_bytes(graph.SerializeToString())
     config = loaded.config | {
@@ -290,8 +293,8 @@ def _write(folder, loaded, precision, graph, source):
         (folder / model_card.CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def _require_torchs_scores(folder, loaded):
-    """Refuse an export that gives other scores than torch, on noise of several lengths in one batch."""
+def _require_same_scores(folder, loaded):
+    """Raise if an export and torch give different scores for a batch of noise of several lengths."""
     noise = np.random.default_rng(0).standard_normal(3 * SAMPLE_RATE).astype(np.float32) / 10
     waves = [noise, noise[: 2 * SAMPLE_RATE], noise[:100]]
     wavs = nn.utils.rnn.pad_sequence([torch.from_numpy(wave) for wave in waves], batch_first=True)
@@ -301,9 +304,11 @@ def _require_torchs_scores(folder, loaded):
         expected = loaded.modules["classifier"](embeddings).squeeze(1).numpy()
     found = OnnxAccentClassifier.from_bundle(folder)._log_probabilities(waves)
     difference = np.abs(found - expected).max()
-    # Not "difference > tolerance": that would let NaN pass.
+    # Not "difference > tolerance", which would accept NaN.
     if not difference <= _TOLERANCE:
-        raise BundleError(f"ONNX Runtime gives other scores than torch (by {difference:.1e}): report it")
+        raise BundleError(
+            f"ONNX Runtime and torch give different scores (by {difference:.1e}): please report this as a bug"
+        )
 
 
 def _require_packages():
@@ -317,8 +322,8 @@ def _require_packages():
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep back what exporters say to their developers."""
-    # ONNX Runtime's quantisation writes through the root logger, which gets itself a handler for all notes by that.
+    """Suppress the exporters' warnings and log messages."""
+    # ONNX Runtime's quantisation logs through the root logger, which adds a handler to it.
     handlers = logging.root.handlers[:]
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Start training from a trained classifier: a bundle, or a folder of Hugging Face."""
+"""Start training from a trained classifier: a bundle or a Hugging Face classifier."""
 
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from accent_plugin.exchange.hugging_face import LAYER_WEIGHTS, checkpoint_identi
 
 
 def make_encoder(source, save_path=None, from_bundle=None, **options):
-    """Load an encoder as `accent_plugin.encoder.factory.make_encoder` does, or take that of a trained classifier.
+    """Load an encoder with `accent_plugin.encoder.factory.make_encoder`, or from a trained classifier.
 
     Arguments
     ---------
     source, save_path, **options
         As there.
     from_bundle : str
-        Folder of a bundle, or of a Hugging Face classifier, whose encoder is taken instead of `source`; None for none.
+        Folder of a bundle or a Hugging Face classifier, from which the encoder is loaded instead; None for `source`.
 
     Returns
     -------
@@ -30,7 +30,7 @@ def make_encoder(source, save_path=None, from_bundle=None, **options):
     Raises
     ------
     EncoderError
-        As there, or if the folder is neither.
+        As there, or if the folder is neither a bundle nor a classifier.
     BundleError
         If the bundle is damaged.
     """
@@ -53,7 +53,7 @@ def find_start(folder):
     EncoderError
         If it is neither.
     BundleError
-        If it is a bundle and not whole.
+        If it is a damaged bundle.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -62,7 +62,7 @@ def find_start(folder):
         find_source(folder)
         found = read_config(folder).architectures or ["model without a class"]
         if not found[0].endswith("ForSequenceClassification"):
-            raise EncoderError(f"{folder} holds a {found[0]}, no classifier: give it as wav2vec2_hub")
+            raise EncoderError(f"{folder} holds a {found[0]}, which is not a classifier: pass it as wav2vec2_hub")
         return
     config = bundle_config.read(folder)
     if config["weights"]["file"] != bundle_config.WEIGHTS_FILE:
@@ -71,22 +71,19 @@ def find_start(folder):
 
 
 def start_identity(folder):
-    """Twelve digits that stand for the weights of a classifier of either kind, as in reports."""
+    """First twelve digits of the SHA-256 of a classifier's weights, as in reports."""
     found = (
         bundle_config.read(folder)["weights"] if bundle_config.is_bundle(folder) else checkpoint_identity(Path(folder))
     )
     return found["sha256"][:12]
 
 
-# ------------------------------------------------------------------------------------------------- start of training
-
-
 def initialise_head(model, accents, folder):
-    """Let the head of a model begin with the weights of a trained one; the encoder has been made from it.
+    """Initialise the head of a model from a trained classifier, from which the encoder was already loaded.
 
-    Tensors are taken where their names and shapes are the same. Rows of the classifier go by label; a sum over layers
-    must be over the same ones; a whitening must be of the same features, and a classifier of features that are whitened
-    alike. The temperature of a bundle is in its classifier's weights.
+    A part is taken if its tensors have the same names and shapes. Rows of the classifier are matched by label. Layer
+    weights are only taken for the same layers, a whitening only for the same features, and a classifier only if both
+    models use the same whitening or none. The temperature of a bundle is part of its classifier's weights.
 
     Arguments
     ---------
@@ -95,12 +92,12 @@ def initialise_head(model, accents, folder):
     accents : sequence of str
         Its classes.
     folder : str or Path
-        A bundle, or a Hugging Face classifier; of the latter, classes of unknown names are left behind.
+        A bundle or a Hugging Face classifier; classes of the latter with duplicate labels are ignored.
 
     Returns
     -------
     taken, new : list of str
-        What begins with the other model's weights, and what begins anew.
+        Parts initialised from the trained classifier, and parts that keep their own initialisation.
     """
     source, known = _trained(folder)
     taken, new = [], []
@@ -143,7 +140,7 @@ def _trained(folder):
 
 
 def _features(model):
-    """What makes the pooled features of two models comparable."""
+    """Properties that must be equal for the pooled features of two models to be comparable."""
     encoder, projector = model.wav2vec2, model.projector
     shape = None if projector is None else len(projector)
     return len(encoder.layers), encoder.weighted_layers, encoder.standardise_layers, shape, type(model.pooling)

@@ -131,7 +131,7 @@ def push(server, folder, repo="someone/accents", **options):
     return hub.push(folder, repo, **options)
 
 
-def test_every_file_arrives_as_it_is_and_hidden_ones_stay(server, folder):
+def test_all_files_but_hidden_ones_are_uploaded_unchanged(server, folder):
     assert push(server, folder, message="first one") == f"{server.url}/someone/accents"
     assert server.files == FILES
     assert [commit["summary"] for commit in server.commits] == ["first one"]
@@ -147,7 +147,7 @@ def test_every_request_has_the_token(server, folder):
 
 
 @pytest.mark.parametrize(("private", "wanted"), [(True, "private"), (False, "public")])
-def test_private_unless_said_otherwise(server, folder, private, wanted):
+def test_a_repository_is_private_by_default(server, folder, private, wanted):
     push(server, folder, **({} if private else {"private": False}))
     (body,) = server.asked("/repos/create")
     asked = json.loads(body)
@@ -156,7 +156,7 @@ def test_private_unless_said_otherwise(server, folder, private, wanted):
     assert asked.get("visibility", {True: "private", False: "public"}.get(asked.get("private"))) == wanted
 
 
-def test_a_name_without_namespace_goes_to_the_tokens_owner(server, folder):
+def test_a_name_without_namespace_belongs_to_the_tokens_owner(server, folder):
     assert push(server, folder, "accents") == f"{server.url}/me/accents"
     assert server.files == FILES
 
@@ -166,7 +166,7 @@ def test_the_commit_names_the_version_by_default(server, folder):
     assert server.commits[0]["summary"].startswith("Bundle of accent_plugin ")
 
 
-def test_a_private_upload_does_not_go_to_a_public_repository(server, folder):
+def test_a_private_upload_to_a_public_repository_is_refused(server, folder):
     server.public = True
     with pytest.raises(BundleError, match="exists and is public, .* nothing was uploaded"):
         push(server, folder)
@@ -184,7 +184,7 @@ def test_the_token_of_the_login_is_used(server, folder, monkeypatch):
 # ---- errors
 
 
-def test_what_is_no_bundle_is_not_uploaded(server, folder):
+def test_a_folder_that_is_not_a_bundle_is_not_uploaded(server, folder):
     def check(folder):
         raise BundleError(f"{folder} lacks config.json")
 
@@ -200,13 +200,13 @@ def test_the_bundles_own_check_is_the_default(server, folder):
 
 
 @pytest.mark.parametrize("repo", ["a/b/c", "some one/x", "x--y", "", "../x", "x.git"])
-def test_names_that_are_none_are_refused_here(server, folder, repo):
-    with pytest.raises(BundleError, match="(?s)cannot be a repository's name.*give NAME or NAMESPACE/NAME"):
+def test_invalid_names_are_refused_before_any_request(server, folder, repo):
+    with pytest.raises(BundleError, match="(?s)is not a valid repository name.*give NAME or NAMESPACE/NAME"):
         push(server, folder, repo)
     assert server.requests == []
 
 
-def test_without_a_token_nothing_is_asked(server, folder):
+def test_without_a_token_no_request_is_made(server, folder):
     with pytest.raises(BundleError, match="(?s)no token for the Hub.*hf auth login"):
         push(server, folder, token=None)
     assert server.requests == []
@@ -221,13 +221,13 @@ def test_without_a_token_nothing_is_asked(server, folder):
             "Invalid credentials in Authorization header",
             "with 401: .*wrong or has expired.*hf auth login",
         ),
-        ("/api/", 403, "You do not have the rights", "with 403: .*You do not have the rights.*namespace yours"),
+        ("/api/", 403, "You do not have the rights", "with 403: .*You do not have the rights.*check the namespace"),
         ("/api/repos/create", 400, "Name is taken by an organisation", "with 400: .*taken by an organisation.*later"),
-        ("/commit/", 403, "You may read only", "with 403: .*You may read only.*role write"),
-        ("/preupload/", 404, "no such repository", "with 404: .*is the name right"),
+        ("/commit/", 403, "You may read only", "with 403: .*You may read only.*role of the token"),
+        ("/preupload/", 404, "no such repository", "with 404: .*check the name"),
     ],
 )
-def test_refusals_say_what_to_do_and_keep_the_token(server, folder, part, status, message, match):
+def test_refusals_name_a_remedy_and_hide_the_token(server, folder, part, status, message, match):
     server.refuse = {part: (status, message)}
     with pytest.raises(BundleError, match=f"(?s)refused someone/accents {match}") as caught:
         push(server, folder)
@@ -235,7 +235,7 @@ def test_refusals_say_what_to_do_and_keep_the_token(server, folder, part, status
     assert server.files == {}
 
 
-def test_a_hub_out_of_reach(server, folder):
+def test_an_unreachable_hub_is_an_error(server, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
