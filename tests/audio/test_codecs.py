@@ -168,7 +168,7 @@ def test_a_long_clip_is_refused_without_decoding_it(format, minutes, tmp_path):
             with pytest.raises(AudioError, match="long") as caught:
                 codecs.load(source, max_seconds=30)
             assert caught.value.reason == "too long"
-    # An MP3's header is not believed: it is decoded up to the limit, here twice.
+    # MP3 headers are unreliable: both files are decoded up to the limit.
     assert sum(decoded) <= (2 * (8000 * 30 + 1) if format == "MP3" else 0)
 
 
@@ -329,7 +329,7 @@ def test_a_header_with_a_false_length_allocates_no_memory_in_a_stream():
         (np.array([-1, 0, 0.5], np.float64), [-1, 0, 0.5]),
         (np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]), [0.5, 0.5, 0.25]),
         (np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]).T, [0.5, 0.5, 0.25]),
-        # A square is read as soundfile gives it: samples first.
+        # In a square array the first axis holds the samples, as in soundfile.
         (np.array([[1.0, 0.0], [0.0, 0.5]]), [0.5, 0.25]),
         (np.array([[100, 50, 0], [28, 78, 0]], np.int8), [0.5, 0.5, 0]),
     ],

@@ -55,7 +55,7 @@ def test_tones_inside_are_kept_and_tones_outside_removed(name, kept, removed):
 
 def test_mp3_keeps_a_tone_and_removes_high_frequencies():
     low = degraded("MP3 32 kbit/s", tone(1000))
-    # Neither the start, where the codec's delay is silent, nor the end.
+    # Without the silent start, which is the codec's delay, and the end.
     assert abs(decibels(low[4000:-1000], tone(1000)[4000:-1000])) < 0.5
     hiss = np.random.default_rng(0).standard_normal(4 * RATE).astype(np.float32) * 0.1
     before, after = (np.abs(np.fft.rfft(x))[30000:] for x in (hiss, degraded("MP3 32 kbit/s", hiss)))
@@ -72,7 +72,7 @@ def test_mp3_has_the_given_bitrate(bitrate):
 
 
 def test_mp3_is_delayed_by_its_codec():
-    # Stated in encode_mp3; a libsndfile that took it back would make the band milder than the figures say.
+    # Documented in encode_mp3. A libsndfile that compensates the delay would make the degradation milder.
     clip = np.random.default_rng(0).uniform(-0.5, 0.5, RATE).astype(np.float32)
     decoded = codecs.decode(codecs.encode_mp3(clip, 32_000)).samples
     assert np.correlate(decoded, clip[:8000], "valid").argmax() == 1105
@@ -88,7 +88,7 @@ def test_noise_is_ten_decibels_below_the_clip(seed):
 def test_noise_is_between_white_and_pink_and_differs_between_clips():
     clip = tone(440, 4.0)
     added = [degraded("noise at 10 dB", clip, seed) - clip for seed in range(20)]
-    # Power in the octave 3.5 to 7 kHz over that in 437.5 to 875 Hz: 8 where it is white, 1 where it is pink.
+    # Power in the octave 3.5 to 7 kHz over that in 437.5 to 875 Hz: 8 for white noise, 1 for pink noise.
     spectra = np.square(np.abs(np.fft.rfft(added)))
     ratios = spectra[:, 14000:28000].sum(axis=1) / spectra[:, 1750:3500].sum(axis=1)
     assert 0.9 < ratios.min() < 2.5 and 4 < ratios.max() < 8.8

@@ -39,7 +39,7 @@ def sound(samples=None, **encoding):
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """Two accents without anything wrong, with enough speakers for the confound test; and its audit."""
+    """A clean dataset of two accents with enough speakers for the confound test, and its audit."""
     tables = three_splits(clients=(4, 2, 2))
     folder = save(tmp_path_factory.mktemp("clean") / "data", **tables)
     return tables, folder, checked(folder)
@@ -223,11 +223,11 @@ def broken(clean, tmp_path_factory):
         )
     ):
         train[row]["audio"] = cell
-    # The same bytes in two splits; the same samples as FLAC and WAV in one, of one client.
+    # The same bytes in two splits; the same samples as FLAC and WAV in one split, by one speaker.
     test[1]["audio"] = clean[0]["train"][6]["audio"]
     train[12] |= {"audio": sound(steps)}
     train[13] |= {"audio": sound(steps, format="WAV", subtype="PCM_16")}
-    # Two silent ones are not the same recording.
+    # Two silent clips are not duplicates.
     tables["validation"][0]["audio"] = sound(np.zeros(16_000, np.float32))
     folder = save(tmp_path_factory.mktemp("broken") / "data", **tables)
     return folder, checked(folder)

@@ -11,7 +11,7 @@ from accent_plugin.audio.samples import quantise
 from accent_plugin.audit import confounds
 from accent_plugin.errors import ConfigError
 
-SKIRT = 128  # Hz, by which the window widens a band that ends at once
+SKIRT = 128  # Hz, by which the window widens a sharp band edge
 RATES = [8_000, 16_000, 22_050, 44_100, 48_000, 192_000]
 
 
@@ -20,7 +20,7 @@ def measured(samples, rate=16_000):
 
 
 def limited(edge, rate, seconds=2.0):
-    """Noise without anything above ``edge``."""
+    """Noise with nothing above ``edge`` hertz."""
     spectrum = np.fft.rfft(noise(seconds, rate))
     spectrum[np.fft.rfftfreq(int(seconds * rate), 1 / rate) > edge] = 0
     return np.fft.irfft(spectrum)
@@ -165,7 +165,7 @@ def test_without_a_confound_nothing_is_found(seed):
 
 
 def test_similar_clips_of_one_speaker_are_not_a_confound():
-    # Accents have nothing to do with the recordings, but clips of a client are nearly the same.
+    # The accents are independent of the recordings, but clips of one speaker are nearly equal.
     features, accents, clients = clips(8, per_client=8, own=20.0, seed=3)
     assert not result_of((features, accents, clients)).found
     assert result_of((features, accents, None)).found
@@ -219,7 +219,7 @@ def test_too_few_speakers_make_the_test_impossible():
 
 def test_small_accents_and_speakers_of_two_accents_are_excluded():
     features, accents, clients = clips(6)
-    # One more client each: of a third accent, and of both.
+    # One more speaker with a third accent, and one with both accents.
     features += features[:3]
     accents += ["wales", "us", "england"]
     clients += ["wales-0", "both", "both"]

@@ -1,4 +1,4 @@
-"""Temperatures and curves of risk, against hand computations and laws."""
+"""Temperature scaling and risk-coverage curves, compared with hand-computed values and invariants."""
 
 import json
 
@@ -22,7 +22,7 @@ SCORES = arrays(np.int64, st.tuples(st.integers(1, 30), st.integers(2, 5)), elem
 
 
 def synthetic(clips=20_000, seed=0):
-    """Log-probabilities of three classes, and a truth drawn from them: calibrated."""
+    """Log-probabilities of three classes, and truth drawn from them, so that they are calibrated."""
     rng = np.random.default_rng(seed)
     log_probabilities = log_softmax(rng.normal(scale=2, size=(clips, 3)), axis=1)
     return log_probabilities, (rng.uniform(size=(clips, 1)) > np.exp(log_probabilities).cumsum(axis=1)).sum(axis=1)
@@ -32,7 +32,7 @@ def synthetic(clips=20_000, seed=0):
 
 
 def test_temperature_matches_hand_computed_value():
-    # Right three times in four at p: the likeliest is p = 3 / 4, and (log 9) / T = log 3 gives T = 2.
+    # Three of four answers are correct: p = 3 / 4 is the most likely, and (log 9) / T = log 3 gives T = 2.
     sure = np.log([[0.9, 0.1]] * 4)
     assert calibration.fit_temperature(sure, [0, 0, 1, 0]) == pytest.approx(2, rel=1e-5)
     assert calibration.fit_temperature(np.log([[0.6, 0.4]] * 4), [0, 0, 1, 0]) == pytest.approx(
@@ -137,7 +137,7 @@ def test_invalid_scores_and_truth_are_refused(function, scores, truth, match):
 
 
 def hand():
-    """Four clips, two of the same probability; the surest is right, one of the equal ones and the last are wrong."""
+    """Four clips, two with equal probability: the first answer is correct, one of the equal ones and the last wrong."""
     return calibration.risk_coverage_curve(np.log([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.4, 0.6]]), [0, 0, 0, 0])
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a report, against hand computations, scikit-learn and confidence-intervals."""
+"""The metrics of a report, compared with hand-computed values, scikit-learn and confidence-intervals."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_figures_agree_with_scikit_learn(pairs):
 
 
 def by_hand():
-    """Two speakers of us, one of england; a's second clip outweighs his first."""
+    """Two speakers of us, one of england; a's second clip outweighs the first."""
     return build(
         [[0.4, 0.6], [0.9, 0.1], [0.8, 0.2], [0.7, 0.3]],
         [0, 0, 0, 1],
@@ -113,7 +113,7 @@ def test_figures_by_speaker_match_hand_computed_values():
 
 
 def test_expected_calibration_error_matches_hand_computed_value():
-    # Bin 9 is [0.6, 0.667): mean probability 0.62, half of it right. The last bin takes probability 1.
+    # Bin 9 is [0.6, 0.667): mean probability 0.62, half of the answers correct. Probability 1 is in the last bin.
     p = build([[0.61, 0.39], [0.37, 0.63], [1, 0]], [0, 0, 0], labels=("us", "england"))
     assert evaluate(p, draws=5)["clip"]["expected_calibration_error"]["value"] == pytest.approx(2 / 3 * 0.12)
     count, confidence, accuracy = calibration_bins(p.probabilities, p.truth)
@@ -129,7 +129,7 @@ def test_calibration_error_matches_the_reliability_diagram():
 
 
 def test_risk_and_coverage_match_hand_computed_values():
-    # The two of 0.8 are answered together; they count with a risk of 1 / 3 each, the last with 2 / 4.
+    # The two clips with 0.8 are answered at the same threshold, with a risk of 1 / 3; the last clip has 2 / 4.
     p = build([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.4, 0.6]], [0, 0, 0, 0], list("abcd"), labels=("us", "england"))
     part = evaluate(p, draws=20)["risk_coverage"]
     assert part["threshold"] == pytest.approx([0.9, 0.8, 0.6])
@@ -396,7 +396,7 @@ def test_interval_agrees_with_confidence_intervals():
     )
     v = evaluate(p)["clip"]["unweighted_average_recall"]
     assert v["value"] == pytest.approx(value)
-    # It also resamples clips within a speaker and does not stratify: wider, but with many clips of each not by much.
+    # The package also resamples clips within a speaker and does not stratify: slightly wider with many clips each.
     assert (v["low"], v["high"]) == pytest.approx((low, high), abs=0.035)
     assert 0.75 < (v["high"] - v["low"]) / (high - low) < 1.1
 

@@ -1,4 +1,4 @@
-"""Figures on which clips are close to each other, against hand computations and a count of all pairs of pairs."""
+"""Separability of embeddings, compared with hand-computed values and a count over all pairs of pairs."""
 
 import itertools
 
@@ -45,10 +45,10 @@ def test_pairwise_auc_matches_hand_computed_values():
     similarity = np.zeros((4, 4))
     for pair, value in {(0, 1): 0.9, (2, 3): 0.3, (0, 2): 0.1, (0, 3): 0.2, (1, 2): 0.3, (1, 3): 0.8}.items():
         similarity[pair] = value
-    # 0.9 is above all four; 0.3 above two, and as large as a third.
+    # 0.9 exceeds all four; 0.3 exceeds two and equals a third.
     found = pairwise_auc(similarity, *by_speaker(speakers), speakers)
     assert found["value"] == (4 + 2.5) / 8 and found["n"] == 2
-    # A draw of one speaker twice has no pair of two, so that all that count are the sample itself.
+    # A draw of the same speaker twice has no pair of two speakers, so that only the sample itself counts.
     assert found["low"] == found["high"] == found["value"]
     assert pairwise_auc(similarity, *by_speaker(speakers), speakers, draws=0)["low"] is None
 
@@ -77,7 +77,7 @@ def test_pairwise_auc_is_the_area_under_the_roc_curve():
 
 
 def spelled_out(similarity, who, times):
-    """The figure of one draw, with each copy of a speaker written down; copies of one are never two speakers."""
+    """The figure of one draw with explicit copies of each speaker; copies of one speaker are never two speakers."""
     near, far = [], []
     i, j = np.triu_indices(who.size, 1)
     for one, other in zip(i, j, strict=True):
@@ -93,7 +93,7 @@ def test_bounds_match_explicitly_repeated_speakers():
         spelled_out(similarity, who, times) for times in itertools.product(range(4), repeat=3) if sum(times) == 3
     ]
     possible = [figure for figure in possible if figure is not None]
-    # An odd number of draws, of which none falls between two.
+    # Chosen so that the percentiles need no interpolation between draws.
     found = pairwise_auc(similarity, *by_speaker(who), who, draws=2001)
     assert found["low"] == pytest.approx(min(possible)) and found["high"] == pytest.approx(max(possible))
 

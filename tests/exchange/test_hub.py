@@ -1,4 +1,4 @@
-"""Uploading, against a stand-in of the Hub on the loopback that keeps what it is sent."""
+"""Uploads to a fake Hub on the loopback interface that stores all it receives."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ FILES = {
 
 
 class Hub(ThreadingHTTPServer):
-    """What huggingface_hub asks when a folder is uploaded; every file is small enough to be sent in the commit."""
+    """Answers the requests of huggingface_hub's upload_folder; all files are small enough for the commit itself."""
 
     daemon_threads = True
 
@@ -50,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_any(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path, here = self.path.split("?")[0], self.server
-        if path == "/api/agent-harnesses":  # huggingface_hub asks it of its own accord, once a day
+        if path == "/api/agent-harnesses":  # huggingface_hub sends this request once a day
             return self.answer(404, {})
         here.requests.append((self.path, body, dict(self.headers)))
         for part, (status, message) in here.refuse.items():
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A stand-in, and no way to anywhere else."""
+    """A fake Hub, with all other addresses blocked."""
     lookup, elsewhere = socket.getaddrinfo, []
 
     def only_here(host, *arguments, **more):
@@ -102,7 +102,7 @@ def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    huggingface_hub.close_session()  # one made by others may know of a proxy
+    huggingface_hub.close_session()  # an earlier session may use a proxy
     with Hub() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

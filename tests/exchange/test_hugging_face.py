@@ -1,4 +1,4 @@
-"""Hugging Face's classifiers and bundles: the same scores both ways, what is refused, and starts of training."""
+"""Hugging Face classifiers and bundles: equal scores in both directions, errors, and training from either."""
 
 import json
 import shutil
@@ -39,12 +39,12 @@ CLASSES = {name: f"{TINY[name][0]}ForSequenceClassification" for name in NAMES}
 
 
 def clip(samples=20_000, seed=5):
-    """A clip that is neither centred nor of unit variance."""
+    """A clip with neither zero mean nor unit variance."""
     return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed)) + 0.03
 
 
 def scores_of_transformers(folder, wave):
-    """Log-probabilities of a clip alone, as a user of transformers gets them."""
+    """Log-probabilities of a single clip, computed with transformers."""
     extractor = AutoFeatureExtractor.from_pretrained(folder)
     model = AutoModelForAudioClassification.from_pretrained(folder).eval()
     inputs = extractor(wave.numpy(), sampling_rate=16_000, return_tensors="pt")
@@ -58,7 +58,7 @@ def scores_of_bundle(found, wave):
 
 
 def assert_same(found, expected):
-    # Scores that are all alike would agree whatever is wrong with them.
+    # Equal scores would agree even if the conversion were wrong.
     assert expected.max() - expected.min() > 0.02
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -86,7 +86,7 @@ def checkpoint(tiny_encoder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def template(checkpoint):
-    """A whole checkpoint, for tests that spoil a copy of it."""
+    """An intact checkpoint, for tests that damage a copy of it."""
     return checkpoint()
 
 
@@ -102,7 +102,7 @@ def change(folder, file="config.json", **values):
 
 @pytest.fixture(scope="module")
 def trained(tiny_encoder):
-    """Function: options of encoder and head -> a model with scores that differ, in evaluation mode."""
+    """Function: options of encoder and head -> a model in evaluation mode with different scores for each class."""
 
     def make(name="wav2vec2-group", labels=LABELS, encoder=None, **options):
         torch.manual_seed(2)
@@ -169,7 +169,7 @@ def test_importing_over_a_checkpoint_is_refused(template, spoilt):
 
 
 def test_older_checkpoint_formats_can_be_imported(spoilt, template):
-    """Pickled tensors, names of weight normalisation from before torch 2, and keys that transformers has given up."""
+    """Pickled tensors, names of weight normalisation from before torch 2, and keys that transformers has dropped."""
     old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     state = load_file(spoilt / "model.safetensors")
     for new, name in old.items():
@@ -252,7 +252,7 @@ def test_separate_adapters_are_an_error(spoilt):
 
 
 class Trap:
-    """Unpickled, it would write a file."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -451,7 +451,7 @@ def test_all_files_of_an_export_have_the_same_permissions(exported):
 
 
 def test_different_scores_are_an_error(template, monkeypatch):
-    """Whatever goes wrong between the two, it is noticed."""
+    """Any difference between the two models is detected."""
     monkeypatch.setattr(hugging_face, "_accent_model", spoil(_accent_model))
     with pytest.raises(ExchangeError, match="give different scores with the same weights"):
         from_hugging_face(template)
@@ -470,7 +470,7 @@ def spoil(make):
 
 
 def start(folder, labels=LABELS, encoder=None, **options):
-    """A model that begins from a trained one, and what it took."""
+    """A model initialised from a trained one, and the parts that it took."""
     torch.manual_seed(3)
     encoder = make_encoder("nowhere", from_bundle=str(folder), **(encoder or {}))
     model = AccentModel(encoder, labels, **options)
@@ -588,7 +588,7 @@ def run(capsys):
 
 
 def tones(hertz, clips, first=0):
-    """Rows of clips of one tone each, with noise, as of an accent."""
+    """Rows of an accent, with clips of one tone and noise."""
     rows = made.rows(f"tone {hertz}", clips, clips=1, first=first)
     for row in rows:
         noise = made.noise(0.7, seed=hertz + int(row["client_id"].rsplit("-", 1)[1]))
@@ -599,7 +599,7 @@ def tones(hertz, clips, first=0):
 
 @pytest.fixture(scope="module")
 def by_trainer(tiny_encoder, tmp_path_factory):
-    """A checkpoint as transformers' example run_audio_classification.py makes it, with generic names of classes."""
+    """A checkpoint like that of transformers' run_audio_classification.py, with generic class names."""
     import io
 
     import soundfile
@@ -663,7 +663,7 @@ def test_evaluate_works_with_a_hugging_face_model(by_trainer, labelled, map_of_t
     import soundfile
 
     words = ["evaluate", "--model", by_trainer, "--data", labelled, "--out", tmp_path / "out", "--device", "cpu"]
-    # In a process of its own: what a user types.
+    # In a new process, like a user's command.
     command = [sys.executable, "-m", "accent_plugin.cli", *map(str, words), "--labels", str(map_of_tones)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The same scores from ONNX Runtime as from torch, and nothing of torch needed for them."""
+"""ONNX exports: the same scores as with torch, without importing torch."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def noise(seconds, seed=0):
 
 
 def make_bundle(folder, encoder, speeds=(1.0,), **head):
-    """A bundle around an encoder whose scores differ between clips."""
+    """A bundle with scores that differ between clips."""
     torch.manual_seed(0)
     model = AccentModel(make_encoder(str(encoder)), LABELS, **head)
     torch.nn.init.normal_(model.classifier.weight, std=3.0)
@@ -44,13 +44,13 @@ def make_bundle(folder, encoder, speeds=(1.0,), **head):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, tiny_bundle):
-    """`tiny_bundle` for ONNX Runtime, in fp32."""
+    """`tiny_bundle` exported to ONNX in fp32."""
     return onnx_export.export(tiny_bundle, tmp_path_factory.mktemp("onnx") / "fp32")
 
 
 @pytest.fixture
 def traced(exported, monkeypatch):
-    """Tracing takes seconds, and is the same each time: the graph of `exported` stands in for it."""
+    """Replaces the slow tracing by the graph of `exported`, which would be the same."""
     monkeypatch.setattr(onnx_export, "trace", lambda model: onnx.load(exported / "model.onnx"))
 
 
@@ -123,14 +123,14 @@ def test_files_windows_and_abstaining_match_torch(exported, tiny_bundle, tmp_pat
 
 
 def test_the_identity_is_that_of_the_graph(exported, tiny_bundle):
-    """Answers of both are not to be mixed in one file: they are equal to four digits only."""
+    """Results of both must not be mixed in one file: they agree to four digits only."""
     made_of = json.loads((exported / "config.json").read_text(encoding="utf-8"))["onnx"]["made_of"]
     theirs = AccentClassifier.from_bundle(tiny_bundle, device="cpu").identity
     assert made_of.startswith(theirs) and OnnxAccentClassifier.from_bundle(exported).identity != theirs
 
 
 def test_the_folder_contains_no_local_paths(exported):
-    """torch's exporter notes the source line of every node."""
+    """torch's exporter records the source line of every node."""
     here = [str(Path(each).resolve().parent).encode() for each in (load.__file__, torch.__file__, exported)]
     for path in exported.iterdir():
         assert not [place for place in here if place in path.read_bytes()], path.name
@@ -178,7 +178,7 @@ def test_a_lower_precision_gives_similar_scores(traced, exported, tiny_bundle, t
     graph = onnx.load(smaller / "model.onnx").graph
     large = [tensor for tensor in graph.initializer if np.prod(tensor.dims) >= 1024]
     found = {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in large}
-    # Convolutions stay as they are in int8.
+    # Convolutions are not quantised in int8.
     assert found == kinds | ({"FLOAT"} if precision == "int8" else set())
     assert (smaller / "model.onnx").stat().st_size < (exported / "model.onnx").stat().st_size
     waves = [noise(seconds, seed) for seed, seconds in enumerate((1.0, 2.0, 3.0))]
@@ -188,7 +188,7 @@ def test_a_lower_precision_gives_similar_scores(traced, exported, tiny_bundle, t
 
 
 def test_quantisation_leaves_the_root_logger_alone(exported, tmp_path, monkeypatch):
-    """ONNX Runtime gave it a handler, and every note of ours was printed twice."""
+    """ONNX Runtime adds a handler, so that every log message would be printed twice."""
     shutil.copy(exported / "model.onnx", tmp_path)
     monkeypatch.setattr(logging.root, "handlers", [])
     onnx_export.lower_precision(tmp_path / "model.onnx", "int8")
@@ -197,7 +197,7 @@ def test_quantisation_leaves_the_root_logger_alone(exported, tmp_path, monkeypat
 
 @pytest.fixture
 def losing(monkeypatch):
-    """A smaller model that loses two points."""
+    """A lower precision that loses two points."""
     found = onnx_export.Comparison("corpus", clips=200, exact=0.9, smaller=0.88, same_label=0.95)
     monkeypatch.setattr(onnx_export, "compare", lambda *arguments: found)
 
@@ -216,7 +216,7 @@ def test_unchecked_keeps_a_lower_precision(losing, traced, tiny_bundle, tmp_path
 
 
 def test_a_lower_precision_is_compared_on_validation(exported, tiny_bundle, real_speech):
-    """Test clips have no say in what is kept."""
+    """Test clips must not influence the decision."""
     import datasets
 
     found = onnx_export.compare(exported, exported, real_speech)
@@ -278,7 +278,7 @@ def test_a_bundle_and_an_export_are_distinguished(exported, tiny_bundle):
 
 @pytest.fixture
 def spoilt(exported, tmp_path):
-    """A copy of `exported`, and a function that puts another graph into it, with the digest it then has."""
+    """A copy of `exported`, and a function that replaces its graph and updates the digest."""
     from accent_plugin.bundle import config as bundle_config
 
     folder = tmp_path / "spoilt"
@@ -334,7 +334,7 @@ def test_a_graph_with_other_inputs_is_an_error(spoilt):
 
 
 def test_a_graph_with_external_weights_is_an_error(spoilt, tmp_path):
-    """A graph of a stranger may point at any file; ONNX Runtime reads none outside the model's folder."""
+    """An untrusted graph may refer to any file; ONNX Runtime reads none outside the model's folder."""
     (tmp_path / "secret").write_bytes(bytes(16))
     _, put = spoilt
     graph = other_graph("sums")

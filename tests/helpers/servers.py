@@ -1,4 +1,4 @@
-"""`accent-plugin serve` in a process of its own, and a client for it that uses plain sockets."""
+"""`accent-plugin serve` in a subprocess, with an HTTP client for it."""
 
 import contextlib
 import http.client
@@ -14,7 +14,7 @@ BOUNDARY = "clip"
 
 
 class Server:
-    """A server that has said where it is."""
+    """A server process that has printed its address."""
 
     def __init__(self, *options, env=()):
         words = [
@@ -39,7 +39,7 @@ class Server:
         self.host, self.port = parts.hostname, parts.port
 
     def stderr(self):
-        """All of it, once the process has ended."""
+        """Complete stderr, once the process has ended."""
         self._reader.join(60)
         return "".join(self.errors)
 
@@ -53,7 +53,7 @@ class Server:
             return response.status, response.read()
 
     def classify(self, *files, headers=()):
-        """Status and JSON of files, (name, content) each, in one form."""
+        """Send files, (name, content) each, in one form; return status and JSON."""
         body = b"".join(
             f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
             + content
@@ -67,19 +67,19 @@ class Server:
             return response.status, json.loads(response.read())
 
     def memory(self):
-        """Bytes that the process holds."""
+        """Resident memory of the process in bytes."""
         with open(f"/proc/{self.process.pid}/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def end(self, how=signal.SIGTERM):
-        """Tell it to end; its exit code."""
+        """Send a signal; return the exit code."""
         self.process.send_signal(how)
         return self.process.wait(120)
 
 
 @contextlib.contextmanager
 def serving(*options, env=()):
-    """A server for the length of a block."""
+    """Run a server during a block."""
     server = Server(*options, env=env)
     try:
         yield server

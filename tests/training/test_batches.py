@@ -1,6 +1,6 @@
-"""Batches: drawn anew each epoch, the same for a seed, within their limit; augmentation by clip, not by batch.
+"""Batches: shuffled in each epoch, reproducible by seed, limited in size; augmentation by clip, not by batch.
 
-What cannot be read is left out of its batch with a reason, and a reading process that is killed costs nothing.
+Unreadable clips are skipped with a reason, and a killed worker changes nothing.
 """
 
 import gc
@@ -162,7 +162,7 @@ def test_clips_are_degraded_after_reading_and_before_augmentation(clips):
     assert np.array_equal(halved, samples() / 2)
     added = samples(degrade=halve, augmentation=make_augmentation(True, 1.0, noise_snr=[10, 10])) - halved
     assert abs(10 * np.log10(np.mean(halved**2) / np.mean(added**2)) - 10) < 0.01
-    # The same generator for the same clip, which nothing but the clip's place and epoch seeds.
+    # The same generator for the same clip, as it is seeded by clip and epoch only.
     assert calls == [calls[0]] * 2 and calls[0][0] == 24000
 
 
@@ -198,13 +198,13 @@ def objects_below(root):
 
 
 def test_the_number_of_objects_that_workers_share_does_not_grow_with_the_clips():
-    # Each one that a worker looks at is copied into it: its count of references is written.
+    # Accessing an object in a worker changes its reference count, and thereby copies its memory page.
     assert objects_below(many(5000)) == objects_below(many(50)) < 50
 
 
 def test_a_pickled_dataset_has_no_object_per_clip():
     def steps(count):
-        # How it is cut into frames depends on its bytes.
+        # The number of pickle frames depends on the size.
         return [code.name for code, _, _ in pickletools.genops(pickle.dumps(many(count))) if code.name != "FRAME"]
 
     assert len(steps(5000)) == len(steps(50)) < 150
@@ -250,7 +250,7 @@ def zeros(path):
 
 
 def endless(path):
-    # A spoilt header that announces more samples than any memory holds.
+    # A damaged header that claims more samples than fit into memory.
     with open(path, "r+b") as file:
         file.seek(21)
         file.write(bytes([0xFF] * 5))
@@ -390,8 +390,8 @@ def soon_noticed(monkeypatch):
 
 
 @pytest.fixture
-def suicidal(clips, tmp_path, soon_noticed):
-    """Function: (clip, epoch, times), ... -> data set whose reading process is killed there."""
+def killing_dataset(clips, tmp_path, soon_noticed):
+    """Function: (clip, epoch, times), ... -> dataset that kills its worker there."""
 
     def make(*deaths):
         augmentation = make_augmentation(True, 0.9, [0.9, 1.1], [5, 20])
@@ -424,19 +424,19 @@ def passes(dataset, workers, epochs=(1,), start=0, loader=None):
 @FORKED
 @pytest.mark.parametrize("start", [0, 3])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_worker_changes_no_batch(suicidal, caplog, workers, start):
-    undisturbed = passes(suicidal(), 0, (1, 2), start)
+def test_a_killed_worker_changes_no_batch(killing_dataset, caplog, workers, start):
+    undisturbed = passes(killing_dataset(), 0, (1, 2), start)
     steps = len(undisturbed) // 2
     # In the first and the last batch of the first epoch, and in the middle of the second.
     deaths = [(undisturbed[step][0][0], 1 + step // steps, 1) for step in (0, steps - 1, steps + steps // 2)]
-    assert passes(suicidal(*deaths), workers, (1, 2), start) == undisturbed
+    assert passes(killing_dataset(*deaths), workers, (1, 2), start) == undisturbed
     assert "restarting the workers" in caplog.text
 
 
 @FORKED
-def test_a_worker_killed_repeatedly_is_an_error(suicidal, caplog):
+def test_a_worker_killed_repeatedly_is_an_error(killing_dataset, caplog):
     with pytest.raises(TrainingError, match="died 4 times in one epoch") as caught:
-        passes(suicidal(("clip12", 1, 99)), 1)
+        passes(killing_dataset(("clip12", 1, 99)), 1)
     assert "num_workers" in str(caught.value) and "last checkpoint" in str(caught.value)
     assert caplog.text.count("restarting the workers") == ClipLoader.RESTARTS
 
@@ -467,7 +467,7 @@ class Watchful(ClipDataset):
 def test_workers_ignore_signals(clips):
     dataset = Watchful(clips, ["a", "b"])
     loader = make_loader(dataset, BucketBatchSampler(dataset.seconds(), 4.0), num_workers=1)
-    # Its own: whatever a shell starts in the background ignores this signal.
+    # Set explicitly, because background jobs of a shell ignore this signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert [label for batch in loader for label in batch.labels.tolist()] == [1] * 4

@@ -170,13 +170,13 @@ def test_a_step_with_a_non_finite_gradient_is_skipped(make_brain, caplog):
     weights = take_steps(brain, [good, bad, good])
     assert brain.skipped_steps == 1 and "not finite" in caplog.text
     assert torch.equal(weights[1], weights[0]) and not torch.equal(weights[2], weights[1])
-    # Momentum and decay did not move either: the steps are those without the bad batch.
+    # Momentum and weight decay were not applied either: the steps equal those without the bad batch.
     assert torch.equal(take_steps(make_brain(), [good, good])[-1], weights[2])
 
 
 @pytest.fixture
 def scaled_brain(make_brain, monkeypatch):
-    """A brain whose losses are scaled, as in fp16 on a GPU; factors that are powers of two round nothing."""
+    """A brain with scaled losses, as in fp16 on a GPU; factors that are powers of two cause no rounding."""
 
     def make(**arguments):
         with monkeypatch.context() as patch:
@@ -200,7 +200,7 @@ def test_scaled_losses_give_the_same_steps(make_brain, scaled_brain):
 
 def test_a_non_finite_scaled_gradient_skips_the_step_and_halves_the_scale(scaled_brain):
     brain = scaled_brain(checkpoints=False)
-    # For a sum over clips, where PyTorch's own start is for a mean.
+    # Chosen for a sum over clips; PyTorch's default is for a mean.
     assert brain.scaler.get_scale() == 4096
     spoilt = batch_of([0, 1], [0, 1])
     spoilt.wavs[0, 0] = torch.inf
@@ -283,7 +283,7 @@ def test_validation_metrics_match_the_predictions(make_brain, loader):
 
 
 def test_training_stops_early_without_improvement(make_brain, loader):
-    # Nothing is learnt, so that every epoch has the figure of the first: an equal one is no improvement.
+    # With learning rates of zero all epochs have the same metric, which is no improvement.
     brain = make_brain(epochs=50, patience=2, lr_encoder=0.0, lr_head=1e-12)
     brain.fit(brain.hparams.epoch_counter, loader(), loader())
     assert len(read_history(brain.history_file)) == 3
@@ -354,7 +354,7 @@ def test_the_log_and_the_history_have_the_peak_memory(make_brain, loader):
     brain = make_brain(epochs=1)
     brain.fit(brain.hparams.epoch_counter, loader(), loader())
     (row,) = read_history(brain.history_file)
-    # Python with torch takes some 300 MB.
+    # Python with torch uses some 300 MB.
     assert 1e8 < row["peak_memory_bytes"] < 1e11
     assert brain.options.train_logger.rows[0]["peak memory"] == f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"
 
@@ -431,7 +431,7 @@ def test_a_batch_that_is_not_finite_is_counted_in_the_history(make_brain, loader
 def test_a_restart_keeps_the_early_stopping_counter(make_brain, loader):
     still = {"patience": 2, "lr_encoder": 0.0, "lr_head": 1e-12}
     for epochs in (2, 50, 50):
-        # Each begins at the end of an epoch; the last when training had stopped already.
+        # Each run starts at the end of an epoch; the last one after training has already stopped.
         brain = make_brain(epochs=epochs, **still)
         brain.fit(brain.hparams.epoch_counter, loader(), loader())
     assert len(read_history(brain.history_file)) == 3

@@ -120,7 +120,7 @@ def test_the_last_checkpoint_is_the_newest_even_if_the_clock_is_set_back(tmp_pat
     clock = iter([1000.0] * 4 + [500.0] * 100)
     monkeypatch.setattr(checkpoints.time, "time", lambda: next(clock))
     for value in (1.0, 2.0, 3.0, 4.0):
-        # A process of its own each: what it knows of the time is what it has read.
+        # A new checkpointer for each, like a new process: it knows the time of earlier checkpoints from the disk only.
         checkpointer, model = make(tmp_path)
         checkpointer.recover_if_possible()
         save(checkpointer, model, value)
@@ -174,7 +174,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(two, tmp_path, caplog, name, how
     checkpointer, model = make(folder)
     found = checkpointer.recover_if_possible()
     if found.path == spoilt:
-        # Only where nothing that counts has changed: the words before a seal, and not what it seals.
+        # Only if the damage is in the words before the digest, not in the content that it covers.
         assert name == METAFNAME and how[0] == "flip" and model.get() == 2.0
         assert found.meta == yaml.safe_load(before)
         return
@@ -223,7 +223,7 @@ def test_without_an_intact_checkpoint_none_is_found(two, tmp_path):
         (one / "model.ckpt").unlink()
     checkpointer, model = make(folder)
     assert checkpointer.recover_if_possible() is None and model.get() == 0.0
-    # One is enough to look at.
+    # Only one damaged checkpoint is kept.
     assert len(list(folder.glob("damaged+*"))) == 1
 
 
@@ -278,7 +278,7 @@ def interrupted_at(monkeypatch, number, error, operation):
             operation()
         except (type(error), CheckpointError):
             return True
-    # What only warns is passed over, too.
+    # Operations whose failure is only logged are counted, too.
     return count >= number
 
 
@@ -306,7 +306,7 @@ def test_an_interrupted_deletion_leaves_intact_checkpoints(two, tmp_path, monkey
         checkpointer, _ = make(folder)
         came = interrupted_at(monkeypatch, number, error, checkpointer.delete_checkpoints)
         outcomes.append(values(folder))
-    # What could not be looked at counts as damaged.
+    # A checkpoint that cannot be verified counts as damaged.
     assert all(2.0 in outcome or 1.0 in outcome for outcome in outcomes)
     assert outcomes[-1] == [2.0] and number > 2
 
@@ -370,7 +370,7 @@ def test_there_are_never_more_checkpoints_than_the_maximum(tmp_path, monkeypatch
     for epoch in range(1, 20):
         save(checkpointer, model, float(epoch), macro_f1=float(epoch == 3))
         if epoch % 5 == 0:
-            # The newest is damaged now and then, and found when the process begins anew.
+            # Now and then the newest is damaged, which a new process detects.
             (newest(folder) / "model.ckpt").write_bytes(b"")
             checkpointer._whole.clear()
         best = checkpointer.find_checkpoint(max_key="macro_f1")
@@ -420,8 +420,8 @@ def test_a_full_disk_is_an_error(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     said, epochs = json.loads(done.stdout.splitlines()[-1])
     for limit, words in zip(limits, said, strict=True):
-        assert words and f"no checkpoint could be written in {tmp_path / 'save'}" in words, limit
-        assert "MiB are free" in words and "run the same command again" in words
+        assert words and f"cannot write a checkpoint in {tmp_path / 'save'}" in words, limit
+        assert "MiB are free" in words and "rerun the same command" in words
     assert epochs == [1]
     assert [path.name[:4] for path in (tmp_path / "save").iterdir()] == ["CKPT"]
 

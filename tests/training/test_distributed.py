@@ -43,7 +43,7 @@ def drawn(lengths, rank=0, count=1, start=0, seed=3):
 
 
 def windows(lengths, count, factor):
-    """Clips of each step: `factor` batches from each process, and what is left over at the end."""
+    """Clips of each step: `factor` batches from each process, and the remaining ones in the last step."""
     parts = [drawn(lengths, rank, count) for rank in range(count)]
     steps = -(-len(parts[0]) // factor)
     spans = [slice(step * factor, (step + 1) * factor) for step in range(steps)]
@@ -110,7 +110,7 @@ def test_one_process_needs_no_communication():
 
 
 def position_of(monkeypatch, tmp_path, writers, step, readers, rank=0):
-    """Step at which one of `readers` processes goes on where each of `writers` had done `step` batches."""
+    """Step at which `readers` processes resume after each of `writers` processes finished `step` batches."""
     written, read = TrainingState(), TrainingState()
     monkeypatch.setattr(distributed, "world_size", lambda: writers)
     monkeypatch.setattr(distributed, "all_gather", lambda value: [value] * writers)
@@ -127,7 +127,7 @@ def position_of(monkeypatch, tmp_path, writers, step, readers, rank=0):
     [(1, 6, 1, 6), (2, 6, 2, 6), (2, 6, 1, 12), (1, 12, 2, 6), (4, 3, 2, 6), (1, 7, 2, 4)],
 )
 def test_another_number_of_processes_resumes_at_the_same_clip(monkeypatch, tmp_path, writers, step, readers, expected):
-    # The last: an epoch of seven batches is over, also for two processes, which take four each.
+    # In the last case the epoch of seven batches is finished, also for two processes with four each.
     assert position_of(monkeypatch, tmp_path, writers, step, readers) == expected
 
 
@@ -168,18 +168,18 @@ def environment():
 
 
 def start_torchrun(*arguments):
-    """A torchrun that is under way, on this machine alone."""
+    """Start torchrun on this machine only."""
     command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(), **pipes)
 
 
 def finish(running):
-    """Wait for it; its exit code and what it said."""
+    """Wait for a process; return its exit code and output."""
     try:
         out, err = running.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        # It ends its processes, which are no children of ours.
+        # torchrun ends its own child processes.
         running.terminate()
         out, err = running.communicate()
         pytest.fail(f"still running after {PATIENCE} s:\n{err[-3000:]}")
@@ -216,7 +216,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, words):
-    """One start of two processes for most tests: small checks, and then a run of the recipe without dropout."""
+    """Two processes, started once for most tests: small checks, then a run of the recipe without dropout."""
     folder = tmp_path_factory.mktemp("together")
     (folder / "checks").mkdir()
     recipe = words(folder, *NO_NOISE, "--tensorboard", "True", "--ckpt_interval_minutes", "0")
@@ -231,7 +231,7 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def seen(together):
-    """What each of the two processes has seen in the small checks."""
+    """Results of the small checks in each of the two processes."""
     files = [together.folder / f"checks/{rank}.json" for rank in (0, 1)]
     assert all(file.is_file() for file in files), together.err[-3000:]
     return [read(file) for file in files]
@@ -239,7 +239,7 @@ def seen(together):
 
 @pytest.fixture(scope="module")
 def seen_alone(tmp_path_factory):
-    """And one process, with as many more batches in each step."""
+    """Results of the same checks in one process with twice as many batches per step."""
     folder = tmp_path_factory.mktemp("alone")
     worker.check_all(folder)
     return read(folder / "0.json")
@@ -296,7 +296,7 @@ def test_figures_of_the_epochs_are_those_of_one_process(seen, seen_alone, name):
 
 def test_an_unreadable_clip_counts_once_over_all_processes(seen, seen_alone):
     counts = [[row["clips not read"] for row in part["unreadable"]["logged"]] for part in (seen[0], seen_alone)]
-    # Two clips, in training and in validation.
+    # One clip in training and one in validation.
     assert counts == [[4] * worker.EPOCHS] * 2
 
 
@@ -341,7 +341,7 @@ def test_losses_of_the_first_steps_agree_with_one_process(finished, single):
     losses = [read(run.folder / "losses.json") for run in (finished, single)]
     assert len(losses[0]) == len(losses[1]) >= 20
     np.testing.assert_allclose(losses[0][:20], losses[1][:20], atol=1e-4)
-    # And they do learn something.
+    # The loss falls.
     assert np.ptp(losses[0][:20]) > 0.01
 
 
@@ -382,7 +382,7 @@ def test_one_process_resumes_with_the_same_number_of_batches_per_step(finished, 
     shutil.copytree(finished.folder / "out", tmp_path / "out")
     again = [*finished.words, "--output_folder", str(tmp_path / "out"), "--grad_accumulation_factor", "2"]
     assert alone(recipe=again) == 0
-    # The run was finished: it is evaluated again, and nothing is trained.
+    # The run was finished: it is only evaluated again.
     assert read(tmp_path / "out/save/history.json") == before
 
 
@@ -409,7 +409,7 @@ def test_options_that_conflict_with_torchrun_are_reported_once(
 ):
     said = []
     for rank in ("0", "1"):
-        # As torchrun starts them; none of them comes to the point where they join.
+        # The environment of torchrun; the processes stop before they join.
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)
         assert alone(recipe=words(tmp_path, *option)) == 2
@@ -433,7 +433,7 @@ def test_an_error_found_by_the_first_process_ends_all(words, tmp_path):
     assert done.code != 0
     assert done.err.count("there is no folder") == 1
     assert OUR_TRACEBACK not in done.err
-    # The other one does not wait until torchrun loses its patience.
+    # The other process ends before torchrun kills it.
     assert "exitcode  : -9" not in done.err
 
 
@@ -490,7 +490,7 @@ def test_a_restart_by_torchrun_resumes_from_the_last_checkpoint(words, noisy, tm
     recipe = words(tmp_path, *OFTEN, "--overwrite", "True")
     done = torchrun(tmp_path, "--max-restarts=1", recipe=recipe, losses=tmp_path / "losses.json", dies=dies)
     assert done.code == 0, done.err[-3000:]
-    # 30 steps in all, of which 16 were before the last checkpoint.
+    # 16 of the 30 steps were before the last checkpoint.
     assert read(tmp_path / "losses.json") == read(noisy.folder / "losses.json")[16:]
     assert_as_if_nothing_had_happened(tmp_path, noisy)
 
@@ -505,7 +505,7 @@ def test_a_signal_to_torchrun_ends_all_and_the_next_start_resumes(words, noisy, 
     done = torchrun(tmp_path, recipe=words(tmp_path, *OFTEN), losses=tmp_path / "losses.json")
     assert done.code == 0, done.err[-3000:]
     losses, expected = read(tmp_path / "losses.json"), read(noisy.folder / "losses.json")
-    # It may have been some steps further when the signal came.
+    # The run may have been some steps further when the signal arrived.
     assert 0 < len(losses) < 22 and losses == expected[-len(losses) :]
     assert_as_if_nothing_had_happened(tmp_path, noisy)
 
@@ -556,7 +556,7 @@ def test_two_agents_take_the_same_steps_as_one_process(words, single, tmp_path):
 
 @pytest.mark.slow
 def test_two_agents_resume_after_a_restart(words, single, tmp_path):
-    # Only the agent of the process that died counts a restart: the other has the process that heeds --overwrite.
+    # Only the agent of the dead process counts a restart: the other agent has the process that obeys --overwrite.
     dies = {"rank": 1, "step": 17, "how": "kill", "marker": tmp_path / "died"}
     recipe = words(tmp_path, *NO_NOISE, *OFTEN, "--overwrite", "True")
     for agent in two_agents(tmp_path, "--max-restarts=2", recipe=recipe, losses=tmp_path / "losses.json", dies=dies):

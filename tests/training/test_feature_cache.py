@@ -190,7 +190,7 @@ def test_a_truncated_store_is_completed(encoder, clips, tmp_path, name, cut):
     before, path = values(store, clips), store.folder / name
     os.truncate(path, int(cut * path.stat().st_size))
     assert np.allclose(values(filled(tmp_path, encoder, clips), clips), before, atol=1e-6)
-    # And the next one finds all of it.
+    # The next store finds all features.
     again = store_of(tmp_path, encoder)
     assert all(feature_cache.key(clip) in again for clip in clips)
 

@@ -18,7 +18,7 @@ from accent_plugin.pooling import POOLINGS
 
 
 def steps(brain, train_set):
-    """The steps of an epoch, as SpeechBrain's `fit` takes them, without its end."""
+    """Take the steps of an epoch like SpeechBrain's `fit`, without the end of the epoch."""
     brain.train_sampler, brain._epochs = train_set, 1
     brain.on_fit_start()
     brain.modules.train()
@@ -67,7 +67,7 @@ def test_no_pooling_reads_a_value_from_the_device(pooling, tiny_encoder, without
 
 
 def test_hugging_faces_own_mask_reads_values(tiny_encoder, without_values):
-    # The reason for accent_plugin.encoder.fast_dropout.make_mask; where this no longer fails, that may go.
+    # The reason for accent_plugin.encoder.fast_dropout.make_mask, which can be removed once this no longer fails.
     brain = make_brain(make_encoder(str(tiny_encoder("wav2vec2-group")), attn_implementation="sdpa"), "meta")
     with pytest.raises(RuntimeError, match="meta"):
         steps(brain, batches(True))

@@ -74,7 +74,7 @@ def test_step_and_figures_are_restored(saved):
 
 
 def test_the_file_holds_plain_values_only(saved):
-    # Nothing that a pickle could run.
+    # No pickled code.
     assert torch.load(saved, weights_only=True).keys() == {"step", "figures", "random"}
 
 
@@ -92,7 +92,7 @@ def test_another_number_of_processes_keeps_the_generators_and_warns(saved, monke
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     position = TrainingState()
     position.load(saved, False)
-    # Seven batches of one process: of two, the one that has fewer to do repeats none.
+    # Seven batches of one process: with two processes, none is repeated.
     assert draws() == expected and position.step == 4
     assert "written by 1 processes, now there are 2" in caplog.text
 
