@@ -92,7 +92,7 @@ def initialise_head(model, accents, folder):
     accents : sequence of str
         Its classes.
     folder : str or Path
-        A bundle or a Hugging Face classifier; classes of the latter with duplicate labels are ignored.
+        A bundle or a Hugging Face classifier; of the latter, only classes with unique labels are matched.
 
     Returns
     -------

@@ -396,7 +396,7 @@ def test_interval_agrees_with_confidence_intervals():
     )
     v = evaluate(p)["clip"]["unweighted_average_recall"]
     assert v["value"] == pytest.approx(value)
-    # The package also resamples clips within a speaker and does not stratify: slightly wider with many clips each.
+    # confidence-intervals also resamples clips within a speaker and does not stratify: slightly wider intervals.
     assert (v["low"], v["high"]) == pytest.approx((low, high), abs=0.035)
     assert 0.75 < (v["high"] - v["low"]) / (high - low) < 1.1
 

@@ -93,7 +93,7 @@ def test_bounds_match_explicitly_repeated_speakers():
         spelled_out(similarity, who, times) for times in itertools.product(range(4), repeat=3) if sum(times) == 3
     ]
     possible = [figure for figure in possible if figure is not None]
-    # Chosen so that the percentiles need no interpolation between draws.
+    # With 2001 draws the percentiles need no interpolation.
     found = pairwise_auc(similarity, *by_speaker(who), who, draws=2001)
     assert found["low"] == pytest.approx(min(possible)) and found["high"] == pytest.approx(max(possible))
 

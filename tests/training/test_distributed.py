@@ -296,7 +296,7 @@ def test_figures_of_the_epochs_are_those_of_one_process(seen, seen_alone, name):
 
 def test_an_unreadable_clip_counts_once_over_all_processes(seen, seen_alone):
     counts = [[row["clips not read"] for row in part["unreadable"]["logged"]] for part in (seen[0], seen_alone)]
-    # One clip in training and one in validation.
+    # Two clips in training and two in validation.
     assert counts == [[4] * worker.EPOCHS] * 2
 
 
