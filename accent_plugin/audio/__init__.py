@@ -1,1 +1,1 @@
-"""Samples in, samples out: codecs, checks, resampling, worker processes, augmentation, degradations. No torch."""
+"""Audio without torch: codecs, checks, resampling, worker processes, augmentation and degradations."""

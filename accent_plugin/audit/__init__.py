@@ -1,1 +1,1 @@
-"""What is wrong with a DatasetDict."""
+"""Audit of a DatasetDict: text, audio, and confounds."""

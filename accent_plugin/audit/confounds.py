@@ -1,4 +1,4 @@
-"""Confound test: do the recording conditions alone predict the accent?
+"""Confound test: whether the recording conditions alone predict the accent.
 
 If each accent was recorded with different equipment, a classifier can learn the microphone instead of the accent. Seven
 features that contain no speech are measured, and a permutation test shows whether they predict the accent. It takes

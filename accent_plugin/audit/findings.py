@@ -43,7 +43,7 @@ class AuditClip:
 
 @dataclass(frozen=True)
 class Example:
-    """One instance of a finding: a description that names the clips, and the clips."""
+    """One instance of a finding, described in words, and its clips."""
 
     text: str
     clips: tuple[AuditClip, ...] = ()

@@ -1,4 +1,4 @@
-"""Separability of embeddings: are clips of one accent, or of one speaker, closer together than others?
+"""Separability of embeddings: whether clips of one accent, or of one speaker, are closer together than others.
 
 Conventions
 -----------

@@ -1,1 +1,1 @@
-"""What the Brain needs: options, batches, loaders, checkpoints, feature cache, processes."""
+"""Training: the Brain, options, batches, loaders, checkpoints, feature cache, distributed training and signals."""

@@ -311,7 +311,7 @@ class AccentBrain(sb.Brain):
             )
 
     def update_average(self, loss, avg_loss):
-        """Mean loss of the epoch so far, for the progress bar; read every `CHECK_EVERY` steps, as a GPU must wait."""
+        """Mean loss of the epoch, for the progress bar; every `CHECK_EVERY` steps only, as reading waits for a GPU."""
         if self.step % CHECK_EVERY != 1:
             return avg_loss
         loss, weight = self._sums[:2].tolist()

@@ -1,4 +1,4 @@
-"""A cache on disk of a frozen encoder's pooled states, so that a head trains without running the encoder.
+"""A disk cache of a frozen encoder's pooled states, so that a head trains without running the encoder.
 
 A store is a folder with `features.json` (the encoder and its precision), `index.csv` (one line per clip: CRC-32 of its
 values and its key) and `means.f32` (the values of all clips in the same order, little-endian float32). Clips are only
