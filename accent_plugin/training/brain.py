@@ -1,6 +1,5 @@
 """AccentBrain: SpeechBrain's training loop for an `AccentModel`."""
 
-import json
 import logging
 import math
 import signal
@@ -12,7 +11,7 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.distributed import MainProcessContext
 
-from accent_plugin import devices, files
+from accent_plugin import devices
 from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.errors import CheckpointError, DataError, TrainingError
 from accent_plugin.evaluation.scores import confusion_matrix, macro_f1, unweighted_average_recall
@@ -20,35 +19,27 @@ from accent_plugin.training import distributed, signals
 from accent_plugin.training.checkpoints import NEWEST
 from accent_plugin.training.options import (
     SELECTIONS,
+    add_to_history,
     decayed_parameters,
     learning_rate_factor,
     mix_seed,
     own_sums,
-    read_history,
     undecayed_parameters,
 )
 from accent_plugin.training.state import TrainingState
+from accent_plugin.training.unread import PREPARE_AGAIN, UnreadClips
 
 logger = logging.getLogger(__name__)
-
-
-_DOING = {sb.Stage.TRAIN: "training", sb.Stage.VALID: "validating", sb.Stage.TEST: "evaluating"}
 
 
 # Steps between two reads of the counters on the device: each read synchronises with the GPU.
 CHECK_EVERY = 20
 
-
 # PyTorch's GradScaler starts at 2^16, for a mean of losses. Here the losses of some 16 clips are summed.
 _FIRST_SCALE = 2.0**12
 
-
 # Halvings that bring a scale that has grown to 2^16 back to 1.
 _SCALER_HALVINGS = 16
-
-
-# The remedy for unreadable data.
-_AGAIN = "prepare the data again and rerun the same command: it resumes from the last checkpoint"
 
 
 class AccentBrain(sb.Brain):
@@ -74,8 +65,8 @@ class AccentBrain(sb.Brain):
     ----------
     skipped_steps : int
         Steps skipped because their gradient was not finite, as of the last read of the counters.
-    unread : dict
-        Stage -> {id of an unreadable clip: reason}.
+    unread : accent_plugin.training.unread.UnreadClips
+        `unread[stage]` has the unreadable clips: {id: reason}.
     """
 
     def __init__(self, *arguments, options, class_weights=None, history_file=None, **keywords):
@@ -85,7 +76,7 @@ class AccentBrain(sb.Brain):
         self.class_weights = None if class_weights is None else class_weights.to(self.device)
         self.history_file = None if history_file is None else Path(history_file)
         self.skipped_steps = 0
-        self.unread, self._clips = {stage: {} for stage in sb.Stage}, {}
+        self.unread = UnreadClips(options.max_unreadable_share)
         self._window, self._pending = 0.0, signals.Pending()
         # SpeechBrain would also save between two batches of one step, but checkpoints do not hold gradients.
         self._every_minutes, self._every_steps = self.ckpt_interval_minutes, self.ckpt_interval_steps
@@ -142,7 +133,8 @@ class AccentBrain(sb.Brain):
         # Brain calls set_epoch on this attribute: without it every epoch would have the same batches.
         self.train_sampler = train_set.batch_sampler
         self._epochs = epoch_counter.limit
-        self._clips = {sb.Stage.TRAIN: _clips_in(train_set), sb.Stage.VALID: _clips_in(valid_set)}
+        self.unread.begin(sb.Stage.TRAIN, train_set)
+        self.unread.begin(sb.Stage.VALID, valid_set)
         if torch.device(self.device).type == "cuda":
             # Otherwise earlier folds or seeds in this process would count.
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -179,20 +171,13 @@ class AccentBrain(sb.Brain):
     def init_optimizers(self):
         """Make one AdamW with parameter groups for the pretrained encoder, and for the head and adapters."""
         model = self._model()
-        groups = [
-            {"params": decayed_parameters(model.encoder_parameters()), "peak": self.options.lr_encoder},
-            {
-                "params": undecayed_parameters(model.encoder_parameters()),
-                "peak": self.options.lr_encoder,
-                "weight_decay": 0.0,
-            },
-            {"params": decayed_parameters(model.head_parameters()), "peak": self.options.lr_head},
-            {
-                "params": undecayed_parameters(model.head_parameters()),
-                "peak": self.options.lr_head,
-                "weight_decay": 0.0,
-            },
-        ]
+        groups = []
+        for parameters, peak in (
+            (list(model.encoder_parameters()), self.options.lr_encoder),
+            (list(model.head_parameters()), self.options.lr_head),
+        ):
+            groups.append({"params": decayed_parameters(parameters), "peak": peak})
+            groups.append({"params": undecayed_parameters(parameters), "peak": peak, "weight_decay": 0.0})
         groups = [group for group in groups if group["params"]]
         # The fused AdamW can skip a step on the device, without a synchronisation to check the gradient.
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=self.options.weight_decay, fused=True)
@@ -209,7 +194,7 @@ class AccentBrain(sb.Brain):
         steps = len(self.train_sampler)
         should_step = self.step % self.grad_accumulation_factor == 0 or self.step == steps
         self._freeze_encoder(self.optimizer_step < self.options.freeze_encoder_steps)
-        self._note_unread(batch, sb.Stage.TRAIN)
+        self.unread.note(batch, sb.Stage.TRAIN)
         weight = float(len(batch) if self._weights is None else self._weights[batch.labels].sum())
         with self.no_sync(not should_step):
             with self.training_ctx:
@@ -317,30 +302,6 @@ class AccentBrain(sb.Brain):
         loss, weight = self._sums[:2].tolist()
         return loss / weight if weight else 0.0
 
-    def _note_unread(self, batch, stage):
-        """Count unreadable clips, log each once, and stop when there are too many."""
-        unread = self.unread[stage]
-        for name, why in batch.lost:
-            if name not in unread:
-                logger.warning("skipped clip %s: %s", name, why)
-            unread[name] = why
-        self._limit_unread(stage)
-
-    def _limit_unread(self, stage):
-        unread, clips, limit = self.unread[stage], self._clips.get(stage, 0), self.options.max_unreadable_share
-        if unread and len(unread) > (max(1.0, limit * clips) if limit else 0):
-            name, why = next(iter(unread.items()))
-            raise DataError(
-                f"{len(unread)} of {clips} clips cannot be read while {_DOING[stage]}, more than max_unreadable_share "
-                f"({limit:g}) allows; the first is {name}: {why}\n{_AGAIN}"
-            )
-
-    def _share_unread(self, stage):
-        """Merge the unreadable clips of all processes: each process reads other clips in every epoch."""
-        parts = distributed.all_gather(self.unread[stage])
-        self.unread[stage] = {name: why for part in parts for name, why in part.items()}
-        distributed.broadcast_from_main(self._limit_unread, stage)
-
     # Checkpoints
 
     def _is_due(self):
@@ -382,7 +343,7 @@ class AccentBrain(sb.Brain):
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Keep the training loss; after validation, log the metrics and save a checkpoint."""
-        self._share_unread(stage)
+        self.unread.share(stage)
         if stage == sb.Stage.TRAIN:
             sums = self._sums.tolist()
             loss, weight = distributed.all_reduce_sum(sums[:2])
@@ -397,7 +358,7 @@ class AccentBrain(sb.Brain):
         if stage == sb.Stage.VALID and any(distributed.all_reduce_sum([bool(self._pending)])):
             self._save_within_epoch(*self._trained)
             raise signals.Interrupted(self._pending.number or signal.SIGTERM)
-        self._note_unread(batch, stage)
+        self.unread.note(batch, stage)
         return super().evaluate_batch(batch, stage) if len(batch) else torch.zeros(())
 
     def _predictions(self):
@@ -416,7 +377,7 @@ class AccentBrain(sb.Brain):
     def _finish_epoch(self, epoch):
         _, labels, log_probabilities = self._predictions()
         if not len(labels):
-            raise DataError("all clips of the validation split are unreadable\n" + _AGAIN)
+            raise DataError("all clips of the validation split are unreadable\n" + PREPARE_AGAIN)
         confusion = confusion_matrix(labels, log_probabilities.argmax(axis=1), log_probabilities.shape[1])
         figures = {
             "loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
@@ -442,25 +403,16 @@ class AccentBrain(sb.Brain):
                 self.options.tensorboard_logger.log_stats(
                     {"epoch": epoch}, train_stats={"loss": self.train_loss}, valid_stats=figures
                 )
-        if distributed.is_main():
-            self._remember(epoch, figures, memory, counted)
+        if distributed.is_main() and self.history_file is not None:
+            row = {"epoch": epoch, "train_loss": self.train_loss, **{f"valid_{k}": v for k, v in figures.items()}}
+            row |= {name.replace(" ", "_"): number for name, number in counted.items()}
+            add_to_history(self.history_file, row | {"peak_memory_bytes": memory})
         if hasattr(self.hparams.epoch_counter, "update_metric"):
             # Before the checkpoint, which saves the counter.
             error = figures["loss"] if self.options.selection == "loss" else 1 - figures["macro_f1"]
             self.hparams.epoch_counter.update_metric(error)
         if self.checkpointer is not None:
             self._write_checkpoint(0, [0.0, 0.0, *self._trained[1][2:]], {**figures, "epoch": epoch})
-
-    def _remember(self, epoch, figures, memory, counted):
-        """Add the epoch to the history; a resumed run replaces the epochs that it repeats."""
-        if self.history_file is None:
-            return
-        history = [row for row in read_history(self.history_file) if row["epoch"] < epoch]
-        row = {"epoch": epoch, "train_loss": self.train_loss, **{f"valid_{k}": v for k, v in figures.items()}}
-        row |= {name.replace(" ", "_"): number for name, number in counted.items()}
-        history.append({**row, "peak_memory_bytes": memory})
-        with files.atomic_write(self.history_file) as file:
-            json.dump(history, file, indent=1)
 
     # Evaluation
 
@@ -480,7 +432,7 @@ class AccentBrain(sb.Brain):
             Readable clips of all processes, sorted; the others are in `unread`.
         log_probabilities : (clips, classes) np.ndarray of float64
         """
-        self._clips[sb.Stage.TEST], self.unread[sb.Stage.TEST] = _clips_in(loader), {}
+        self.unread.begin(sb.Stage.TEST, loader)
         if self.checkpointer is not None and self.best_epoch() is None:
             raise CheckpointError(
                 f"{self.checkpointer.checkpoints_dir} holds no intact checkpoint of a finished epoch\n"
@@ -489,14 +441,10 @@ class AccentBrain(sb.Brain):
         self.evaluate(loader, **SELECTIONS[self.options.selection], progressbar=progressbar)
         ids, _, log_probabilities = self._predictions()
         if not ids:
-            raise DataError("all clips to evaluate are unreadable\n" + _AGAIN)
+            raise DataError("all clips to evaluate are unreadable\n" + PREPARE_AGAIN)
         return tuple(ids), log_probabilities.astype(np.float64)
 
     def best_epoch(self):
         """Number of the epoch that evaluation uses; None if no checkpoint exists."""
         checkpoint = self.checkpointer.find_checkpoint(**SELECTIONS[self.options.selection])
         return None if checkpoint is None else checkpoint.meta["epoch"]
-
-
-def _clips_in(loader):
-    return len(getattr(loader, "dataset", None) or ())

@@ -11,6 +11,7 @@ import speechbrain as sb
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from speechbrain.utils.epoch_loop import EpochCounter, EpochCounterWithStopper
 
+from accent_plugin import files
 from accent_plugin.errors import ConfigError
 from accent_plugin.training import distributed
 
@@ -105,6 +106,13 @@ def read_history(path):
         why = error
     logger.warning("%s is damaged (%s): the curves of earlier epochs are lost", path, why)
     return []
+
+
+def add_to_history(path, row):
+    """Add the figures of an epoch to those before it; a resumed run replaces the epochs that it trains again."""
+    history = [earlier for earlier in read_history(path) if earlier["epoch"] < row["epoch"]]
+    with files.atomic_write(path) as file:
+        json.dump([*history, row], file, indent=1)
 
 
 def make_epoch_counter(number_of_epochs, patience):
