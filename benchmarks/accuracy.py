@@ -49,9 +49,9 @@ def run_ours(options, seed, kept=False, num_layers=None):
 
     from accent_plugin import devices
     from accent_plugin.data.manifests import read_manifest
-    from accent_plugin.experiment.stages import keep_features
+    from accent_plugin.training import feature_cache
     from accent_plugin.training.brain import AccentBrain
-    from accent_plugin.training.loaders import make_loaders
+    from accent_plugin.training.loaders import training_clips, whole_clips
     from accent_plugin.training.options import read_history
 
     paths = prepare(options.source, options.place / "prepared")
@@ -69,7 +69,9 @@ def run_ours(options, seed, kept=False, num_layers=None):
             changes |= {"weighted_layers": "all", "standardise_layers": True, "number_of_epochs": 5 * options.epochs}
         with open(ROOT / "hparams/wav2vec2_base.yaml", encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, changes)
-        loaders = make_loaders({"train": paths["train"], "valid": paths["test"]}, hparams["loading"])
+        loading = hparams["loading"]
+        train = training_clips(read_manifest(paths["train"]), loading)
+        valid = whole_clips(read_manifest(paths["test"]), loading)
 
         class Brain(AccentBrain):
             def on_stage_end(self, stage, loss, epoch):
@@ -87,8 +89,10 @@ def run_ours(options, seed, kept=False, num_layers=None):
         )
         started = time.perf_counter()
         if kept:
-            loaders = keep_features(brain, loaders, hparams, folder)
-        brain.fit(hparams["epoch_counter"], loaders["train"], loaders["valid"])
+            keep = (folder, hparams["wav2vec2"], loading, brain.device)
+            train = feature_cache.cached(train, *keep, brain.precision)
+            valid = feature_cache.cached(valid, *keep, brain.eval_precision)
+        brain.fit(hparams["epoch_counter"], train, valid)
 
 
 def run_transformers(options, seed):

@@ -26,7 +26,7 @@ from accent_plugin.audio import codecs
 from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.data import manifests as data_manifests
 from accent_plugin.data.manifests import DATA_ROOT
-from accent_plugin.training.loaders import LoadingOptions, make_loaders
+from accent_plugin.training.loaders import LoadingOptions, training_clips
 from accent_plugin.versions import installed_versions
 
 ACCENTS = ("us", "england", "australia")
@@ -79,7 +79,7 @@ class Ours:
 
     def __init__(self, manifest, batch_seconds, workers):
         options = LoadingOptions(list(ACCENTS), 1986, "downsample", batch_seconds, None, None, workers)
-        self.loader = make_loaders({"train": manifest}, options)["train"]
+        self.loader = training_clips(data_manifests.read_manifest(manifest), options)
         self.sampler, self.dataset = self.loader.batch_sampler, self.loader.dataset
 
     def plan(self, epoch):

@@ -173,15 +173,16 @@ def plan(rows, batch_seconds):
 
 def run_ours(rows, encoder, options, turns, compiled=False, **lever):
     """The recipe's own Brain and YAML; `fit` is SpeechBrain's."""
+    from accent_plugin.data.manifests import read_manifest
     from accent_plugin.training.brain import AccentBrain
-    from accent_plugin.training.loaders import make_loaders
+    from accent_plugin.training.loaders import training_clips
 
     manifest = options.source / f"train_{os.getpid()}.csv"
     write_manifest(rows, manifest)
     # What the YAML's "auto" comes to.
     precision = options.precision or devices.fastest_precision("cuda" if torch.cuda.is_available() else "cpu")
     hparams = load_hparams(encoder, precision=precision, **lever)
-    loaders = make_loaders({"train": manifest}, hparams["loading"])
+    loader = training_clips(read_manifest(manifest), hparams["loading"])
     durations = {row["ID"]: row["duration"] for row in rows}
 
     class Brain(AccentBrain):
@@ -194,17 +195,17 @@ def run_ours(rows, encoder, options, turns, compiled=False, **lever):
             """Nothing is kept."""
 
     class Timed(torch.utils.data.DataLoader):
-        batch_sampler = property(lambda self: loaders["train"].batch_sampler)
-        dataset = property(lambda self: loaders["train"].dataset)
+        batch_sampler = property(lambda self: loader.batch_sampler)
+        dataset = property(lambda self: loader.dataset)
 
         def __init__(self):
             """Only its interface is wanted."""
 
         def __iter__(self):
-            return timed(turns, loaders["train"])
+            return timed(turns, loader)
 
         def __len__(self):
-            return len(loaders["train"])
+            return len(loader)
 
     options_of_run = {"noprogressbar": True} | ({} if torch.cuda.is_available() else {"device": "cpu"})
     options_of_run |= {"compile": True, "compile_using_dynamic_shape_tracing": True} if compiled else {}

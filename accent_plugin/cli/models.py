@@ -115,7 +115,7 @@ def run_export(arguments):
 
 
 def _export_bundle(arguments):
-    from accent_plugin.experiment.stages import export
+    from accent_plugin.experiment.run import export
 
     return export(arguments.run, arguments.out, arguments.device or "cpu")
 

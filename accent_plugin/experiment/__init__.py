@@ -1,4 +1,4 @@
-"""What only the recipe needs: hyperparameters, settings, run folder, stages, reports."""
+"""What only the recipe needs: hyperparameters, settings, run folder, run, reports."""
 
 from accent_plugin import lazy_names
 

@@ -1,7 +1,6 @@
-"""Apply a trained model to the clips of a split, and fit its temperature."""
+"""Apply a trained model to the clips of a split."""
 
 import functools
-import logging
 
 import numpy as np
 from scipy.special import log_softmax
@@ -10,8 +9,6 @@ from accent_plugin.data import labels
 from accent_plugin.evaluation import calibration
 from accent_plugin.evaluation.predictions import ScoredClips
 from accent_plugin.training.loaders import ChainedChanges, change_clip_speed, whole_clips
-
-logger = logging.getLogger(__name__)
 
 
 def predict(brain, clips, loading, speeds=(1.0,), degrade=None, temperature=1.0):
@@ -27,7 +24,7 @@ def predict(brain, clips, loading, speeds=(1.0,), degrade=None, temperature=1.0)
     degrade : callable
         Of `accent_plugin.audio.degradations.DEGRADATIONS`; None takes the clips as they are.
     temperature : float
-        Of `calibrate`.
+        Log-probabilities are divided by it; see `accent_plugin.evaluation.calibration`.
 
     Returns
     -------
@@ -47,29 +44,6 @@ def predict(brain, clips, loading, speeds=(1.0,), degrade=None, temperature=1.0)
     seen = [clip for clip in clips if all(clip.id in copy for copy in copies)]
     mean = np.mean([[copy[clip.id] for clip in seen] for copy in copies], axis=0)
     return seen, calibration.apply_temperature(log_softmax(mean, axis=1), temperature)
-
-
-def calibrate(brain, loaders, loading, speeds):
-    """Fit the temperature of the best epoch's model, and what its probabilities are worth, on validation.
-
-    Arguments
-    ---------
-    brain : AccentBrain
-    loaders : dict
-        As `make_loaders` gives it.
-    loading : LoadingOptions
-    speeds : list of float
-        As in `predict`.
-
-    Returns
-    -------
-    dict
-        As `accent_plugin.evaluation.calibration.describe_calibration` gives it.
-    """
-    predictions = as_predictions(*predict(brain, loaders["valid"].dataset.clips, loading, speeds), loading.accents)
-    found = calibration.describe_calibration(predictions.log_probabilities, predictions.truth)
-    logger.info("temperature %.3f, fitted on %d clips of validation", found["temperature"], found["clips"])
-    return found
 
 
 def as_predictions(clips, log_probabilities, accents):

@@ -4,22 +4,16 @@ import json
 import logging
 from pathlib import Path
 
-from speechbrain import Stage
-
-from accent_plugin.audio.degradations import DEGRADATIONS
 from accent_plugin.bundle import config as bundle_config
-from accent_plugin.data.manifests import read_manifest
-from accent_plugin.evaluation.compare import compare_models, out_of_set_scores, summarise_runs
+from accent_plugin.evaluation.compare import compare_models, summarise_runs
 from accent_plugin.evaluation.predictions import pool_clips
 from accent_plugin.exchange.start import start_identity
-from accent_plugin.experiment.predict import as_predictions, predict
 from accent_plugin.report import comparisons as report_comparisons
 from accent_plugin.report import write as report_write
 from accent_plugin.report.comparisons import LEAK_FILE, write_comparison, write_summary
 from accent_plugin.report.predictions_csv import read_predictions
 from accent_plugin.report.write import METRICS_FILE
 from accent_plugin.training import distributed
-from accent_plugin.training.options import read_history
 from accent_plugin.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -49,87 +43,40 @@ def describe_data(prepared, fold=None):
     } | ({"made_before": made} if made else {})
 
 
-def describe_model(hparams):
-    """What a report says of the model: its parts, sizes, and the choices that shaped it."""
-    model = hparams["model"]
-    start = {} if hparams["from_bundle"] is None else {"from_bundle": start_identity(hparams["from_bundle"])}
+def describe_model(model, values):
+    """What a report says of the model: its parts, sizes, and the choices that shaped it.
+
+    Arguments
+    ---------
+    model : accent_plugin.model.AccentModel
+    values : dict
+        As `accent_plugin.experiment.settings.Settings.values` gives them.
+    """
+    start = {} if values["from_bundle"] is None else {"from_bundle": start_identity(values["from_bundle"])}
     return {
-        "encoder": _encoder_name(hparams),
+        "encoder": encoder_name(values),
         **start,
         "family": model.wav2vec2.config.model_type,
-        "method": hparams["method"],
-        "pooling": hparams["pooling"],
+        "method": values["method"],
+        "pooling": values["pooling"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "seed": hparams["seed"],
+        "seed": values["seed"],
     }
 
 
-def _encoder_name(hparams):
-    start = hparams["from_bundle"]
+def encoder_name(values):
+    """Name of the encoder on the Hub, or of its folder."""
+    start = values["from_bundle"]
     if start is not None and bundle_config.is_bundle(start):
         return bundle_config.read(start)["model"]["encoder"].get("name")
-    encoder = start or hparams["wav2vec2_hub"]
+    encoder = start or values["wav2vec2_hub"]
     # The folder's name alone: a report travels, a local path should not.
     return Path(encoder).name if Path(encoder).is_dir() else encoder
 
 
-def write_report(brain, loaders, prepared, hparams, command, temperature=1.0, fold=None, outsiders=None):
-    """Evaluate on the test split and write the run's report.
-
-    Arguments
-    ---------
-    brain : AccentBrain
-    loaders : dict
-        As `make_loaders` gives it.
-    prepared : accent_plugin.data.manifests.Prepared
-    hparams : dict
-    command : str
-    temperature : float
-        Of `calibrate`.
-    fold : int
-    outsiders : accent_plugin.data.manifests.Prepared
-        Speech of accents that are not among the classes; None for none.
-
-    Returns
-    -------
-    predictions : accent_plugin.evaluation.predictions.ScoredClips
-    metrics : dict
-        The content of metrics.json; None in all processes but the first.
-    """
-    accents, clips = hparams["accents"], loaders["test"].dataset.clips
-
-    def scores(clips, degrade=None):
-        return predict(brain, clips, hparams["loading"], hparams["evaluation"]["test_speeds"], degrade, temperature)
-
-    predictions = as_predictions(*scores(clips), accents)
-    notes = [*prepared.warnings, *_unread_note(brain.unread[Stage.TEST])]
-    outside = None
-    if outsiders is not None:
-        heard, log_probabilities = scores(read_manifest(outsiders.paths()["test"]))
-        outside = out_of_set_scores(predictions, log_probabilities, [clip.accent for clip in heard])
-    degraded = None
-    if hparams["evaluation"]["bands"]:
-        degraded = {name: as_predictions(*scores(clips, degrade), accents) for name, degrade in DEGRADATIONS.items()}
-    history = read_history(brain.history_file)
-    memory = [row["peak_memory_bytes"] for row in history if row.get("peak_memory_bytes") is not None]
-    metrics = write_run_report(
-        hparams["output_folder"],
-        predictions,
-        data=describe_data(prepared, fold),
-        model=describe_model(hparams) | {"temperature": temperature, "peak_memory_bytes": max(memory, default=None)},
-        command=command,
-        curves=history,
-        notes=notes,
-        audio=split_sources(clips),
-        selected_epoch=brain.best_epoch(),
-        out_of_set=outside,
-        bands=degraded,
-    )
-    return predictions, metrics
-
-
-def _unread_note(unread):
+def unread_notes(unread):
+    """Notes of a report on unreadable clips of the test split: {id: reason}."""
     if not unread:
         return []
     names = ", ".join(sorted(unread)[:_NAMED]) + (", ..." if len(unread) > _NAMED else "")
@@ -141,60 +88,75 @@ def split_sources(clips):
     return {clip.id: clip.wav for clip in clips}.get
 
 
-def write_pooled_report(output_folder, folds, prepared, command):
-    """One report on the predictions of all folds, in which every speaker was tested once.
+class Summaries:
+    """Reports on several runs of one command, each written as soon as the last of its runs is finished.
 
     Arguments
     ---------
     output_folder : str or Path
-        Of the whole; the folds' own are below it.
-    folds : list of (accent_plugin.evaluation.predictions.ScoredClips, dict)
-        As `write_report` returns them.
-    prepared : accent_plugin.data.manifests.Prepared
-    command : str
-
-    Returns
-    -------
-    dict
-        The content of metrics.json.
+        Of the whole command.
+    n_folds : int
+        Folds that are pooled; 0 for none.
+    seeds : list of int
+        Seeds that are summarised; None for none.
     """
-    clips = [clip for fold in prepared.folds for clip in read_manifest(fold["test"])]
-    recall = [metrics["clip"]["unweighted_average_recall"]["value"] for _, metrics in folds]
+
+    def __init__(self, output_folder, n_folds=0, seeds=None):
+        self._output_folder, self._n_folds, self._seeds = output_folder, n_folds, seeds
+        # What belongs together and is finished: runs, (folder, content of metrics.json), folders.
+        self._of_folds, self._of_seeds, self._of_splits = [], [], []
+
+    def add(self, run):
+        """Take a finished `Run`, in the order of `Settings.runs`, and write the reports that are complete with it."""
+        if not distributed.is_main():
+            return
+        folder, metrics = run.folder, run.metrics
+        if self._n_folds:
+            self._of_folds.append(run)
+            if len(self._of_folds) < self._n_folds:
+                return
+            folder, folds, self._of_folds = folder.parent, self._of_folds, []
+            metrics = _write_pooled_report(folder, folds)
+        if self._seeds:
+            self._of_seeds.append((str(folder), metrics))
+            if len(self._of_seeds) < len(self._seeds):
+                return
+            folder, seeds, self._of_seeds = folder.parent, dict(self._of_seeds), []
+            _write_seeds(folder, seeds)
+        self._of_splits.append(folder)
+        if len(self._of_splits) == 2:
+            _write_leak(self._output_folder, *self._of_splits)
+
+
+def _write_pooled_report(output_folder, folds):
+    """One report on the predictions of all folds, in which every speaker was tested once; returns its metrics.json."""
+    prepared = folds[0].prepared
+    recall = [fold.metrics["clip"]["unweighted_average_recall"]["value"] for fold in folds]
     return write_run_report(
         output_folder,
-        pool_clips([predictions for predictions, _ in folds]),
+        pool_clips([fold.predictions for fold in folds]),
         data=describe_data(prepared),
-        model={**folds[0][1]["model"], "models": f"{len(folds)}, one per fold"},
-        command=command,
+        model={**folds[0].metrics["model"], "models": f"{len(folds)}, one per fold"},
+        command=folds[0].command,
         notes=[
             *prepared.warnings,
             f"Predictions of {len(folds)} folds pooled: each model is tested on speakers it has not seen. "
             f"Unweighted average recall of the single folds: {', '.join(f'{value:.3f}' for value in recall)}.",
         ],
-        audio=split_sources(clips),
+        audio=split_sources(clip for fold in folds for clip in fold.clips["test"]),
     )
 
 
-def write_seeds(output_folder, runs):
-    """Mean and standard deviation over seeds, as summary.json and summary.md.
-
-    Arguments
-    ---------
-    output_folder : str or Path
-    runs : dict
-        Name of a run -> the content of its metrics.json.
-    """
+def _write_seeds(output_folder, runs):
+    """Mean and standard deviation over seeds, as summary.json and summary.md; `runs` is {name: metrics.json}."""
     write_summary(Path(output_folder), summarise_runs(list(runs.values()), list(runs)))
     logger.info("summary of %d runs: %s", len(runs), Path(output_folder) / "summary.md")
 
 
-def write_leak(output_folder, honest, leaky):
+def _write_leak(output_folder, honest, leaky):
     """What sharing speakers between train and test adds: leak.md, and a paired comparison where the clips are the same.
 
-    Arguments
-    ---------
-    output_folder, honest, leaky : str or Path
-        Folder of the comparison, and of the two runs (split by speaker, and at random).
+    `honest` and `leaky` are the folders of the runs split by speaker and at random.
     """
     names = ("split by speaker", "split at random")
     runs = [Path(run) / "report" for run in (honest, leaky)]

@@ -62,6 +62,19 @@ class Settings:
             return [self]
         return [self.but(split=kind, **self._below(kind)) for kind in ("speaker", "random")]
 
+    def runs(self):
+        """Yield every run as (its settings, its fold): of each way to split, each seed and each fold; None for none."""
+        for split in self.splits():
+            output = Path(split.values["output_folder"])
+            for seed in split.values["seeds"] or [None]:
+                one = split if seed is None else split.but(seed=seed, output_folder=str(output / str(seed)))
+                values = one.values
+                if not values["n_folds"]:
+                    yield one, None
+                    continue
+                for fold in [values["fold"]] if values["fold"] else range(1, values["n_folds"] + 1):
+                    yield one.but(output_folder=str(Path(values["output_folder"]) / f"fold_{fold}")), fold
+
     def _below(self, name):
         """Folders of a part of a run that has several."""
         folders = {"output_folder": str(Path(self.values["output_folder"]) / name)}

@@ -22,7 +22,9 @@ from tqdm import tqdm
 from accent_plugin import devices, files
 from accent_plugin.errors import FeatureError
 from accent_plugin.pooling import MeanPooling
-from accent_plugin.training.batches import Batch, ClipDataset, Lost
+from accent_plugin.training import distributed
+from accent_plugin.training.batches import Batch, BucketBatchSampler, ClipDataset, Lost, make_loader
+from accent_plugin.training.loaders import evaluation_batch_seconds, make_loader_of
 
 logger = logging.getLogger(__name__)
 
@@ -277,6 +279,45 @@ def fill(store, encoder, clips, load, device="cpu", progress=True):
             if len(batch):
                 add([keys[name] for name in batch.ids], pooled_states)
     return lost
+
+
+def fill_store(folder, encoder, clips, options, device="cpu", precision="fp32", every_state=False):
+    """Open the store of an encoder, and let the first process add the clips that it lacks.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Of all stores.
+    encoder : accent_plugin.encoder.base.InvariantEncoder
+    clips : sequence of accent_plugin.data.manifests.Clip
+    options : accent_plugin.training.loaders.LoadingOptions
+    device : str or torch.device
+    precision : str
+    every_state : bool
+        As in `encode`.
+
+    Returns
+    -------
+    Store
+    dict
+        As `fill` returns it.
+    """
+    identity = identify(encoder, precision, every_state)
+
+    def load(clips):
+        # All of them in this process, whoever else trains.
+        missing = ClipDataset(clips, options.accents)
+        sampler = BucketBatchSampler(missing.seconds(), evaluation_batch_seconds(options), shuffle=False)
+        return make_loader_of(missing, sampler, options)
+
+    lost = distributed.broadcast_from_main(lambda: fill(Store(folder, identity), encoder, clips, load, device))
+    return Store(folder, identity), lost
+
+
+def cached(loader, folder, encoder, options, device="cpu", precision="fp32"):
+    """A loader with the batches of `loader`, as `Batch.pooled_states` instead of audio; arguments of `fill_store`."""
+    store, lost = fill_store(folder, encoder, loader.dataset.clips, options, device, precision)
+    return make_loader(PooledStatesDataset(loader.dataset, store, lost), loader.batch_sampler, collate_fn=collate)
 
 
 class PooledStatesDataset(ClipDataset):

@@ -49,35 +49,41 @@ class LoadingOptions:
     num_workers: int
 
 
-def make_loaders(paths, options):
-    """Loaders of the three splits.
+def read_clips(paths, accents):
+    """The clips of each split.
 
     Arguments
     ---------
     paths : dict
         Split -> manifest, as `accent_plugin.data.manifests.Prepared.paths` gives it.
-    options : LoadingOptions
+    accents : list of str
+        Classes.
 
     Returns
     -------
     dict
-        "train", "valid", "test" -> torch.utils.data.DataLoader over a `ClipDataset`.
+        Split -> accent_plugin.data.manifests.Clips.
+
+    Raises
+    ------
+    ManifestError
+        When a clip has another accent.
     """
-    accents, seed = options.accents, options.seed
-    loaders = {}
+    splits = {}
     for split, path in paths.items():
-        clips = read_manifest(path)
-        strange = sorted({clip.accent for clip in clips} - set(accents))
+        splits[split] = read_manifest(path)
+        strange = sorted({clip.accent for clip in splits[split]} - set(accents))
         if strange:
             raise ManifestError(f"{path} has the accent(s) {', '.join(strange)}; accents lists {', '.join(accents)}")
-        if split == "train":
-            dataset = ClipDataset(clips, accents, options.crop_seconds, options.augmentation, seed)
-            weights = _clip_weights(dataset, options)
-            sampler = _sampler(dataset, options.batch_seconds, seed=seed, weights=weights)
-            loaders[split] = make_loader_of(dataset, sampler, options)
-        else:
-            loaders[split] = whole_clips(clips, options)
-    return loaders
+    return splits
+
+
+def training_clips(clips, options):
+    """A loader of clips in random batches, cropped and augmented as `options`, a `LoadingOptions`, says."""
+    dataset = ClipDataset(clips, options.accents, options.crop_seconds, options.augmentation, options.seed)
+    weights = _clip_weights(dataset, options)
+    sampler = _sampler(dataset, options.batch_seconds, seed=options.seed, weights=weights)
+    return make_loader_of(dataset, sampler, options)
 
 
 def whole_clips(clips, options, degrade=None):

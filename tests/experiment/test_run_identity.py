@@ -11,7 +11,8 @@ import torch
 from helpers import ROOT, encoders
 from helpers import dataset_dicts as made
 
-from accent_plugin.experiment import run_folder, stages
+from accent_plugin.experiment import run as experiment_run
+from accent_plugin.experiment import run_folder
 from accent_plugin.experiment.hyperparameters import KEYS
 from accent_plugin.experiment.settings import read_settings
 
@@ -147,6 +148,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+def keep_weights(run):
+    """In place of the report: of the epoch that is chosen, which calibration has loaded."""
+    run.weights = run.brain.modules.model.state_dict()
+
+
 @pytest.fixture(scope="module")
 def recipe():
     with pytest.MonkeyPatch.context() as patch:
@@ -154,10 +160,11 @@ def recipe():
         spec = importlib.util.spec_from_file_location("accent_recipe", RECIPE / "train.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        # What is done after training takes longest, and changes nothing of it.
-        patch.setattr(module, "write_report", lambda brain, *_: (brain, None))
-        patch.setattr(module, "write_bundle", lambda *_: None)
-        patch.setattr(stages, "write_run_report", lambda *_, **__: None)
+        # What comes before and after training takes longest, and changes nothing of it.
+        patch.setattr(module.sb, "create_experiment_directory", lambda **_: None)
+        patch.setattr(module.Run, "report", keep_weights)
+        patch.setattr(module.Run, "bundle", lambda run: None)
+        patch.setattr(experiment_run, "write_run_report", lambda *_, **__: None)
         yield module
 
 
@@ -171,7 +178,8 @@ class Run:
 
     @functools.cached_property
     def prepared(self):
-        return self.recipe.prepare(self.settings.located(self.settings.values["preparation"]))
+        wanted = self.settings.located(self.settings.values["preparation"])
+        return self.recipe.prepare_common_voice_accent(**wanted)
 
     @functools.cached_property
     def data(self):
@@ -181,13 +189,12 @@ class Run:
     def outcome(self):
         """Figures of each epoch, and weights of the one that is chosen."""
         values = self.settings.values
-        Path(values["output_folder"]).mkdir()
-        trained, _ = self.recipe.train(self.settings, self.prepared, None, "", self.fold)
+        trained = self.recipe.train(self.settings, self.fold, "")
         if values["method"] == "logistic_regression":
-            return {"log_probabilities": torch.from_numpy(trained.log_probabilities)}
+            return {"log_probabilities": torch.from_numpy(trained.predictions.log_probabilities)}
         rows = json.loads((Path(values["save_folder"]) / "history.json").read_text(encoding="utf-8"))
         figures = [[figure for name, figure in row.items() if name != "peak_memory_bytes"] for row in rows]
-        return {"figures": torch.tensor(figures), **trained.modules.model.state_dict()}
+        return {"figures": torch.tensor(figures), **trained.weights}
 
 
 @pytest.fixture(scope="module")

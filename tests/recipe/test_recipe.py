@@ -83,7 +83,7 @@ def test_a_run_and_a_fold_are_exported_again(train, words, tmp_path):
 def test_adapters_are_trained_resumed_and_exported_as_plain_weights(train, words, tmp_path, tiny_encoder):
     from accent_plugin.bundle.load import load_bundle
     from accent_plugin.encoder.factory import make_encoder
-    from accent_plugin.experiment.stages import export
+    from accent_plugin.experiment.run import export
 
     adapted = (*words, "--lora_rank", "2", "--lora_dropout", "0.1", "--selection", "last", "--early_stopping", "0")
     # With one batch an epoch, the only step of a first epoch would be at the end of the decay.

@@ -1,0 +1,81 @@
+"""One run of the recipe, and which runs a command line asks for."""
+
+from types import SimpleNamespace
+
+import pytest
+from helpers import ROOT
+
+from accent_plugin.errors import ConfigError, DataError
+from accent_plugin.experiment.run import Run
+from accent_plugin.experiment.settings import read_settings
+
+
+@pytest.fixture
+def settings(tiny_encoder, tmp_path):
+    """Function: words of a command line -> its settings."""
+    words = [str(ROOT / "hparams/wav2vec2_base.yaml"), "--wav2vec2_hub", str(tiny_encoder("wav2vec2-group"))]
+    words += ["--output_folder", str(tmp_path / "out"), "--prepared_folder", str(tmp_path / "prepared")]
+    words += ["--data_folder", str(tmp_path), "--precision", "fp32"]
+    return lambda *more: read_settings([*words, *more], ROOT, look_at_data=False)
+
+
+def runs(settings, tmp_path):
+    """Folder below tmp_path, seed and fold of each run."""
+    found = [(one.values, fold) for one, fold in settings.runs()]
+    assert all(values["save_folder"] == f"{values['output_folder']}/save" for values, _ in found)
+    return [(values["output_folder"].removeprefix(f"{tmp_path}/"), values["seed"], fold) for values, fold in found]
+
+
+def test_a_plain_command_line_is_one_run(settings, tmp_path):
+    assert runs(settings(), tmp_path) == [("out", 1986, None)]
+
+
+def test_every_seed_trains_every_fold(settings, tmp_path):
+    expected = [(f"out/{seed}/fold_{fold}", seed, fold) for seed in (7, 3) for fold in (1, 2, 3)]
+    assert runs(settings("--seeds", "7,3", "--n_folds", "3"), tmp_path) == expected
+
+
+def test_one_fold_can_be_run_alone(settings, tmp_path):
+    assert runs(settings("--n_folds", "3", "--fold", "2"), tmp_path) == [("out/fold_2", 1986, 2)]
+
+
+def test_both_splits_have_their_own_folders(settings, tmp_path):
+    both = settings("--split", "both", "--n_folds", "3")
+    expected = [(f"out/{split}/fold_{fold}", 1986, fold) for split in ("speaker", "random") for fold in (1, 2, 3)]
+    assert runs(both, tmp_path) == expected
+    found = [(one.values["split"], one.values["prepared_folder"]) for one, _ in both.runs()]
+    assert found[0] == ("speaker", str(tmp_path / "prepared/speaker"))
+    assert found[-1] == ("random", str(tmp_path / "prepared/random"))
+
+
+def test_a_folder_is_claimed_by_one_run_at_a_time(settings, tmp_path):
+    with Run(settings()).claimed():
+        with pytest.raises(ConfigError, match="is in use by process"), Run(settings()).claimed():
+            pass
+    with Run(settings()).claimed():
+        pass
+
+
+def test_a_finished_run_keeps_no_network(settings):
+    run = Run(settings())
+    with run.claimed():
+        run.brain = object()
+    assert run.brain is None
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_overwrite_deletes_the_run_before_unless_a_cluster_has_started_this_one_again(settings, monkeypatch, restarted):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(int(restarted)))
+    run = Run(settings())
+    history = run.folder / "save/history.json"
+    history.parent.mkdir(parents=True)
+    history.write_text("[]")
+    (run.folder / "run.json").write_text('{"data": "x", "values": {}}')
+    with run.claimed(overwrite=True):
+        assert history.exists() == restarted
+
+
+def test_data_that_this_machine_cannot_see_are_an_error(settings, tmp_path):
+    elsewhere = SimpleNamespace(folder=tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="give a prepared_folder that all machines share"):
+        Run(settings()).prepare(lambda **_: elsewhere, {})
