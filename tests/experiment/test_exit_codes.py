@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from accent_plugin.errors import ConfigError
-from accent_plugin.experiment.exit_codes import FOLDER_ERRORS, returns_exit_code
+from accent_plugin.experiment.exit_codes import returns_exit_code
 from accent_plugin.training import signals
 
 
@@ -52,7 +52,9 @@ def test_a_signal_ends_it_as_a_shell_would_say(capsys, number):
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, caused_by], ids=["itself", "as the cause"])
-@pytest.mark.parametrize("number", sorted(FOLDER_ERRORS))
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.ENOENT]
+)
 def test_an_error_of_the_file_system_says_what_to_do(capsys, number, wrap):
     assert raising(wrap(OSError(number, os.strerror(number), "/x/out")))([]) == 2
     said = capsys.readouterr().err
