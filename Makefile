@@ -41,7 +41,7 @@ demo: env
 # The corpus is small and nothing is pretrained: higher rates, shorter stretches of speech, fewer epochs.
 DEMO_OVERRIDES = --name demo --data_folder $(DEMO)/corpus --wav2vec2_hub $(DEMO)/encoder \
 	--accents "[us, england, scotland]" --pooling attentive_statistics --number_of_epochs 4 --crop_seconds 4 \
-	--batch_seconds 32 --lr_encoder 0.001 --lr_head 0.002 --decay cosine --max_grad_norm 1.0 --num_workers 1
+	--batch_seconds 32 --lr_encoder 0.001 --lr_head 0.002 --lr_schedule cosine --max_grad_norm 1.0 --num_workers 1
 
 # A thread for each worker: more would wait for each other.
 test: env

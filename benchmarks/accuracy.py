@@ -60,13 +60,13 @@ def run_ours(options, seed, kept=False, num_layers=None):
         changes = {
             **{"wav2vec2_hub": str(options.encoder), "output_folder": folder, "seed": seed, "early_stopping": 0},
             **{"number_of_epochs": options.epochs, "batch_seconds": float(CLIPS * seconds), "max_seconds": 30.0},
-            **{"lr_encoder": LR_ENCODER, "lr_head": LR_HEAD, "warmup": WARMUP, "dropout": 0.0},
+            **{"lr_encoder": LR_ENCODER, "lr_head": LR_HEAD, "warmup_fraction": WARMUP, "dropout": 0.0},
             "num_layers": num_layers,
             "precision": options.precision or devices.fastest_precision("cuda" if torch.cuda.is_available() else "cpu"),
         }
         if kept:
             changes |= {"freeze_wav2vec2": True, "cache_features": True, "features_folder": folder, "lr_head": 1e-2}
-            changes |= {"weighted_layers": "all", "standardise_layers": True, "number_of_epochs": 5 * options.epochs}
+            changes |= {"weighted_layers": "all", "normalize_layers": True, "number_of_epochs": 5 * options.epochs}
         with open(ROOT / "hparams/wav2vec2_base.yaml", encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, changes)
         loading = hparams["loading"]

@@ -21,6 +21,7 @@ from accent_plugin import devices
 from accent_plugin.audio import codecs
 from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.data.manifests import Clip
+from accent_plugin.experiment.settings import read_overlay
 from accent_plugin.training.batches import BucketBatchSampler, ClipDataset, make_loader
 from accent_plugin.training.brain import AccentBrain
 from accent_plugin.versions import installed_versions
@@ -95,8 +96,9 @@ def train(path, precision, steps, shape=None, **changes):
         folder = Path(folder)
         make_encoder(path.stem, folder / "encoder", **(shape or {}))
         changes = {"wav2vec2_hub": str(folder / "encoder"), "output_folder": str(folder / "out"), **changes}
-        with open(path, encoding="utf-8") as file:
-            hparams = load_hyperpyyaml(file, changes)
+        whole, differs = read_overlay(path)
+        with open(whole, encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(file, differs | changes)
         steps *= hparams["grad_accumulation_factor"]
         clips = make_clips(folder, 60 * steps, hparams["max_seconds"], hparams["accents"])
         dataset = ClipDataset(clips, hparams["accents"])

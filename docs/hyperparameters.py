@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Write docs/hyperparameters.md from the comments of hparams/wav2vec2_base.yaml; a test holds both equal."""
+"""Write docs/hyperparameters.md and the comments of hparams/wav2vec2_base.yaml from the table of hyperparameters."""
 
 import re
 from pathlib import Path
+
+from accent_plugin.experiment.hyperparameters import GROUPS, RENAMED, TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 YAML = ROOT / "hparams/wav2vec2_base.yaml"
@@ -10,44 +12,52 @@ PAGE = ROOT / "docs/hyperparameters.md"
 
 HEAD = """# Hyperparameters
 
-Every key of [hparams/wav2vec2_base.yaml](../hparams/wav2vec2_base.yaml), with its default and what the YAML says of it.
-The other YAMLs have the same keys. Each can be given on the command line: `--pooling attentive`. Paths in the YAML
-start at the project's root, paths on the command line at the working directory. SpeechBrain's own run options
-(`--device`, `--debug`, `--test_only`, `--compile`, ...) come on top: its documentation has them.
+Every hyperparameter of the recipe, with its default in [hparams/wav2vec2_base.yaml](../hparams/wav2vec2_base.yaml). Set
+any of them on the command line: `--pooling attentive`. Relative paths start at the project's root in a YAML, and at the
+working directory on the command line. SpeechBrain's documentation describes its run options (`--device`, `--debug`,
+`--test_only`, `--compile`, ...).
 
-This page is written by `docs/hyperparameters.py`: edit the YAML's comments.
+The other YAMLs are overlays: `base: wav2vec2_base.yaml`, and the hyperparameters that differ. Write your own in the
+same way; `base` is relative to the overlay. The run folder keeps the complete YAML.
+
+A run folder accepts other values of the hyperparameters marked *free* when a run is resumed. Any other change makes
+another run and is refused.
+
+`docs/hyperparameters.py` writes this page from `accent_plugin/experiment/hyperparameters.py`. Edit that table instead.
 """
-_KEY = re.compile(r"(\w+): (.+?)(?:  # (.+))?$")
+_LINE = re.compile(r"^(\w+): (.+?)(?:  # .*)?$", re.M)
 
 
-def sections(text):
-    """Heading -> rows of (key, default, comment), of the YAML's part that holds plain values."""
-    found, heading, before = {}, "Names", "-"
-    for line in text.partition("\n# What each part of the recipe is handed\n")[0].splitlines():
-        if line.startswith("# ") and not before:
-            heading = line.removeprefix("# ")
-        elif match := _KEY.match(line):
-            key, default, comment = match.groups()
-            if not key.startswith("__"):
-                found.setdefault(heading, []).append((key, default, comment or ""))
-        elif not line.startswith("#"):
-            assert not line.strip(), f"not understood: {line}"
-        before = line
-    return found
+def commented(text):
+    """The YAML's text with the table's comments."""
+
+    def line(match):
+        key, default = match.groups()
+        return f"{key}: {default}  # {TABLE[key].text}" if key in TABLE else match.group()
+
+    return _LINE.sub(line, text)
 
 
-def _escaped(comment):
-    return comment.replace("|", "\\|").replace("<", "&lt;")
+def _row(one, default):
+    text = one.text.replace("<", "&lt;") + (" *free*" if one.free else "")
+    cells = [f"`{one.name}`", f"`{default}`", one.values, text]
+    return f"| {' | '.join(cells)} |\n"
 
 
 def page(text):
-    """The Markdown of the page."""
+    """The page's Markdown, with defaults from the YAML's text."""
+    defaults = dict(_LINE.findall(text))
     parts = [HEAD]
-    for heading, rows in sections(text).items():
-        parts.append(f"\n## {heading}\n\n| key | default | |\n|---|---|---|\n")
-        parts += [f"| `{key}` | `{default}` | {_escaped(comment)} |\n" for key, default, comment in rows]
+    for heading, group in GROUPS.items():
+        parts.append(f"\n## {heading}\n\n| name | default | values | |\n|---|---|---|---|\n")
+        parts += [_row(one, defaults[one.name]) for one in group]
+    parts.append("\n## Renamed since version 0.1.0\n\nThe old names are accepted for one release, with a warning.\n")
+    parts.append("\n| old name | name |\n|---|---|\n")
+    parts += [f"| `{old}` | `{new}` |\n" for old, new in RENAMED.items()]
     return "".join(parts)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(YAML.read_text(encoding="utf-8")), encoding="utf-8")
+    whole = commented(YAML.read_text(encoding="utf-8"))
+    YAML.write_text(whole, encoding="utf-8")
+    PAGE.write_text(page(whole), encoding="utf-8")

@@ -86,9 +86,9 @@ def decode_clips(wanted, loaded, columns, data_folder, folder, choices, journal,
     if len(unreadable) > allowed:
         shown = "\n".join(f"  {o.id}: {o.reason}: {o.message}" for o in unreadable[:5])
         raise DataError(
-            f"{len(unreadable)} of {len(wanted)} clips cannot be read: more than max_unreadable_share"
+            f"{len(unreadable)} of {len(wanted)} clips cannot be read: more than max_unreadable_fraction"
             f" {choices.max_unreadable_share:g} allows\n{shown}\n"
-            "check the data; to go on without them, prepare into another folder with a larger max_unreadable_share"
+            "check the data; to go on without them, prepare into another folder with a larger max_unreadable_fraction"
         )
     return outcomes
 

@@ -65,8 +65,8 @@ def contradictions(values, run_opts):
         problems.append(f"{', '.join(both)} cannot be in accents and in out_of_set")
     if values["out_of_set_folder"] is not None and values["out_of_set"] is None:
         problems.append("out_of_set_folder is given, but out_of_set does not say which accents to score")
-    if values["method"] != "fine_tuning" and (values["bands"] or values["out_of_set"] or values["seeds"]):
-        problems.append(f"method {values['method']} has no bands, out_of_set or seeds")
+    if values["method"] != "fine_tuning" and (values["test_degradations"] or values["out_of_set"] or values["seeds"]):
+        problems.append(f"method {values['method']} has no test_degradations, out_of_set or seeds")
     if values["min_seconds"] >= values["max_seconds"]:
         problems.append(f"min_seconds {values['min_seconds']:g} is not below max_seconds {values['max_seconds']:g}")
     longest = min(values["max_seconds"], values["crop_seconds"] or math.inf)

@@ -1,7 +1,14 @@
-"""Every hyperparameter of the recipe and the values that it takes."""
+"""The table of hyperparameters.
+
+A name, its values, its text, and whether it makes another run stand here alone: the checks of a command line, the page
+docs/hyperparameters.md, the comments of the YAML, what a run folder compares and the tests' values come from here.
+Defaults stand in hparams/wav2vec2_base.yaml, as SpeechBrain, the benchmarks and a run folder's copy load that file
+without this package's reader.
+"""
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from accent_plugin.data.prepare import BALANCES, PreparationChoices
 from accent_plugin.pooling import POOLINGS
@@ -84,117 +91,249 @@ def _or_nothing(check):
 
 
 _SHARE = _number(0, 1)
-
-
 _PRECISIONS = ("fp32", "fp16", "bf16")
 
+# Why a hyperparameter makes no other run.
+_PLACE = "where things are and what they are called: a run may be moved"
+_RUNS = "which runs one command makes; each is known by its own seed and fold"
+_MACHINE = "how a machine does it"
+_FOUND = "how the data are found; what was found is in their fingerprint"
+_AFTER = "what is done after training"
 
-# Every plain key of a YAML of this recipe.
-KEYS = {
-    "name": _text,
-    "seed": _whole(0),
-    "seeds": _or_nothing(_list_of(_whole(0), "a list of different whole numbers such as 1,2,3")),
-    "data_seed": _whole(0),
-    "data_folder": _text,
-    "prepared_folder": _or_nothing(_text),
-    "output_folder": _text,
-    "save_folder": _text,
-    "train_log": _text,
-    "skip_prep": _switch,
-    "overwrite": _switch,
-    "accents": _list_of(_text, "a list of different accents"),
-    "split": _one_of("speaker", "random", "both"),
-    "n_folds": _whole(0),
-    "fold": _or_nothing(_whole(1)),
-    "source_splits": _or_nothing(_list_of(_text, "a list of splits such as [train, validation]")),
-    "disjoint_sentences": _switch,
-    "balance": _one_of(*BALANCES),
-    "max_clips_per_client": _or_nothing(_whole(1)),
-    "min_seconds": _number(0),
-    "max_seconds": _number(0, above=True),
-    "max_unreadable_share": _SHARE,
-    "valid_fraction": _number(0, 0.5, above=True),
-    "test_fraction": _number(0, 0.5, above=True),
-    "accent_column": _or_nothing(_text),
-    "client_column": _or_nothing(_text),
-    "sentence_column": _or_nothing(_text),
-    "audio_column": _or_nothing(_text),
-    "prepare_workers": _or_nothing(_whole(1)),
-    "method": _one_of("fine_tuning", "logistic_regression"),
-    "out_of_set": _or_nothing(_list_of(_text, "a list of accents such as [scotland, ireland]")),
-    "out_of_set_folder": _or_nothing(_text),
-    "bands": _switch,
-    "test_speeds": _list_of(_number(0, above=True), "a list of different speed factors such as [0.9, 1.0, 1.1]"),
-    "wav2vec2_hub": _text,
-    "wav2vec2_folder": _or_nothing(_text),
-    "from_bundle": _or_nothing(_text),
-    "freeze_wav2vec2": _switch,
-    "cache_features": _switch,
-    "features_folder": _text,
-    "freeze_feature_extractor": _switch,
-    "freeze_layers": _whole(0),
-    "freeze_encoder_steps": _whole(0),
-    "num_layers": _or_nothing(_whole(1)),
-    "weighted_layers": _or_nothing(_layers),
-    "standardise_layers": _switch,
-    "attn_implementation": _or_nothing(_one_of("sdpa", "eager", "flash_attention_2")),
-    "gradient_checkpointing": _switch,
-    "config_overrides": _mapping,
-    "lora_rank": _or_nothing(_whole(1)),
-    "lora_alpha": _or_nothing(_number(0, above=True)),
-    "lora_dropout": _number(0, 0.95),
-    "projector_size": _or_nothing(_whole(1)),
-    "projector_activation": _switch,
-    "pooling": _name_in(POOLINGS),
-    "whitening_passes": _whole(0),
-    "whitening_shrinkage": _SHARE,
-    "dropout": _number(0, 0.95),
-    "number_of_epochs": _whole(1),
-    "batch_seconds": _number(0, above=True),
-    "crop_seconds": _or_nothing(_number(0.1)),
-    "lr_encoder": _number(0, 1),
-    "lr_head": _number(0, 1, above=True),
-    "weight_decay": _number(0),
-    "warmup": _SHARE,
-    "decay": _one_of("linear", "cosine", "none"),
-    "max_grad_norm": _number(0, above=True),
-    "grad_accumulation_factor": _whole(1),
-    "label_smoothing": _number(0, 0.9),
-    "class_weights": _or_nothing(_weights),
-    "precision": _one_of("auto", *_PRECISIONS),
-    "eval_precision": _one_of(*_PRECISIONS),
-    "selection": _one_of("macro_f1", "loss", "last"),
-    "early_stopping": _whole(0),
-    "ckpt_interval_minutes": _whole(0),
-    "num_workers": _whole(0),
-    "tensorboard": _switch,
-    "augment": _switch,
-    "augment_probability": _SHARE,
-    "augment_speed": _or_nothing(_range(0)),
-    "augment_noise_snr": _or_nothing(_range(-100)),
-    "augment_band": _or_nothing(_range(0)),
-    "augment_mask_seconds": _or_nothing(_number(0, above=True)),
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameter:
+    """One hyperparameter.
+
+    Attributes
+    ----------
+    name : str
+    check : Callable
+        From a value to what is wanted instead, or None where the value is right.
+    example : str
+        A value other than the default, as it is typed on the command line.
+    text : str
+        One line, for people; with name and default it fits into the YAML's 80 characters.
+    free : str
+        Why a run may go on with another value. Without a reason another value is another run: to forget one refuses a
+        run that could go on, which is seen, rather than mixing two, which is not.
+    path : bool
+        Given on the command line it starts at the working directory; left at its default, at the project's root.
+    data : bool
+        It decides which clips are used. The data's fingerprint tells, too, but with it a run is refused by name, and
+        before hours of preparation. Of data that are taken as they are (skip_prep) it says nothing.
+    was : str
+        Its name in version 0.1.0, which is still accepted.
+    """
+
+    name: str
+    check: Callable
+    example: str
+    text: str
+    free: str = ""
+    path: bool = False
+    data: bool = False
+    was: str = ""
+
+    @property
+    def is_text(self):
+        """Whether any text is a value, which then stays as it was typed: YAML might see a number in it."""
+        return self.check("any text") is None
+
+    @property
+    def values(self):
+        """Which values it takes, in words."""
+        return self.check(object())
+
+
+_H = Hyperparameter
+
+# Heading in docs/hyperparameters.md -> its hyperparameters, in the order of the YAML.
+GROUPS = {
+    "Names": (
+        _H("name", _text, "1e5", "names the results folder", free=_PLACE),
+        _H("seed", _whole(0), "3", "for weights, batches, crops, dropout and augmentation"),
+        _H(
+            *("seeds", _or_nothing(_list_of(_whole(0), "a list of different whole numbers such as 1,2,3")), "1,2"),
+            "1,2,3: train with each and summarise",
+            free=_RUNS,
+        ),
+    ),
+    "Folders": (
+        _H("data_folder", _text, "/x/data", "a DatasetDict on disk; only read", free=_PLACE, path=True),
+        _H(
+            *("prepared_folder", _or_nothing(_text), "/x/prepared", "null: data/prepared/<fingerprint>"),
+            free=_PLACE,
+            path=True,
+        ),
+        _H("output_folder", _text, "/x/out", "of this configuration alone", free=_PLACE, path=True),
+        _H("save_folder", _text, "/x/save", "checkpoints", free=_PLACE, path=True),
+        _H("train_log", _text, "/x/log.txt", "one line per epoch", free=_PLACE, path=True),
+        _H("skip_prep", _switch, "True", "True: use prepared_folder as it is", free=_MACHINE),
+        _H("overwrite", _switch, "True", "True: delete the run in output_folder and start again", free=_MACHINE),
+    ),
+    "Data": (
+        _H("accents", _list_of(_text, "a list of different accents"), "[wales, us]", "classes, in output order"),
+        _H("data_seed", _whole(0), "3", "for splits, caps and balancing", data=True),
+        _H(
+            *("split", _one_of("speaker", "random", "both"), "random"),
+            "random: leaky, for comparison with others; both: compare",
+            data=True,
+        ),
+        _H("n_folds", _whole(0), "5", "5: pool all splits and test every speaker once; 0: none"),
+        _H("fold", _or_nothing(_whole(1)), "2", "run only this fold, counted from 1", free=_RUNS),
+        _H(
+            *("source_splits", _or_nothing(_list_of(_text, "a list of splits such as [train, validation]")), "[train]"),
+            "splits of data_folder to use; null: all",
+            data=True,
+        ),
+        _H(
+            *("disjoint_sentences", _switch, "False", "False: where all speakers read the same text"),
+            data=True,
+        ),
+        _H("balance", _one_of(*BALANCES), "none", "how the training set is balanced"),
+        _H(
+            *("max_clips_per_client", _or_nothing(_whole(1)), "null", "so that no speaker dominates; null: no limit"),
+            data=True,
+        ),
+        _H("min_seconds", _number(0), "2", "shorter clips are dropped", data=True),
+        _H("max_seconds", _number(0, above=True), "9.5", "longer clips are dropped", data=True),
+        _H(
+            *("max_unreadable_fraction", _SHARE, "0", "stop if more files are broken"),
+            free=_FOUND,
+            was="max_unreadable_share",
+        ),
+        _H(
+            *("valid_fraction", _number(0, 0.5, above=True), "0.2", "of speakers, if the data have no such split"),
+            data=True,
+        ),
+        _H(
+            *("test_fraction", _number(0, 0.5, above=True), "0.2", "of speakers, if the data have no such split"),
+            data=True,
+        ),
+        _H("accent_column", _or_nothing(_text), "7", "column of accents; null: found by its name", free=_FOUND),
+        _H("client_column", _or_nothing(_text), "who", "column of speakers", free=_FOUND),
+        _H("sentence_column", _or_nothing(_text), "text", "column of what is said", free=_FOUND),
+        _H("audio_column", _or_nothing(_text), "sound", "column of audio, or of {bytes, path}", free=_FOUND),
+        _H("prepare_workers", _or_nothing(_whole(1)), "1", "processes; null: one per core", free=_MACHINE),
+        _H(
+            *("method", _one_of("fine_tuning", "logistic_regression"), "logistic_regression"),
+            "logistic_regression: the frozen baseline",
+        ),
+    ),
+    "Evaluation": (
+        _H(
+            *("out_of_set", _or_nothing(_list_of(_text, "a list of accents such as [scotland, ireland]"))),
+            *("[scotland]", "other accents, which should be rejected: [scotland]"),
+            free=_AFTER,
+        ),
+        _H(
+            *("out_of_set_folder", _or_nothing(_text), "/x/others", "a DatasetDict with them; null: data_folder"),
+            free=_PLACE,
+            path=True,
+        ),
+        _H(
+            *("test_degradations", _switch, "True", "True: also test telephone, 8 kHz, MP3 and noise"),
+            free=_AFTER,
+            was="bands",
+        ),
+        _H(
+            "test_speeds",
+            _list_of(_number(0, above=True), "a list of different speed factors such as [0.9, 1.0, 1.1]"),
+            *("[0.9, 1.0]", "average log-probabilities over these speeds"),
+            free=_AFTER,
+        ),
+    ),
+    "Encoder": (
+        _H("wav2vec2_hub", _text, "facebook/hubert-base-ls960", "name on the Hub, or folder"),
+        _H(
+            *("wav2vec2_folder", _or_nothing(_text), "/x/cache", "for downloads; null: Hugging Face's cache"),
+            free=_PLACE,
+            path=True,
+        ),
+        _H(
+            *("from_bundle", _or_nothing(_text), "/x/bundle", "start from the weights of a bundle or HF classifier"),
+            path=True,
+        ),
+        _H("freeze_wav2vec2", _switch, "True", "True: train only the head"),
+        _H("cache_features", _switch, "True", "True: run a frozen encoder once per clip", free=_MACHINE),
+        _H("features_folder", _text, "/x/features", "where cache_features keeps features", free=_PLACE, path=True),
+        _H("freeze_feature_extractor", _switch, "False", "do not train the convolutions"),
+        _H("freeze_layers", _whole(0), "2", "number of lowest transformer layers not trained"),
+        _H("freeze_encoder_steps", _whole(0), "10", "do not train the encoder for so many steps"),
+        _H("num_layers", _or_nothing(_whole(1)), "2", "number of lowest layers to keep; null: all"),
+        _H("weighted_layers", _or_nothing(_layers), "all", "learned weighted sum of these hidden states"),
+        _H(
+            *("normalize_layers", _switch, "True", "layer norm of each hidden state before the sum"),
+            was="standardise_layers",
+        ),
+        _H(
+            *("attn_implementation", _or_nothing(_one_of("sdpa", "eager", "flash_attention_2")), "eager"),
+            "null: the fastest here",
+            free=_MACHINE,
+        ),
+        _H("gradient_checkpointing", _switch, "True", "True: less memory, slower steps", free=_MACHINE),
+        _H("config_overrides", _mapping, "{hidden_dropout: 0.0}", "of the encoder's Hugging Face configuration"),
+        _H("lora_rank", _or_nothing(_whole(1)), "2", "of adapters in a frozen encoder; null: none"),
+        _H("lora_alpha", _or_nothing(_number(0, above=True)), "8", "adapter scale times rank; null: twice the rank"),
+        _H("lora_dropout", _number(0, 0.95), "0.1", "of the adapters' input"),
+    ),
+    "Head": (
+        _H("projector_size", _or_nothing(_whole(1)), "256", "linear layer before pooling; Hugging Face: 256"),
+        _H("projector_activation", _switch, "True", "GELU after it; Hugging Face: none"),
+        _H("pooling", _name_in(POOLINGS), "attentive", "of frames over time"),
+        _H("whitening_passes", _whole(0), "2", "over the training clips, to whiten frozen features"),
+        _H("whitening_shrinkage", _SHARE, "0.5", "of the covariance towards a multiple of identity"),
+        _H("dropout", _number(0, 0.95), "0", "of the head's input"),
+    ),
+    "Training": (
+        _H("number_of_epochs", _whole(1), "2", "at most, see early_stopping"),
+        _H("batch_seconds", _number(0, above=True), "30", "audio in a batch, padding included; fits 16 GB"),
+        _H("crop_seconds", _or_nothing(_number(0.1)), "4", "train on random crops of this length; null: no crops"),
+        _H("lr_encoder", _number(0, 1), "1e-4", "peak learning rate of the encoder"),
+        _H("lr_head", _number(0, 1, above=True), "1e-3", "peak learning rate of the head and of adapters"),
+        _H("weight_decay", _number(0), "0", "of matrices; biases and norms have none"),
+        _H("warmup_fraction", _SHARE, "0", "of training in which learning rates rise", was="warmup"),
+        _H("lr_schedule", _one_of("linear", "cosine", "none"), "none", "learning rates after warm-up", was="decay"),
+        _H("max_grad_norm", _number(0, above=True), "2.5", "over all parameters together"),
+        _H("grad_accumulation_factor", _whole(1), "2", "batches per step"),
+        _H("label_smoothing", _number(0, 0.9), "0.1", "probability given to the other classes"),
+        _H("class_weights", _or_nothing(_weights), "[1, 2, 3]", "balanced: inverse to the number of clips"),
+        _H("precision", _one_of("auto", *_PRECISIONS), "bf16", "auto: the fastest here; fp16 needs a GPU"),
+        _H("eval_precision", _one_of(*_PRECISIONS), "bf16", "of validation and test"),
+        _H("selection", _one_of("macro_f1", "loss", "last"), "loss", "which epoch is kept, by validation"),
+        _H("early_stopping", _whole(0), "0", "epochs without improvement; 0: never stop early"),
+        _H("ckpt_interval_minutes", _whole(0), "0", "also save within an epoch; 0: do not", free=_MACHINE),
+        _H("num_workers", _whole(0), "0", "processes that read audio", free=_MACHINE),
+        _H("tensorboard", _switch, "True", "also log to <output_folder>/tensorboard", free=_MACHINE),
+    ),
+    "Augmentation": (
+        _H("augment", _switch, "True", "True: change training waveforms at random"),
+        _H("augment_probability", _SHARE, "1", "of each of the four below; null turns one off"),
+        _H("augment_speed", _or_nothing(_range(0)), "null", "factor"),
+        _H("augment_noise_snr", _or_nothing(_range(-100)), "[0, 5]", "dB"),
+        _H("augment_band", _or_nothing(_range(0)), "[1000, 2000]", "upper edge, hertz"),
+        _H("augment_mask_seconds", _or_nothing(_number(0, above=True)), "0.1", "longest silenced stretch"),
+    ),
 }
 
+# Name -> hyperparameter, in the order of the YAML.
+TABLE = {one.name: one for group in GROUPS.values() for one in group}
 
-# Given on the command line they start at the working directory; left at their default, at the project's root.
-PATHS = (
-    *("data_folder", "prepared_folder", "out_of_set_folder", "output_folder", "save_folder", "train_log"),
-    *("wav2vec2_folder", "features_folder", "from_bundle"),
-)
+# Name in version 0.1.0 -> name.
+RENAMED = {one.was: one.name for one in TABLE.values() if one.was}
 
-
-# Fields of PreparationChoices; as hyperparameters they have the same names, but for the seed.
+# Fields of PreparationChoices, as in the YAML's mapping `preparation`.
 CHOICES = {field.name for field in dataclasses.fields(PreparationChoices)}
 
 
 def wrong_values(values):
     """Key -> problem."""
     problems = {}
-    for key, check in KEYS.items():
+    for key, hyperparameter in TABLE.items():
         if key not in values:
             problems[key] = f"{key} is missing"
-        elif wanted := check(values[key]):
+        elif wanted := hyperparameter.check(values[key]):
             problems[key] = f"{key} is {values[key]!r}; it should be {wanted}"
     missing = CHOICES - (values.get("preparation") or {}).keys()
     if missing:

@@ -18,6 +18,7 @@ from pathlib import Path
 from accent_plugin import files
 from accent_plugin.bundle import config as bundle_config
 from accent_plugin.errors import ConfigError
+from accent_plugin.experiment.hyperparameters import RENAMED, TABLE
 
 logger = logging.getLogger(__name__)
 
@@ -31,36 +32,14 @@ LOCK_FILE = ".run.lock"
 # Not the lock's file: on Windows nobody else can read that.
 HOLDER_FILE = ".run.holder.json"
 
-
-# Why they may change -> hyperparameters that make no other run. What is not named here counts: forgetting a new one
-# refuses a run that could go on, which is seen, rather than mixing two, which is not.
-NOT_COUNTED = {
-    "where things are and what they are called: a run may be moved": (
-        *("name", "data_folder", "prepared_folder", "out_of_set_folder"),
-        *("output_folder", "save_folder", "train_log", "wav2vec2_folder", "features_folder"),
-    ),
-    "which runs one command makes; each is known by its own seed and fold": ("seeds", "fold"),
-    "how a machine does it": (
-        *("prepare_workers", "num_workers", "attn_implementation", "tensorboard", "skip_prep", "overwrite"),
-        *("ckpt_interval_minutes", "cache_features", "gradient_checkpointing"),
-    ),
-    "how the data are found; what was found is in their fingerprint": (
-        *("accent_column", "client_column", "sentence_column", "audio_column", "max_unreadable_share"),
-    ),
-    "what is done after training": ("out_of_set", "bands", "test_speeds"),
-}
+_NOT_COUNTED = {one.name for one in TABLE.values() if one.free}
 
 
-# They are in the data's fingerprint, too, but with them a run is refused by name, and before hours of preparation. Of
-# data that are taken as they are (skip_prep) they say nothing.
-DATA_CHOICES = (
-    *("data_seed", "source_splits", "disjoint_sentences", "max_clips_per_client", "min_seconds", "max_seconds"),
-    *("valid_fraction", "test_fraction", "split"),
-)
+_OF_DATA = {one.name for one in TABLE.values() if one.data}
 
 
 # Hyperparameters that count in some configurations only, see `identity`.
-_SOMETIMES = {*DATA_CHOICES, "number_of_epochs", "wav2vec2_hub"}
+_SOMETIMES = {*_OF_DATA, "number_of_epochs", "wav2vec2_hub"}
 
 
 # What test_only may change: how much fits into memory, and how exactly is reckoned.
@@ -111,17 +90,17 @@ def run_identity(values, fold=None, processes=1):
     dict
         Plain values of JSON.
     """
-    from accent_plugin.experiment.hyperparameters import KEYS
-
-    free = {key for keys in NOT_COUNTED.values() for key in keys}
     # Objects of the YAML are built from its values; other values that somebody added to it may be what changed one.
-    chosen = {key: value for key, value in values.items() if key in KEYS or isinstance(value, bool | int | float | str)}
-    chosen = {key: value for key, value in chosen.items() if key not in free}
+    chosen = {
+        key: value
+        for key, value in values.items()
+        if key not in _NOT_COUNTED and (key in TABLE or isinstance(value, bool | int | float | str))
+    }
     chosen["batches_per_step"] = chosen.pop("grad_accumulation_factor") * processes
     chosen["fold"] = fold
     if values["skip_prep"]:
-        chosen = {key: value for key, value in chosen.items() if key not in DATA_CHOICES}
-    if not values["warmup"] and values["decay"] == "none":
+        chosen = {key: value for key, value in chosen.items() if key not in _OF_DATA}
+    if not values["warmup_fraction"] and values["lr_schedule"] == "none":
         # Learning rates that do not depend on the end: such a run may be prolonged.
         del chosen["number_of_epochs"]
     if values["from_bundle"] is None:
@@ -260,7 +239,7 @@ def _read(path, ways_out):
         raise ConfigError(f"{path} is damaged ({error})\n{ways_out}") from None
     if not isinstance(made, dict) or not isinstance(made.get("values"), dict) or not isinstance(made.get("data"), str):
         raise ConfigError(f"{path} is damaged (it does not hold values and data)\n{ways_out}")
-    return made
+    return made | {"values": {RENAMED.get(key, key): value for key, value in made["values"].items()}}
 
 
 def _holds_work(folder, save_folder):

@@ -1,13 +1,15 @@
 """Check all hyperparameters before anything is built: every problem of a run is named at once, within seconds.
 
 Only plain values are checked. They are read from the YAML's text with its references resolved, so that no object is
-made and no file written.
+made and no file written. A YAML may be an overlay: `base: wav2vec2_base.yaml`, and the hyperparameters that differ.
 """
 
 import contextlib
 import dataclasses
 import difflib
 import functools
+import logging
+import re
 from pathlib import Path
 
 import yaml
@@ -18,13 +20,23 @@ from accent_plugin.data.manifests import load_prepared
 from accent_plugin.data.prepare import check_preparation, default_prepared_folder
 from accent_plugin.errors import AccentPluginError, ConfigError
 from accent_plugin.experiment.cross_checks import contradictions
-from accent_plugin.experiment.hyperparameters import CHOICES, KEYS, PATHS, wrong_values
+from accent_plugin.experiment.hyperparameters import CHOICES, RENAMED, TABLE, wrong_values
+
+logger = logging.getLogger(__name__)
 
 # Groups of hyperparameters in the YAML, each a mapping.
 _GROUPS = ("preparation", "evaluation")
 
+# Hyperparameters that the preparation is handed: a field has the same name, but for two.
+_PREPARATION = {{"seed": "data_seed", "max_unreadable_share": "max_unreadable_fraction"}.get(f, f) for f in CHOICES}
+_PREPARATION |= {"skip_prep", "prepared_folder", "data_folder"}
 
-_PREPARATION = CHOICES - {"seed"} | {"data_seed", "skip_prep", "prepared_folder", "data_folder"}
+_OPTION_NAMES = tuple(field.name for field in dataclasses.fields(RunOptions))
+
+# Run options of SpeechBrain that have their default in the YAML. Its own precision does not know "auto".
+_SHARED = (TABLE.keys() & set(_OPTION_NAMES)) - {"precision"}
+
+_PATHS = tuple(one.name for one in TABLE.values() if one.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +46,10 @@ class Settings:
     Attributes
     ----------
     hparams_file : str
+        A whole YAML; where an overlay was given, its base.
     run_opts : speechbrain.utils.run_opts.RunOptions
     overrides : dict
-        For `load_hyperpyyaml`: what the command line changed, and every path made absolute.
+        For `load_hyperpyyaml`: what an overlay and the command line changed, and every path made absolute.
     root : Path
         Where default paths start.
     """
@@ -48,13 +61,14 @@ class Settings:
 
     @functools.cached_property
     def values(self):
-        """Every plain value of the YAML after the overrides."""
+        """Every plain value of the YAML after the overrides, under its present name."""
         values = _plain(_read_yaml(self.hparams_file), self.overrides)
         return values | {key: getattr(self.run_opts, key) for key in _SHARED & self.run_opts.overridden_args}
 
     def but(self, **changes):
         """The same configuration with some values changed, and what refers to them."""
-        return dataclasses.replace(self, overrides={**self.overrides, **changes})
+        text = _read_yaml(self.hparams_file)
+        return dataclasses.replace(self, overrides={**self.overrides, **_as_spelled(text, changes)})
 
     def splits(self):
         """This configuration, or one for each way to split where both are asked for."""
@@ -103,10 +117,6 @@ class Settings:
         return self.located(self.values["preparation"] | changes | folders)
 
 
-# Run options of SpeechBrain that have their default in the YAML.
-_SHARED = {"eval_precision", "grad_accumulation_factor", "max_grad_norm", "ckpt_interval_minutes"}
-
-
 def read_settings(argv, root, look_at_data=True):
     """Read a command line and the YAML it names, and check all of it.
 
@@ -128,25 +138,32 @@ def read_settings(argv, root, look_at_data=True):
     ConfigError
         With every problem, each on a line of its own.
     """
-    hparams_file, own, others = _split(argv)
+    given_file, own, others = _split(argv)
+    hparams_file, changed = read_overlay(given_file)
     text = _read_yaml(hparams_file)
     known = _plain(text, {})
     run_opts, stray = _run_options(hparams_file, others)
     problems = [_unknown(word, known) for word in stray]
+    _warn_of_old_names(f"--{key}" for key in own)
+    _warn_of_old_names(re.findall(r"^(\w+):", text, re.M))
     overrides = {}
-    for key, words in own.items():
-        if key not in known or key not in KEYS:
-            problems.append(_unknown(f"--{key}", known))
+    for typed, words in own.items():
+        key = RENAMED.get(typed, typed)
+        if key not in known or key not in TABLE:
+            problems.append(_unknown(f"--{typed}", known))
         elif not words:
-            problems.append(f"--{key} was given without a value")
+            problems.append(f"--{typed} was given without a value")
+        elif typed != key and key in own:
+            problems.append(f"--{typed} is now called --{key}, and both were given: leave one out")
         else:
             overrides[key] = _value(key, " ".join(words))
-    for key in PATHS:
+    for key in _PATHS:
         # An empty one is no folder, and not the working directory either.
         if isinstance(overrides.get(key), str) and overrides[key].strip():
             overrides[key] = str(Path.cwd() / Path(overrides[key]).expanduser())
+    overrides = _as_spelled(text, changed | overrides)
     defaults = _plain(text, overrides)
-    for key in PATHS:
+    for key in _PATHS:
         # One after the other: a path that refers to one before it becomes absolute with it, and is left alone.
         default = defaults.get(key)
         if isinstance(default, str) and default.strip() and not Path(default).is_absolute():
@@ -168,7 +185,7 @@ def read_settings(argv, root, look_at_data=True):
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = "\n".join(problems).replace("\n", "\n  ")
-        raise ConfigError(f"{count} in {hparams_file} and its command line\n  {lines}")
+        raise ConfigError(f"{count} in {given_file} and its command line\n  {lines}")
     return settings
 
 
@@ -241,6 +258,55 @@ def _read_yaml(hparams_file):
         raise ConfigError(f"the hyperparameters {hparams_file} cannot be read: {error.strerror}") from error
 
 
+def read_overlay(hparams_file):
+    """Follow `base:` from an overlay to a whole YAML.
+
+    Arguments
+    ---------
+    hparams_file : str or Path
+        An overlay or a whole YAML.
+
+    Returns
+    -------
+    str
+        The whole YAML.
+    dict
+        What the overlay changes of it; nothing for a whole YAML.
+
+    Raises
+    ------
+    ConfigError
+        Where a file cannot be read, or an overlay gives anything but hyperparameters.
+    """
+    changed, seen = {}, set()
+    while True:
+        text = _read_yaml(hparams_file)
+        if not re.search("^base:", text, re.M):
+            return str(hparams_file), changed
+        try:
+            values = yaml.load(text, Loader=_OverlayLoader)
+            base = Path(hparams_file).parent / values.pop("base")
+        except (yaml.YAMLError, TypeError) as error:
+            raise ConfigError(f"the overlay {hparams_file} cannot be read: {error}") from error
+        if base in seen:
+            raise ConfigError(f"{hparams_file}: its base {base} leads back to it; name a whole YAML")
+        seen.add(base)
+        _warn_of_old_names(values)
+        values = _values(_renamed({key: value for key, value in values.items() if value is not _PLACEHOLDER}))
+        if unknown := sorted(values.keys() - TABLE.keys()):
+            raise ConfigError(f"{hparams_file} has a base: it can change hyperparameters, not {', '.join(unknown)}")
+        changed, hparams_file = values | changed, base
+
+
+class _OverlayLoader(yaml.SafeLoader):
+    """Reads values alone: what a tag builds stands in the base."""
+
+
+# For those who load an overlay without its base, as SpeechBrain's tests do.
+_PLACEHOLDER = object()
+_OverlayLoader.add_constructor("!PLACEHOLDER", lambda loader, node: _PLACEHOLDER)
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Reads values and leaves out what a tag would build."""
 
@@ -256,7 +322,30 @@ def _plain(text, overrides):
     except Exception as error:
         # ruamel, PyYAML and HyperPyYAML each raise their own.
         raise ConfigError(f"the YAML cannot be read: {error}") from error
-    return _values(values)
+    return _values(_renamed(values))
+
+
+def _renamed(values):
+    """Values under their present names."""
+    return {RENAMED.get(key, key): value for key, value in values.items()}
+
+
+def _as_spelled(text, overrides):
+    """Overrides under the names of a YAML, which may have those of version 0.1.0."""
+    old = {RENAMED[key]: key for key in re.findall(r"^(\w+):", text, re.M) if key in RENAMED}
+    return {old.get(key, key): value for key, value in overrides.items()}
+
+
+def _warn_of_old_names(words):
+    for word in words:
+        name = word.removeprefix("--")
+        if name in RENAMED:
+            _warn_once(word, word.replace(name, RENAMED[name]))
+
+
+@functools.cache
+def _warn_once(word, new):
+    logger.warning("%s is now called %s; the old name will go in the next release", word, new)
 
 
 def _values(mapping):
@@ -271,10 +360,10 @@ def _value(key, value):
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
             return value
-        if key in _TEXTS:
+        if key in TABLE and TABLE[key].is_text:
             return None if parsed is None and value in ("null", "~", "None") else value
         value = None if parsed == "None" else parsed
-    if isinstance(value, str) and key in KEYS:
+    if isinstance(value, str) and (key in TABLE or key in RENAMED):
         try:
             return [int(part) for part in value.split(",")] if key == "seeds" else float(value)
         except ValueError:
@@ -284,14 +373,7 @@ def _value(key, value):
     return value
 
 
-# Folders and names stay as they were typed, though YAML might see a number in them.
-_TEXTS = {"name", "wav2vec2_hub", "accent_column", "client_column", "sentence_column", "audio_column", *PATHS}
-
-
 def _unknown(word, known):
     name = word.removeprefix("--")
-    close = difflib.get_close_matches(name, [key for key in known if key in KEYS] + list(_OPTION_NAMES), n=1)
+    close = difflib.get_close_matches(name, [key for key in known if key in TABLE] + list(_OPTION_NAMES), n=1)
     return f"{word!r} is no hyperparameter or run option" + (f" (did you mean --{close[0]}?)" if close else "")
-
-
-_OPTION_NAMES = tuple(field.name for field in dataclasses.fields(RunOptions))

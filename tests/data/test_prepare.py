@@ -597,7 +597,7 @@ def test_too_many_unreadable_clips(tmp_path):
         row["audio"]["bytes"] = b"broken"
     data = save(tmp_path / "data", **tables)
     with pytest.raises(
-        DataError, match="2 of 20 clips cannot be read: more than max_unreadable_share 0.05(.|\n)*: undecodable"
+        DataError, match="2 of 20 clips cannot be read: more than max_unreadable_fraction 0.05(.|\n)*: undecodable"
     ):
         prepare(data, tmp_path / "out")
     assert not (tmp_path / "out" / "prepare.json").exists()

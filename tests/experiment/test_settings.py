@@ -11,7 +11,7 @@ from helpers import ROOT
 
 from accent_plugin.errors import ConfigError
 from accent_plugin.experiment import cross_checks
-from accent_plugin.experiment.hyperparameters import KEYS
+from accent_plugin.experiment.hyperparameters import RENAMED, TABLE
 from accent_plugin.experiment.settings import read_settings
 
 HPARAMS = str(ROOT / "hparams/wav2vec2_base.yaml")
@@ -44,7 +44,7 @@ def test_every_key_of_the_yaml_is_checked_and_every_checked_key_is_in_the_yaml(r
     objects = {"wav2vec2", "model", "modules", "epoch_counter", "augmentation", "checkpointer", "train_logger"}
     objects |= {"tensorboard_logger", "__set_seed", "loading", "training", "preparation", "evaluation"}
     text = re.sub(r"!(new|apply|ref)\S*", "", Path(HPARAMS).read_text(encoding="utf-8"))
-    assert set(yaml.safe_load(text)) == set(KEYS) | objects
+    assert set(yaml.safe_load(text)) == set(TABLE) | objects
 
 
 def test_the_device_that_is_taken_by_itself_is_tried_as_well(read, monkeypatch):
@@ -240,3 +240,110 @@ def test_no_tag_of_the_yaml_is_executed(read, tmp_path):
     (tmp_path / "evil.yaml").write_text(text)
     read(hparams=str(tmp_path / "evil.yaml"))
     assert not (tmp_path / "made").exists()
+
+
+# ---- overlays
+
+
+def overlay(folder, text, name="mine.yaml"):
+    (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / name)
+
+
+def test_an_overlay_changes_its_base_and_the_command_line_changes_both(read, tmp_path):
+    mine = overlay(tmp_path, f"base: {HPARAMS}\nname: mine\nlr_head: 1e-3\ndropout: 0.3\ndata_folder: !PLACEHOLDER\n")
+    settings = read("--dropout", "0.2", hparams=mine)
+    values = settings.values
+    assert (values["name"], values["lr_head"], values["dropout"]) == ("mine", 1e-3, 0.2)
+    assert values["data_folder"] == read().values["data_folder"]
+    assert values["output_folder"] == str(ROOT / "results/mine/1986")
+    assert settings.hparams_file == HPARAMS and settings.overrides["name"] == "mine"
+
+
+def test_paths_of_an_overlay_start_at_the_root(read, tmp_path):
+    mine = overlay(tmp_path, f"base: {HPARAMS}\nwav2vec2_folder: cache\n")
+    assert read(hparams=mine).values["wav2vec2_folder"] == str(ROOT / "cache")
+
+
+def test_an_overlay_may_have_an_overlay_as_its_base(read, tmp_path):
+    overlay(tmp_path, f"base: {HPARAMS}\nname: first\ndropout: 0.3\n", "first.yaml")
+    values = read(hparams=overlay(tmp_path, "base: first.yaml\nname: second\n")).values
+    assert (values["name"], values["dropout"]) == ("second", 0.3)
+
+
+def test_the_yaml_that_was_given_is_named_in_errors(read, tmp_path):
+    mine = overlay(tmp_path, f"base: {HPARAMS}\ndropout: 3\n")
+    lines = problems(read, hparams=mine)
+    assert lines[0] == f"1 problem in {mine} and its command line" and "dropout is 3" in lines[1]
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("base: nowhere.yaml", "nowhere.yaml cannot be read: No such file"),
+        ("base: mine.yaml", "leads back to it"),
+        ("base: [1]", "the overlay .* cannot be read"),
+        (f"base: {HPARAMS}\nmodel: 3\nmixup: 0.5", "it can change hyperparameters, not mixup, model"),
+        (f"base: {HPARAMS}\nname: !ref <seed>", "the overlay .* cannot be read: .*!ref"),
+    ],
+)
+def test_an_overlay_that_is_none(read, tmp_path, text, problem):
+    assert re.search(problem, "\n".join(problems(read, hparams=overlay(tmp_path, text))), re.S)
+
+
+# ---- names of version 0.1.0
+
+
+@pytest.fixture
+def warnings(caplog):
+    experiment_settings._warn_once.cache_clear()
+    return caplog
+
+
+def old_yaml(folder):
+    """The YAML with the names of version 0.1.0."""
+    text = Path(HPARAMS).read_text(encoding="utf-8")
+    for old, new in RENAMED.items():
+        text = re.sub(rf"^{new}:", f"{old}:", text, flags=re.M).replace(f"<{new}>", f"<{old}>")
+    return overlay(folder, text, "old.yaml")
+
+
+def test_names_of_version_0_1_0_stay_accepted():
+    assert RENAMED == {
+        "bands": "test_degradations",
+        "standardise_layers": "normalize_layers",
+        "warmup": "warmup_fraction",
+        "decay": "lr_schedule",
+        "max_unreadable_share": "max_unreadable_fraction",
+    }
+
+
+def test_an_old_name_on_the_command_line_is_warned_of_once(read, warnings):
+    for _ in range(2):
+        settings = read("--warmup", "2e-1", "--decay=cosine")
+    assert (settings.values["warmup_fraction"], settings.values["lr_schedule"]) == (0.2, "cosine")
+    assert settings.overrides["warmup_fraction"] == 0.2
+    assert [record.getMessage().partition(";")[0] for record in warnings.records] == [
+        "--warmup is now called --warmup_fraction",
+        "--decay is now called --lr_schedule",
+    ]
+
+
+def test_both_names_at_once_are_a_problem(read):
+    lines = problems(read, "--warmup", "0.2", "--warmup_fraction", "0.3")
+    assert "--warmup is now called --warmup_fraction, and both were given" in lines[1]
+
+
+def test_a_yaml_with_old_names_is_changed_by_new_ones(read, warnings, tmp_path):
+    settings = read("--warmup_fraction", "0.3", hparams=old_yaml(tmp_path)).but(test_degradations=True)
+    assert settings.values["warmup_fraction"] == 0.3
+    assert settings.values["test_degradations"] is settings.values["evaluation"]["bands"] is True
+    # They are for load_hyperpyyaml, and references of that YAML.
+    assert settings.overrides["warmup"] == 0.3 and "warmup_fraction" not in settings.overrides
+    assert "bands is now called test_degradations" in warnings.text
+
+
+def test_an_overlay_with_an_old_name_is_read(read, warnings, tmp_path):
+    mine = overlay(tmp_path, f"base: {HPARAMS}\nstandardise_layers: True\n")
+    assert read(hparams=mine).values["normalize_layers"] is True
+    assert "standardise_layers is now called normalize_layers" in warnings.text

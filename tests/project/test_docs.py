@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 from accent_plugin.cli.parser import make_parser
-from accent_plugin.experiment.hyperparameters import KEYS
+from accent_plugin.experiment.hyperparameters import TABLE
 from accent_plugin.experiment.settings import _OPTION_NAMES
 
 PAGES = [
@@ -39,7 +39,7 @@ def test_options_exist(page):
         r"^ *(pip |docker |#SBATCH |srun ).*$|`--(signal|requeue)\S*`", "", page.read_text(encoding="utf-8"), flags=re.M
     )
     text = re.sub("|".join(sorted(torchruns_options(), key=len, reverse=True)), "", text)
-    known = {*KEYS, *_OPTION_NAMES, *options_of_the_command()}
+    known = {*TABLE, *_OPTION_NAMES, *options_of_the_command()}
     given = set(re.findall(r"--([a-z0-9_]+)", text))
     assert given - known == set()
 
@@ -50,13 +50,13 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-def test_the_page_of_hyperparameters_is_that_of_the_yaml():
+def test_the_page_of_hyperparameters_and_the_comments_of_the_yaml_are_those_of_the_table():
     spec = importlib.util.spec_from_file_location("hyperparameters", ROOT / "docs/hyperparameters.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     text = script.YAML.read_text(encoding="utf-8")
+    assert text == script.commented(text), "run docs/hyperparameters.py"
     assert script.PAGE.read_text(encoding="utf-8") == script.page(text), "run docs/hyperparameters.py"
-    assert {key for rows in script.sections(text).values() for key, *_ in rows} == set(KEYS)
 
 
 def test_make_targets_exist():

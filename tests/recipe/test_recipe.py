@@ -87,7 +87,7 @@ def test_adapters_are_trained_resumed_and_exported_as_plain_weights(train, words
 
     adapted = (*words, "--lora_rank", "2", "--lora_dropout", "0.1", "--selection", "last", "--early_stopping", "0")
     # With one batch an epoch, the only step of a first epoch would be at the end of the decay.
-    adapted += ("--warmup", "0", "--decay", "none")
+    adapted += ("--warmup_fraction", "0", "--lr_schedule", "none")
     assert train(*adapted, "--debug_epochs", "1", "--debug_batches", "99", "--debug", "--debug_persistently").code == 0
     assert train(*adapted).code == 0
     out = tmp_path / "out"
@@ -140,7 +140,7 @@ def test_evaluating_what_was_never_trained_is_refused(train, words, tmp_path):
         ["--pooling", "attentive_statistics", "--projector_size", "16", "--projector_activation", "True"],
         ["--balance", "sampler", "--crop_seconds", "0.8", "--augment", "True", "--grad_accumulation_factor", "2"],
         ["--balance", "none", "--class_weights", "balanced", "--weighted_layers", "all", "--freeze_wav2vec2", "True"],
-        ["--precision", "bf16", "--freeze_feature_extractor", "False", "--decay", "cosine", "--num_layers", "1"],
+        ["--precision", "bf16", "--freeze_feature_extractor", "False", "--lr_schedule", "cosine", "--num_layers", "1"],
         ["--early_stopping", "0", "--freeze_encoder_steps", "2", "--label_smoothing", "0.1", "--num_workers", "2"],
         ["--config_overrides", "{hidden_dropout: 0.0}", "--attn_implementation", "eager", "--tensorboard", "True"],
     ],
@@ -226,7 +226,7 @@ def test_accents_that_are_no_classes_are_scored_for_rejection(train, words, tmp_
 def test_the_test_split_can_be_degraded(train, words, tmp_path):
     from accent_plugin.audio.degradations import DEGRADATIONS
 
-    assert train(*words, "--number_of_epochs", "1", "--bands", "True").code == 0
+    assert train(*words, "--number_of_epochs", "1", "--test_degradations", "True").code == 0
     assert list(metrics_of(tmp_path / "out")["bands"]) == list(DEGRADATIONS)
 
 
@@ -331,7 +331,7 @@ def test_real_speech_with_a_real_encoder(train, real_speech, real_moonshine, tmp
         "hparams/wav2vec2_base.yaml",
         *("--data_folder", real_speech, "--wav2vec2_hub", real_moonshine, "--output_folder", tmp_path / "out"),
         *("--prepared_folder", tmp_path / "prepared", "--freeze_wav2vec2", "True", "--number_of_epochs", "2"),
-        *("--weighted_layers", "[3, 4]", "--standardise_layers", "True", "--lr_head", "0.003", "--crop_seconds", "4"),
+        *("--weighted_layers", "[3, 4]", "--normalize_layers", "True", "--lr_head", "0.003", "--crop_seconds", "4"),
     )
     assert done.code == 0
     # Two epochs of a head are no result; chance is a third.
@@ -409,7 +409,7 @@ def test_a_head_on_kept_features_is_the_head_on_the_encoder(train, words, tmp_pa
     from accent_plugin.training import feature_cache
 
     def history(folder, *more):
-        frozen = ("--freeze_wav2vec2", "True", "--weighted_layers", "all", "--standardise_layers", "True")
+        frozen = ("--freeze_wav2vec2", "True", "--weighted_layers", "all", "--normalize_layers", "True")
         given = ("--output_folder", tmp_path / folder, "--features_folder", tmp_path / "features")
         assert train(*words, *frozen, "--whitening_passes", "1", *given, *more).code == 0
         return json.loads((tmp_path / folder / "save/history.json").read_text(encoding="utf-8"))

@@ -395,7 +395,7 @@ def test_too_many_unreadable_clips_are_an_error_and_the_last_checkpoint_is_usabl
     spoil(train, *range(6))
     brain = make_brain(epochs=2)
     with pytest.raises(
-        DataError, match=r"more than max_unreadable_share \(0.05\) allows; the first is c\d+: "
+        DataError, match=r"more than max_unreadable_fraction \(0.05\) allows; the first is c\d+: "
     ) as caught:
         brain.fit(brain.hparams.epoch_counter, train, loader())
     assert "prepare the data again" in str(caught.value)

@@ -301,7 +301,7 @@ def test_an_unreadable_clip_counts_once_over_all_processes(seen, seen_alone):
 
 
 def test_too_many_unreadable_clips_are_an_error_in_the_first_process(seen, seen_alone):
-    assert "4 of 15 clips cannot be read while training, more than max_unreadable_share (0.2)" in seen[0]["too many"]
+    assert "4 of 15 clips cannot be read while training, more than max_unreadable_fraction (0.2)" in seen[0]["too many"]
     assert seen[1]["too many"] == "exit 2"
     assert "of 15 clips cannot be read while training" in seen_alone["too many"]
 
@@ -600,7 +600,7 @@ CHOICES = {
 WAYS = {
     "folds": ("--n_folds", "3", "--balance", "none"),
     "seeds": ("--seeds", "1,2"),
-    "split": ("--split", "both", "--n_folds", "3", "--balance", "none", "--bands", "True"),
+    "split": ("--split", "both", "--n_folds", "3", "--balance", "none", "--test_degradations", "True"),
     "outsiders": ("--accents", "[us, england]", "--out_of_set", "[scotland]"),
 }
 

@@ -23,7 +23,7 @@ def test_a_clip_is_logged_once_and_counted_once(caplog):
     for _ in range(2):
         unread.note(batch("a", "b"), Stage.TRAIN)
     assert unread[Stage.TRAIN] == {"a": "broken", "b": "broken"} and unread[Stage.VALID] == {}
-    assert [record.getMessage() for record in caplog.records] == [f"clip {name} is left out: broken" for name in "ab"]
+    assert [record.getMessage() for record in caplog.records] == [f"skipped clip {name}: broken" for name in "ab"]
 
 
 def test_more_than_the_allowed_fraction_is_an_error_with_the_first_clip_and_what_to_do():
@@ -33,9 +33,9 @@ def test_more_than_the_allowed_fraction_is_an_error_with_the_first_clip_and_what
     with pytest.raises(DataError) as caught:
         unread.note(batch("c"), Stage.VALID)
     assert str(caught.value).splitlines() == [
-        "3 of 10 clips cannot be read while validating, more than max_unreadable_share (0.2) allows; "
-        "the first: a: broken",
-        "prepare the data again, and run the same command: it goes on from the last checkpoint",
+        "3 of 10 clips cannot be read while validating, more than max_unreadable_fraction (0.2) allows; "
+        "the first is a: broken",
+        "prepare the data again and rerun the same command: it resumes from the last checkpoint",
     ]
 
 
