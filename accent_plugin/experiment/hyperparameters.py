@@ -124,6 +124,8 @@ class Hyperparameter:
         before hours of preparation. Of data that are taken as they are (skip_prep) it says nothing.
     was : str
         Its name in version 0.1.0, which is still accepted.
+    earlier : object
+        Its value in YAMLs of versions that did not have it, such as those in run folders. Without one they are refused.
     """
 
     name: str
@@ -134,6 +136,7 @@ class Hyperparameter:
     path: bool = False
     data: bool = False
     was: str = ""
+    earlier: object = ...
 
     @property
     def is_text(self):

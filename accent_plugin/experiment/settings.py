@@ -142,6 +142,8 @@ def read_settings(argv, root, look_at_data=True):
     hparams_file, changed = read_overlay(given_file)
     text = _read_yaml(hparams_file)
     known = _plain(text, {})
+    added = {one.name: one.earlier for one in TABLE.values() if one.name not in known and one.earlier is not ...}
+    known |= added
     run_opts, stray = _run_options(hparams_file, others)
     problems = [_unknown(word, known) for word in stray]
     _warn_of_old_names(f"--{key}" for key in own)
@@ -161,7 +163,7 @@ def read_settings(argv, root, look_at_data=True):
         # An empty one is no folder, and not the working directory either.
         if isinstance(overrides.get(key), str) and overrides[key].strip():
             overrides[key] = str(Path.cwd() / Path(overrides[key]).expanduser())
-    overrides = _as_spelled(text, changed | overrides)
+    overrides = _as_spelled(text, added | changed | overrides)
     defaults = _plain(text, overrides)
     for key in _PATHS:
         # One after the other: a path that refers to one before it becomes absolute with it, and is left alone.

@@ -70,6 +70,6 @@ class UnreadClips:
         if unread and len(unread) > (max(1.0, share * clips) if share else 0):
             name, why = next(iter(unread.items()))
             raise DataError(
-                f"{len(unread)} of {clips} clips cannot be read while {_DOING[stage]}, more than max_unreadable_fraction "
-                f"({share:g}) allows; the first is {name}: {why}\n{PREPARE_AGAIN}"
+                f"{len(unread)} of {clips} clips cannot be read while {_DOING[stage]}, "
+                f"more than max_unreadable_fraction ({share:g}) allows; the first is {name}: {why}\n{PREPARE_AGAIN}"
             )

@@ -11,6 +11,7 @@ from helpers import ROOT
 
 from accent_plugin.errors import ConfigError
 from accent_plugin.experiment import cross_checks
+from accent_plugin.experiment import settings as experiment_settings
 from accent_plugin.experiment.hyperparameters import RENAMED, TABLE
 from accent_plugin.experiment.settings import read_settings
 

@@ -2,8 +2,11 @@
 
 import importlib
 import itertools
+import os
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -139,3 +142,57 @@ def test_a_corpus_of_ones_own_becomes_a_dataset(folder):
         build_corpus(reader("speech"), "data/by_speaker", **options)
     with pytest.raises(ConfigError, match="client_pattern does not apply to a reader of folders by speaker"):
         build_corpus(reader("speech"), "data/other", client_pattern="(.*)")
+
+
+ADDED = """
+import runpy, sys
+from pathlib import Path
+
+from hyperpyyaml import load_hyperpyyaml
+
+from accent_plugin.experiment.run_folder import differences, run_identity
+from accent_plugin.experiment.settings import read_settings
+
+root, encoder, old = map(Path, sys.argv[1:])
+runpy.run_path(str(root / "docs/hyperparameters.py"), run_name="__main__")
+assert "0  # epochs before early stopping counts" in (root / "hparams/wav2vec2_base.yaml").read_text(encoding="utf-8")
+page = (root / "docs/hyperparameters.md").read_text(encoding="utf-8")
+assert "| `early_stopping_warmup` | `0` | a whole number, at least 0 | epochs before early stopping counts |" in page
+
+
+def read(yaml, *words):
+    words = [*words, "--wav2vec2_hub", str(encoder), "--output_folder", str(root / "out")]
+    return read_settings([str(yaml), *words], root, look_at_data=False)
+
+
+settings = read(root / "hparams/hubert_base.yaml", "--early_stopping_warmup", "2")
+with open(settings.hparams_file, encoding="utf-8") as file:
+    hparams = load_hyperpyyaml(file, settings.overrides)
+assert hparams["epoch_counter"].limit_warmup == 2
+made = run_identity(read(root / "hparams/hubert_base.yaml").values)
+assert differences(made, run_identity(settings.values)) == ["early_stopping_warmup: 0 in the folder, 2 now"]
+assert read(old).values["early_stopping_warmup"] == 0
+try:
+    read(root / "hparams/hubert_base.yaml", "--early_stopping_warmup", "x")
+except Exception as error:
+    assert "early_stopping_warmup is 'x'; it should be a whole number, at least 0" in str(error)
+    print("done")
+"""
+
+
+def test_a_hyperparameter_is_added_in_three_files_and_a_test(tmp_path, tiny_encoder):
+    for name in ("accent_plugin", "hparams", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    changes = re.findall(r"```diff\n--- (\S+)\n(.*?)```", PAGE, re.S)
+    for name, change in changes:
+        lines = change.splitlines(keepends=True)
+        before, after = ("".join(line[1:] for line in lines if line[0] in kind) for kind in (" -", " +"))
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert text.count(before) == 1, name
+        (tmp_path / name).write_text(text.replace(before, after), encoding="utf-8")
+    assert len({name for name, _ in changes}) == 3
+    old = ROOT / "tests/golden/0.1.0/finished/hyperparams.yaml"
+    words = [sys.executable, "-c", ADDED, tmp_path, tiny_encoder("wav2vec2-group"), old]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith("done\n"), done.stderr[-3000:]
