@@ -90,6 +90,10 @@ def test_a_row_runs_and_leaves_what_it_promises(samples, number):
     assert done.returncode == 0, done.stderr[-3000:]
     for name in re.search(r"file_exists=\[(.*?)\]", row["test_debug_checks"]).group(1).split(","):
         assert (output / name).exists(), name
+    # What the run folder keeps of an overlay is whole.
+    saved = output / "hyperparams.yaml"
+    assert read_overlay(saved) == (str(saved), {})
+    assert _plain(saved.read_text(encoding="utf-8"), {})["name"] == NAMES[number]
     if check := re.search(r"performance_check=\[(.*?)\]", row["test_debug_checks"]):
         file, variable, bound, epoch = (part.strip() for part in check.group(1).split(","))
         (line,) = [line for line in (output / file).read_text(encoding="utf-8").splitlines() if epoch in line]
