@@ -232,6 +232,8 @@ def test_help_of_classify_lists_exit_codes(capsys):
 
 def test_log_messages_go_to_the_current_stderr(monkeypatch):
     """A program that calls `main` may replace and close `sys.stderr` between two calls."""
+    # Training in the same process gives the root logger handlers of SpeechBrain's.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     first, second = io.StringIO(), io.StringIO()
     for stream in (first, second):
         monkeypatch.setattr(sys, "stderr", stream)

@@ -163,7 +163,7 @@ def draws(seed):
     items = [Item(f"{accent}{n}", accent, f"{accent}{n // 2}") for accent in "ab" for n in range(12)]
     fractions = {"valid_fraction": 0.2, "test_fraction": 0.2, "seed": seed}
     made = [
-        splits.by_client(items, **fractions),
+        splits.by_speaker(items, **fractions),
         splits.by_hash(items, **fractions),
         splits.at_random(items, **fractions),
         *splits.folds(items, 3, valid_fraction=0.2, seed=seed),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from accent_plugin.errors import ConfigError
 from accent_plugin.experiment import run_folder
+from accent_plugin.experiment.run_folder import HOLDER_FILE, LOCK_FILE
 from accent_plugin.experiment.settings import _plain
 
 TEXT = (ROOT / "hparams/wav2vec2_base.yaml").read_text(encoding="utf-8")
@@ -375,14 +376,14 @@ def test_a_file_in_the_folders_place_is_the_systems_answer(tmp_path):
 def test_what_a_killed_process_has_left_is_removed(tmp_path):
     write(tmp_path, ".bundle.7.tmp/config.json", ".run.json.7.tmp", ".bundle.7.old/config.json", "bundle/config.json")
     with run_folder.claimed(tmp_path):
-        assert files(tmp_path) == {".run.lock", "bundle/config.json"}
+        assert files(tmp_path) == {LOCK_FILE, HOLDER_FILE, "bundle/config.json"}
     assert not (tmp_path / ".bundle.7.old").exists()
 
 
 def test_what_else_was_in_a_bundle_that_was_being_replaced_stays(tmp_path):
     write(tmp_path, ".bundle.7.old/config.json", ".bundle.7.old/notes.txt")
     with run_folder.claimed(tmp_path):
-        assert files(tmp_path) == {".run.lock", ".bundle.7.old/notes.txt"}
+        assert files(tmp_path) == {LOCK_FILE, HOLDER_FILE, ".bundle.7.old/notes.txt"}
 
 
 # ---- clear

@@ -127,7 +127,7 @@ def test_a_wrong_value_is_named(read, words, problem):
 def test_a_start_that_is_none(read, tiny_encoder, tiny_bundle, tmp_path):
     assert "from_bundle: there is no folder" in "\n".join(problems(read, "--from_bundle", "nowhere"))
     encoder = str(tiny_encoder("hubert-group"))
-    assert "holds a HubertModel, no classifier" in "\n".join(problems(read, "--from_bundle", encoder))
+    assert "holds a HubertModel, which is not a classifier" in "\n".join(problems(read, "--from_bundle", encoder))
     cut = shutil.copytree(tiny_bundle, tmp_path / "cut")
     (cut / "model.ckpt").write_bytes(b"")
     assert re.search("from_bundle: .*has 0 bytes", "\n".join(problems(read, "--from_bundle", str(cut))))

@@ -119,7 +119,7 @@ def test_a_model_that_is_not_calibrated_says_so():
 def test_warnings_are_shown():
     shown = text(page.render(answer(prediction(reliable=False), noise_db=-25.0), CALIBRATED))
     assert "Warning: short: 0.4 s of speech; with less than 1 s the answer is a guess." in shown
-    assert "Warning: noisy, or without pauses: its loud parts are only 5 dB above its quiet ones." in shown
+    assert "Warning: noisy, or without pauses: loud parts are only 5 dB above quiet ones." in shown
 
 
 def test_channels_are_told():
