@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import soundfile
+
 from helpers import shared
 
 

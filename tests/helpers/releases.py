@@ -4,9 +4,8 @@ import csv
 import functools
 import os
 
-from helpers.dataset_dicts import noise
-
 from accent_plugin.audio.codecs import encode_mp3
+from helpers.dataset_dicts import noise
 
 # The folder that each archive unpacks to; a language's folder lies in it, except in version 1.
 FOLDERS = {
