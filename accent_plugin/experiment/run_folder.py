@@ -285,8 +285,9 @@ def _sweep(folder):
     with contextlib.suppress(OSError):
         for left in folder.glob(f".{IDENTITY_FILE}.*.tmp"):
             left.unlink()
-        # A bundle whose place another was about to take; whatever else is in there stays.
-        for left in folder.glob(".bundle.[0-9]*.old"):
+    # Bundles that another was about to replace; foreign files in them stay.
+    for left in folder.glob(".bundle.[0-9]*.old"):
+        with contextlib.suppress(OSError):
             for name in bundle_config.BUNDLE_FILES:
                 (left / name).unlink(missing_ok=True)
             left.rmdir()

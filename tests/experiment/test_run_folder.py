@@ -381,7 +381,7 @@ def test_what_a_killed_process_has_left_is_removed(tmp_path):
 
 
 def test_what_else_was_in_a_bundle_that_was_being_replaced_stays(tmp_path):
-    write(tmp_path, ".bundle.7.old/config.json", ".bundle.7.old/notes.txt")
+    write(tmp_path, *(f".bundle.{number}.old/config.json" for number in (6, 7, 8)), ".bundle.7.old/notes.txt")
     with run_folder.claimed(tmp_path):
         assert files(tmp_path) == {LOCK_FILE, HOLDER_FILE, ".bundle.7.old/notes.txt"}
 

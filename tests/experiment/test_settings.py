@@ -14,6 +14,7 @@ from accent_plugin.experiment import cross_checks
 from accent_plugin.experiment import settings as experiment_settings
 from accent_plugin.experiment.hyperparameters import RENAMED, TABLE
 from accent_plugin.experiment.settings import read_settings
+from accent_plugin.pooling import POOLINGS
 
 HPARAMS = str(ROOT / "hparams/wav2vec2_base.yaml")
 
@@ -57,7 +58,7 @@ def test_all_problems_are_named_at_once(read):
     lines = problems(read, "--pooling", "stats", "--lr_hed", "0.1", "--dropout", "2", "--balance")
     assert "4 problems" in lines[0]
     assert "  '--lr_hed' is no hyperparameter or run option (did you mean --lr_head?)" in lines
-    assert "  pooling is 'stats'; it should be one of mean, statistics, attentive, attentive_statistics" in lines
+    assert f"  pooling is 'stats'; it should be one of {', '.join(POOLINGS)}" in lines
     assert "  dropout is 2; it should be a number at least 0 and at most 0.95" in lines
     assert "  --balance was given without a value" in lines
 
