@@ -245,8 +245,7 @@ class InvariantEncoder:
             return centred / torch.sqrt(variance + _NORMALISATION_FLOOR)
 
     def _from_pretrained(self, source, save_path, cache_dir, device=None, **kwargs):
-        """Load from a local folder and require all weights; SpeechBrain's lobe initialises missing weights at
-        random."""
+        """Load from a local folder and require all weights; SpeechBrain's lobe initialises missing ones at random."""
         if not self._weights:
             self.model = self._without_weights(**kwargs)
             return
