@@ -46,8 +46,7 @@ class EncoderHalf(InvariantEncoder, HFTransformersInterface):
 
 
 class MoonshineEncoder(EncoderHalf):
-    """The encoder of Moonshine (Jeffries et al. 2024), a speech recogniser on waveforms that is small enough for a
-    CPU."""
+    """The encoder of Moonshine (Jeffries et al. 2024), a speech recogniser that is small enough for a CPU."""
 
     _DEPTH = "encoder_num_hidden_layers"
 

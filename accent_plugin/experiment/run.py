@@ -119,8 +119,7 @@ class Run:
         return str(self.settings.located(self.values["preparation"])["prepared_folder"])
 
     def _find_precision(self, overwrite):
-        """Return the training precision; "auto" is the precision of the resumed run, or else the fastest on this
-        device."""
+        """Return the training precision; "auto" is that of the resumed run, or else the fastest on this device."""
         if self.values["precision"] != "auto":
             return self.values["precision"]
         begun = None if overwrite else run_folder.begun(self.folder)
