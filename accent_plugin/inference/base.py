@@ -379,8 +379,7 @@ def _or_failure(source, work, *arguments):
 
 
 def _buckets(lengths, most):
-    """Yield batches of indices of similar lengths, longest first; a batch has at most `most` padded samples, or one
-    item."""
+    """Yield batches of indices of similar lengths, longest first, with at most `most` padded samples or one item."""
     batch, total, longest = [], 0, 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         padded = (len(batch) + 1) * longest
