@@ -1,4 +1,4 @@
-"""The HTTP API of a served classifier: one answer for each file, as ``accent-plugin classify`` writes it."""
+"""The HTTP API of a served classifier: one answer per file, in the format of ``accent-plugin classify``."""
 
 import errno
 
@@ -105,7 +105,7 @@ def make_app(service):
     -------
     fastapi.FastAPI
     """
-    # Its own pages of documentation would load scripts from elsewhere.
+    # FastAPI's own documentation pages would load external scripts.
     app = FastAPI(
         title="accent-plugin",
         version=accent_plugin.__version__,
@@ -140,7 +140,7 @@ def make_app(service):
         status = STATUS["seconds"] if too_long else UNUSABLE
         return respond(status, {"answers": records, "error": str(failures[0])})
 
-    # Or else whatever is mounted beside it would answer for it, in its own words.
+    # Otherwise another mounted app would answer unknown API paths in its own format.
     @app.api_route(API + "/{rest:path}", methods=_METHODS, include_in_schema=False)
     async def nothing(rest: str):
         known = f"{API}/{rest}" in app.openapi()["paths"]
@@ -164,7 +164,7 @@ def make_app(service):
 
 
 async def _read_files(request, limits):
-    """Names and contents of a request's files."""
+    """Read the names and contents of a request's files."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind != "multipart/form-data":
