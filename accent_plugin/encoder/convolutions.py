@@ -217,8 +217,7 @@ class PositionalConvolutions(nn.Module):
 
 
 def _products(conv, kind):
-    """Split a convolution into one (channels out, stride * channels in) matrix per stride of the kernel, and its
-    bias."""
+    """Return a (channels out, stride * channels in) matrix per stride of a convolution's kernel, and its bias."""
     weight = conv.weight.detach().to(kind).permute(0, 2, 1)
     stride = conv.stride[0]
     parts = [weight[:, at : at + stride].flatten(1) for at in range(0, weight.shape[1], stride)]
