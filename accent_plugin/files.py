@@ -72,7 +72,7 @@ def _take_place(new, folder, aside):
 
 @contextlib.contextmanager
 def lock(folder, name=".lock", wait=True):
-    """Let one process at a time work in ``folder``; the lock ends with the process, and a forked child never has it.
+    """Lock ``folder`` for one process; the lock ends with the process, and a forked child does not inherit it.
 
     Raises
     ------
