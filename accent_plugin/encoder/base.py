@@ -225,7 +225,8 @@ class InvariantEncoder:
     def _checkpointed(self, forward, *arguments, **keywords):
         """Run a block; in training keep only its input, and recompute the activations in the backward pass.
 
-        Hugging Face's own gradient checkpointing skips layers in evaluation mode, such as frozen layers with adapters.
+        Hugging Face's gradient checkpointing does not cover layers in evaluation mode, such as frozen ones with
+        adapters.
         """
         if self.training and torch.is_grad_enabled():
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)

@@ -50,7 +50,7 @@ def inject(blocks, targets, rank, alpha=None, dropout=0.0):
     Raises
     ------
     EncoderError
-        If a value is out of its range, there are no blocks or targets, or PEFT is not installed.
+        If a value is out of range, there are no blocks or targets, or PEFT is not installed.
     """
     if rank < 1:
         raise EncoderError(f"lora_rank is {rank}; it should be at least 1, or None for no adapters")

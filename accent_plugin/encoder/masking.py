@@ -7,7 +7,7 @@ from accent_plugin import devices
 
 
 def sample_counts(wavs, wav_lens=None):
-    """True length of each clip of a padded batch, in samples.
+    """Compute the true length of each clip of a padded batch, in samples.
 
     Arguments
     ---------
@@ -78,7 +78,7 @@ class MaskedGroupNorm(nn.GroupNorm):
         Returns
         -------
         (batch, channels, frames) torch.Tensor
-            Padded frames are finite and meaningless.
+            Padded frames are finite but meaningless.
         """
         own = (self.num_groups, self.weight, self.bias, self.eps)
         with torch.autocast(inputs.device.type, enabled=False):

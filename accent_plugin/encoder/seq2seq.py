@@ -145,7 +145,7 @@ class WhisperEncoder(EncoderHalf):
         return (counts + self._hop - 1) // self._hop
 
     def _log_mel(self, wavs, counts):
-        """Log-mel spectrogram (batch, bins, frames), zero after a clip's end, and the mask (batch, 1, frames) of clips.
+        """Compute log-mel spectrograms (batch, bins, frames), zero after a clip, and their mask (batch, 1, frames).
 
         The result is Hugging Face's for the clip followed by silence, but the maximum is over the frames of the clip.
         """

@@ -1,4 +1,4 @@
-"""Where an encoder comes from: a local folder or the Hub."""
+"""Sources of encoders: local folders and the Hub."""
 
 import contextlib
 import warnings

@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from accent_plugin.audio.samples import SAMPLE_RATE
 
-# The shape of wav2vec2-base (seven convolutions, group norm after the first, a hop of 320 samples), made small.
+# A small version of wav2vec2-base: seven convolutions, group norm after the first, a hop of 320 samples.
 CONFIG = {
     "conv_dim": [64] * 7,
     "conv_kernel": [80, 3, 3, 3, 3, 2, 1],

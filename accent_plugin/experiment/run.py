@@ -68,7 +68,7 @@ class Run:
     brain : AccentBrain
         None once the run is finished.
     calibration : dict
-        As `accent_plugin.evaluation.calibration.describe_calibration` gives it.
+        From `accent_plugin.evaluation.calibration.describe_calibration`.
     predictions : accent_plugin.evaluation.predictions.ScoredClips
         Predictions of the test split.
     metrics : dict
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def values(self):
-        """Every plain value of the configuration."""
+        """Return every plain value of the configuration."""
         return self.settings.values
 
     @property
@@ -263,7 +263,7 @@ class Run:
         logger.info("bundle: %s", written)
         return folder
 
-    # In place of training
+    # Instead of training
 
     def run_baseline(self, model, features_folder=None):
         """Fit and evaluate the frozen baseline of `accent_plugin.experiment.baseline`, and write the report.
@@ -327,7 +327,7 @@ def require_checkpoint(save_folder):
     Raises
     ------
     ConfigError
-        If the folder holds no checkpoint.
+        If the folder contains no checkpoint.
     """
     if not any(Path(save_folder).glob("CKPT*/CKPT.yaml")):
         raise ConfigError(
@@ -382,7 +382,7 @@ def export(folder, out=None, device="cpu"):
     Raises
     ------
     ConfigError
-        When the folder holds no trained run.
+        If the folder contains no trained run.
     """
     folder = Path(folder).absolute()
     hparams_file, save_folder = folder / "hyperparams.yaml", folder / "save"

@@ -1,4 +1,4 @@
-"""A run folder belongs to one configuration, and to one process at a time.
+"""A run folder belongs to one configuration, and one process at a time may use it.
 
 The file ``run.json`` in the folder contains the hyperparameters that decide what is trained, and a fingerprint of the
 data. Another configuration raises an error that lists the differences; otherwise it would resume or evaluate
@@ -70,7 +70,7 @@ _CHECKPOINT_FOLDERS = ("CKPT*", "damaged+CKPT*", ".CKPT*", ".writing*", ".delete
 _GENERATED = "# Generated "
 
 
-# -------------------------------------------------------------------------------------------------------- what is it
+# ------------------------------------------------------------------------------------------------------------- identity
 
 
 def run_identity(values, fold=None, processes=1):
@@ -170,7 +170,7 @@ def _shown(value):
     return "null" if value is None else str(value)
 
 
-# ------------------------------------------------------------------------------------------------------- whose is it
+# ------------------------------------------------------------------------------------------------------------ ownership
 
 
 def begin(folder, identity, data, *, save_folder, test_only=False):
@@ -252,7 +252,7 @@ def _holds_work(folder, save_folder):
     return saved or (folder / "report" / METRICS_FILE).exists()
 
 
-# ------------------------------------------------------------------------------------------------------ who is in it
+# ----------------------------------------------------------------------------------------------------------------- lock
 
 
 @contextlib.contextmanager
@@ -304,7 +304,7 @@ def _holder(folder):
         return "another process"
 
 
-# ------------------------------------------------------------------------------------------------------ begin anew
+# ------------------------------------------------------------------------------------------------------------ overwrite
 
 
 def clear(folder, save_folder, train_log):

@@ -197,7 +197,7 @@ class RecordingClassifier:
         return self._predict_arrays(arrays)
 
     def predict_files(self, sources, workers=None, batch_seconds=None):
-        """Classify many files: threads decode ahead of the network, and batches are made of similar lengths.
+        """Classify many files with prefetching threads and batches of similar length.
 
         Arguments
         ---------

@@ -62,7 +62,7 @@ def write_json(path, value):
     write_text(path, json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-# ---- what callers use ------------------------------------------------------------------------------------------------
+# ---- public functions ------------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -82,7 +82,7 @@ def write_report(
     draws=1000,
     seed=0,
 ):
-    """Evaluate predictions and write the whole report.
+    """Evaluate predictions and write the complete report.
 
     Arguments
     ---------
