@@ -3,9 +3,9 @@
 On a CPU, `torch.nn.functional.dropout` draws numbers one by one in a single thread, and attention with dropout falls
 back to fp32. This module draws 16 bits per element from a generator that is seeded from PyTorch's, so
 `torch.manual_seed` and checkpoints still control the noise. The distribution is PyTorch's, with the probability rounded
-to a multiple of 2^-16. The random numbers differ from PyTorch's. PyTorch's own functions are called on other devices,
-in evaluation, and while a model is compiled or traced. On other devices, masks and shapes are converted to those that
-PyTorch's fused kernels accept.
+to a multiple of 2^-16. The random numbers differ from PyTorch's. In evaluation, on other devices, and while a model is
+compiled or traced, this module calls PyTorch's own functions. On other devices, it converts masks and shapes to those
+that PyTorch's fused kernels accept.
 """
 
 import numpy as np

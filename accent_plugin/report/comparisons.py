@@ -85,7 +85,7 @@ def _summarised(summary):
 
 
 def write_leak(folder, runs):
-    """Write leak.md, which compares an evaluation on speakers of the training split with one on new speakers.
+    """Write leak.md, which compares a test on speakers of the training split with a test on new speakers.
 
     Arguments
     ---------

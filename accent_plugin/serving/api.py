@@ -27,8 +27,7 @@ class Window(BaseModel):
 
 
 class Answer(BaseModel):
-    """The answer for one file; if it could not be classified, all fields except `source`, `model` and `error` are
-    null."""
+    """The answer for one file; on an error, all fields except `source`, `model` and `error` are null."""
 
     source: str = Field(description="what the client calls the file")
     model: str = Field(description="twelve digits that stand for the weights")

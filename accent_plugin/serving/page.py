@@ -302,8 +302,8 @@ def _is_inside(path, folder):
 def has_room(folder, limits):
     """Whether there is room for another upload.
 
-    The disk needs space for one upload of the largest size. The uploads in the folder may be as large as the largest
-    uploads of all running and waiting requests together, and ten times as many as these requests.
+    The disk needs space for an upload of the largest size. For each request that may run or wait, the folder may
+    contain `max_bytes` of uploads and ten files.
     """
     if shutil.disk_usage(folder).free < limits.max_bytes:
         return False
