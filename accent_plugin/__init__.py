@@ -4,7 +4,7 @@ __version__ = "0.2.0"
 
 
 def lazy_names(package, homes):
-    """Make the `__getattr__` of a package whose names are imported from its modules when they are first asked for.
+    """Make the `__getattr__` of a package that imports its names lazily, on first access.
 
     Arguments
     ---------
@@ -23,7 +23,7 @@ def lazy_names(package, homes):
 
 
 def _name_unsupported():
-    """Warn of what is installed in a version that setup.py does not allow: pip only says so while it installs."""
+    """Warn about installed versions that setup.py does not allow; pip warns only during installation."""
     import importlib.metadata
     import warnings
 
@@ -32,7 +32,7 @@ def _name_unsupported():
     try:
         required = importlib.metadata.requires(__name__) or ()
     except importlib.metadata.PackageNotFoundError:
-        # A checkout that is not installed.
+        # The package is a checkout and not installed.
         return
     for requirement in map(Requirement, required):
         if requirement.name not in ("speechbrain", "transformers", "datasets") or requirement.marker is not None:

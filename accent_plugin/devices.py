@@ -1,4 +1,4 @@
-"""Which devices can be used here, which precision each computes fastest in, and how much memory was needed there."""
+"""Devices: availability, fastest precision and peak memory."""
 
 import contextlib
 import functools
@@ -11,29 +11,29 @@ import torch
 
 from accent_plugin.errors import ConfigError
 
-# What Linux tells of a process, its most memory among it.
+# Linux's status of this process, including its peak memory.
 _STATUS = Path("/proc/self/status")
 
 
-# Tests set it to False, so that a CPU computes what an accelerator would.
+# Tests set it to False, so that a CPU runs the code for accelerators.
 cpu_paths = True
 
 
 def takes_cpu_path(tensor):
-    """Whether code written for CPUs applies: the tensor is on one, and nothing is being compiled or traced."""
+    """Whether to run the code for CPUs: the tensor is on a CPU, and nothing is being compiled or traced."""
     return cpu_paths and tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
-# One item for each block of `exact_fp32` that has not ended, and the switches from before the first one.
+# One item per active `exact_fp32` block, and the settings from before the first block.
 _exact_lock, _exact_users, _allowed_before = threading.Lock(), [], []
 
 
 @contextlib.contextmanager
 def exact_fp32():
-    """Keep NVIDIA's GPUs from rounding factors in fp32 to TF32, whose 10 bits do not give the same answer in any batch.
+    """Disable TF32 on NVIDIA GPUs: with its 10-bit mantissa, answers depend on the batch.
 
-    SpeechBrain turns TF32 on when it is imported, PyTorch has it on for convolutions. As a decorator or a context. The
-    switches are the whole process's, so the last of several threads to leave sets them back.
+    SpeechBrain enables TF32 on import, and PyTorch enables it for convolutions. Use this as a decorator or a context
+    manager. The settings apply to the whole process, so the last of several threads restores them.
     """
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     with _exact_lock:
@@ -62,8 +62,8 @@ def fastest_precision(device):
     Returns
     -------
     str
-        "bf16" where the device is faster with it; else "fp16" on a GPU, where a scaler watches over its range, and
-        "fp32" elsewhere.
+        "bf16" if the device is faster with it. Otherwise "fp16" on a GPU, with a gradient scaler, and "fp32" on other
+        devices.
     """
     kind = torch.device(device).type
     if bf16_is_faster(kind):
@@ -73,7 +73,7 @@ def fastest_precision(device):
 
 @functools.cache
 def bf16_is_faster(device_type):
-    """Whether the device is faster with bf16: a few layers like an encoder's, timed once per process."""
+    """Whether the device is faster with bf16: times a few encoder-like layers once per process."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu":
@@ -91,31 +91,31 @@ def bf16_is_faster(device_type):
             torch.nn.functional.linear(flat, weight)
         return clock() - start
 
-    # Of this thread alone: with more, each would wait for those that another process keeps from running. On Windows
-    # that clock ticks 64 times a second.
+    # Time one thread only: several threads would wait for those that another process delays. On Windows, the thread
+    # clock ticks only 64 times a second.
     clock = time.perf_counter if sys.platform == "win32" else time.thread_time
     threads, best = torch.get_num_threads(), dict.fromkeys((False, True), float("inf"))
     try:
         torch.set_num_threads(1)
-        # By turns, as a processor's speed drifts. The first ones prepare the kernels.
+        # Alternate, because a CPU's speed drifts. The first rounds are a warm-up.
         for enabled in [False, True] * 6:
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 best[enabled] = min(best[enabled], took(*weights[torch.bfloat16 if enabled else torch.float32]))
     finally:
         torch.set_num_threads(threads)
-    # Where it is about the same, exactness is worth more.
+    # If the times are similar, prefer the exact precision.
     return best[True] < 0.8 * best[False]
 
 
 def require_device(device):
-    """Refuse a device that torch cannot use here, before anything is loaded.
+    """Raise an error if torch cannot use a device, before anything is loaded.
 
     Raises
     ------
     ConfigError
     """
     try:
-        # Something is computed: a card that this PyTorch is not compiled for can still be given memory.
+        # Run a kernel: PyTorch can allocate memory even on a GPU that it was not compiled for.
         torch.ones(1, device=str(device))
     except (RuntimeError, AssertionError) as error:
         problem = str(error).splitlines()[0]
@@ -123,18 +123,18 @@ def require_device(device):
 
 
 def peak_memory(device):
-    """Most memory that was in use at once.
+    """Return the peak memory.
 
     Arguments
     ---------
     device : torch.device or str
-        On a GPU its tensors count, since training began; otherwise all memory of this process (and not of those that
-        read audio for it), since it was started.
+        On a GPU, the memory of tensors since training began. Otherwise, all memory of this process since its start,
+        without the processes that load its audio.
 
     Returns
     -------
     int
-        Bytes; None on Windows, which does not say.
+        Bytes; None on Windows, where it is not available.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -147,7 +147,7 @@ def peak_memory(device):
     except OSError:
         lines = []
     for line in lines:
-        # Linux's getrusage is no less than what the process that started this one ever had (getrusage(2), "execve").
+        # On Linux, getrusage includes the peak of the parent process (getrusage(2), "execve").
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,33 +1,33 @@
-"""What a user can get wrong, as exceptions.
+"""Exceptions for errors that a user can fix.
 
-Every message says what is wrong, which value, where, and what to do about it; the recipe and the command line
-print it without a traceback and exit with code 2.
+Every message states the problem, the value, the place and a fix. The recipe and the command line print it without a
+traceback and exit with code 2.
 """
 
 
 class AccentPluginError(Exception):
-    """Base of every error this package raises for a user's input."""
+    """Base class of all errors that this package raises for user input."""
 
 
 class ConfigError(AccentPluginError):
-    """Hyperparameters that are unknown, malformed or contradict each other."""
+    """Hyperparameters are unknown, malformed or contradictory."""
 
 
 class DataError(AccentPluginError):
-    """A data set that cannot be used: missing, of the wrong kind, without accents, with an empty split, ..."""
+    """A data set cannot be used: it is missing, of the wrong kind, without accents, has an empty split, ..."""
 
 
 class ManifestError(DataError):
-    """A manifest (CSV or prepare.json) that is missing, damaged or was made from something else."""
+    """A manifest (CSV or prepare.json) is missing, damaged or was made from other data."""
 
 
 class AudioError(AccentPluginError):
-    """One clip that cannot be used.
+    """A clip cannot be used.
 
     Arguments
     ---------
     reason : str
-        Short name to count by ("undecodable", "empty", "too short", "too long", "non-finite", "silent").
+        Short reason for counting ("undecodable", "empty", "too short", "too long", "non-finite", "silent").
     message : str
         Sentence for a person.
     """
@@ -37,12 +37,12 @@ class AudioError(AccentPluginError):
         self.reason = reason
 
     def __reduce__(self):
-        # The default pickling would replay only the message, and workers send these between processes.
+        # Workers send these between processes, and the default pickling keeps only the message.
         return type(self), (self.reason, str(self))
 
 
 class LimitError(AccentPluginError):
-    """A request beyond what a server was told to take.
+    """A request exceeds a limit of the server.
 
     Arguments
     ---------
@@ -58,28 +58,28 @@ class LimitError(AccentPluginError):
 
 
 class EncoderError(AccentPluginError):
-    """An encoder that is missing, cannot be reached, or is of a family that is not supported."""
+    """An encoder is missing, cannot be downloaded, or its family is not supported."""
 
 
 class ReportError(AccentPluginError):
-    """Predictions that cannot be evaluated: none at all, probabilities that are no probabilities, ..."""
+    """Predictions cannot be evaluated: there are none, probabilities are invalid, ..."""
 
 
 class BundleError(AccentPluginError):
-    """A bundle that is missing, damaged, or not to be trusted."""
+    """A bundle is missing, damaged or contains unsafe values."""
 
 
 class ExchangeError(AccentPluginError):
-    """A model that another library cannot hold, or one of another library that is not understood."""
+    """A model cannot be exported to, or imported from, another library."""
 
 
 class FeatureError(AccentPluginError):
-    """Features on disk that are damaged, or of another encoder."""
+    """Cached features are damaged or come from another encoder."""
 
 
 class CheckpointError(AccentPluginError):
-    """A checkpoint that cannot be written, or is damaged."""
+    """A checkpoint cannot be written or is damaged."""
 
 
 class TrainingError(AccentPluginError):
-    """Training that cannot go on: weights or gradients that are not finite, too many clips that cannot be read, ..."""
+    """Training cannot continue: weights or gradients are not finite, too many clips are unreadable, ..."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, folders with one writer at a time, and what to do when the system refuses."""
+"""Atomic files and folders, locks, and readable errors of the file system."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
-    """Open a file under a temporary name and rename it when it is complete; ``mode`` "wb" writes bytes, not UTF-8."""
+    """Open a file under a temporary name and rename it when it is complete; ``mode`` "w" writes UTF-8, "wb" bytes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     newline, encoding = (None, None) if "b" in mode else ("", "utf-8")
     try:
@@ -26,7 +26,7 @@ def atomic_write(path, mode="w"):
 
 @contextlib.contextmanager
 def writable_folder(folder, argument):
-    """Make ``folder``, and turn what the system says of it into what to do; ``argument`` is how the user gave it."""
+    """Make ``folder``, and turn the system's errors into advice; ``argument`` is the option that named the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -39,9 +39,9 @@ def writable_folder(folder, argument):
 
 @contextlib.contextmanager
 def atomic_folder(folder, files):
-    """A folder under a temporary name that takes the place of ``folder`` when it is whole.
+    """Make a folder under a temporary name that replaces ``folder`` when it is complete.
 
-    Of what stood there only the files called ``files`` are deleted, and only when the new folder is in place.
+    Only ``files`` are deleted from the old folder, after the new folder is in place.
     """
     folder = folder.resolve()
     temporary, aside = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
@@ -72,7 +72,7 @@ def _take_place(new, folder, aside):
 
 @contextlib.contextmanager
 def lock(folder, name=".lock", wait=True):
-    """Let one process at a time work in ``folder``; the lock ends with the process, and a forked child never has it.
+    """Lock ``folder`` for one process; the lock ends with the process, and a forked child does not inherit it.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def lock(folder, name=".lock", wait=True):
     """
     from filelock import FileLock, Timeout
 
-    # The soft lock that it would fall back to is a file, which a killed process leaves behind.
+    # A killed process would leave the file of a soft lock behind.
     held = FileLock(folder / name, fallback_to_soft=False)
     try:
         held.acquire(blocking=False)

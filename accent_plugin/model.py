@@ -19,14 +19,14 @@ class AccentModel(nn.Module):
     pooling : str
         A name in `accent_plugin.pooling.POOLINGS`.
     projector_size : int
-        Width of a linear layer between encoder and pooling; None for none. The head of Hugging Face's
-        `Wav2Vec2ForSequenceClassification` has one of 256.
+        Width of a linear layer between encoder and pooling; None for no layer. Hugging Face's
+        `Wav2Vec2ForSequenceClassification` uses 256.
     projector_activation : bool
-        Follow the projector with a GELU. Hugging Face's has none.
+        Apply a GELU after the projector. Hugging Face's model does not.
     dropout : float
-        Share of the pooled features dropped in training, and of the frames' features where there is a projector.
+        Dropout probability of the pooled features, and of the features of frames if there is a projector.
     whitening : bool
-        Whiten the pooled features within classes; to be fitted before training, see `accent_plugin.model`.
+        Whiten the pooled features within classes. `Whitening.fit` has to be called before training.
     """
 
     def __init__(
@@ -54,21 +54,22 @@ class AccentModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(self.pooling.out_features, len(accents))
         if whitening:
-            # All directions are equal now: a random start would only favour some.
+            # After whitening, all directions are equivalent; random weights would favour some of them.
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
 
     def embed(self, wavs, wav_lens=None, pooled_states=None):
-        """One vector per clip.
+        """Compute one vector per clip.
 
         Arguments
         ---------
         wavs : (batch, samples) torch.Tensor
             16 kHz, padded at the end.
         wav_lens : (batch,) torch.Tensor
-            Length of each clip as a share of the longest; None where nothing is padded.
+            Length of each clip as a fraction of the longest; None if nothing is padded.
         pooled_states : (batch, states, features) torch.Tensor
-            What `accent_plugin.training.feature_cache` kept of the clips, in place of the waveforms; None for those.
+            Pooled states cached by `accent_plugin.training.feature_cache`, used instead of the waveforms. None uses the
+            waveforms.
 
         Returns
         -------
@@ -77,7 +78,7 @@ class AccentModel(nn.Module):
         if pooled_states is None:
             frames, valid = self.wav2vec2(wavs, wav_lens)
         else:
-            # The mean over a single frame, which is the mean already: all that comes before it is linear.
+            # One frame per state, the mean over time. Its mean is exact: the weighted sum and the projector are linear.
             frames = self.wav2vec2.combine(pooled_states.unsqueeze(2).unbind(1))
             valid = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
         if self.projector is not None:
@@ -97,21 +98,21 @@ class AccentModel(nn.Module):
         return torch.log_softmax(scores.float(), dim=-1)
 
     def head_parameters(self):
-        """Parameters that start from nothing: all but the pretrained encoder's, adapters in it among them."""
+        """Return the parameters that are not pretrained: the head and any adapters in the encoder."""
         encoder = {id(parameter) for parameter in self.encoder_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in encoder]
 
     def encoder_parameters(self):
-        """Parameters of the pretrained encoder, frozen ones among them, adapters not."""
+        """Return the pretrained parameters of the encoder, including frozen ones, without adapters."""
         encoder = self.wav2vec2.model
         new = {id(parameter) for parameter in lora.parameters(encoder)}
         return [parameter for parameter in encoder.parameters() if id(parameter) not in new]
 
 
 class Whitening(nn.Module):
-    """A fixed affine map that gives features zero mean and, within a class, unit covariance.
+    """A fixed affine map to features with zero mean and unit within-class covariance.
 
-    Before `fit` it changes nothing. Its two buffers are part of the state, so that a checkpoint holds them.
+    Before `fit`, it is the identity. Its two buffers are part of the state dict, so checkpoints contain them.
 
     Arguments
     ---------
@@ -125,19 +126,19 @@ class Whitening(nn.Module):
 
     @property
     def fitted(self):
-        """Whether mean and transform come from examples, here or in the weights that were loaded."""
+        """Whether `fit` was called, here or before the loaded weights were saved."""
         return bool(self.mean.any())
 
     @torch.no_grad()
     def fit(self, vectors, labels, shrinkage=0.1):
-        """Set mean and transform from examples.
+        """Fit mean and transform to examples.
 
         Arguments
         ---------
         vectors : (examples, features) torch.Tensor
         labels : (examples,) torch.Tensor of int64
         shrinkage : float
-            0 takes the covariance as it is, 1 only its mean variance.
+            0 uses the full covariance, 1 only its mean variance.
         """
         vectors = vectors.double()
         centred = vectors.clone()

@@ -1,7 +1,7 @@
 """Pooling over time: (batch, frames, features) and a mask of valid frames -> one vector per clip.
 
-All poolings have one signature and the same properties: padded frames have no influence, no noise is added, one frame
-gives finite values and gradients, and sums are taken in float32 whatever the autocast type.
+All poolings have the same signature and properties: padded frames have no effect, no noise is added, a single frame
+gives finite values and gradients, and sums are computed in float32 for any autocast type.
 """
 
 import torch
@@ -11,7 +11,7 @@ from accent_plugin.errors import ConfigError
 
 
 def _masked_mean(frames, weights):
-    """Weighted sum over frames, with weights (batch, frames, 1) that sum to one over the valid frames."""
+    """Compute the weighted sum over frames; weights (batch, frames, 1) sum to one over the valid frames."""
     return (frames * weights).sum(dim=1)
 
 
@@ -21,7 +21,7 @@ def _uniform_weights(valid):
 
 
 def _clear_padding(frames, valid):
-    """Zero the padded frames: 0 * nan is nan, so weights alone do not keep garbage out."""
+    """Zero the padded frames; zero weights would not remove NaN, because 0 * nan is nan."""
     return frames.float().masked_fill(~valid.unsqueeze(-1), 0.0)
 
 
@@ -62,19 +62,19 @@ class MeanPooling(nn.Module):
             return _masked_mean(_clear_padding(frames, valid), _uniform_weights(valid))
 
 
-# Keeps the square root's gradient finite where a feature does not vary, as with one frame.
+# Keeps the gradient of the square root finite if a feature is constant, as with one frame.
 _VARIANCE_FLOOR = 1e-6
 
 
 def _statistics(frames, weights):
-    """Weighted mean and standard deviation over frames, side by side."""
+    """Compute the weighted mean and standard deviation over frames, concatenated."""
     mean = _masked_mean(frames, weights)
     variance = _masked_mean((frames - mean.unsqueeze(1)).square(), weights)
     return torch.cat([mean, variance.clamp(min=_VARIANCE_FLOOR).sqrt()], dim=-1)
 
 
 class StatisticsPooling(nn.Module):
-    """Mean and standard deviation over the valid frames, side by side.
+    """Mean and standard deviation over the valid frames, concatenated.
 
     Snyder et al., "X-vectors: robust DNN embeddings for speaker recognition" (2018).
 
@@ -134,7 +134,7 @@ class AttentivePooling(nn.Module):
 
 
 class AttentiveStatisticsPooling(nn.Module):
-    """Attention-weighted mean and standard deviation over the valid frames, side by side.
+    """Attention-weighted mean and standard deviation over the valid frames, concatenated.
 
     Okabe et al., "Attentive statistics pooling for deep speaker embedding" (2018).
 

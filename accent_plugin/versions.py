@@ -1,4 +1,4 @@
-"""The versions that a bug report, or whoever repeats a result, needs."""
+"""Installed versions, for bug reports and reproducibility."""
 
 import importlib.metadata
 import platform
@@ -10,7 +10,7 @@ _PACKAGES = ("speechbrain", "transformers", "torch", "torchaudio", "datasets", "
 
 
 def installed_versions():
-    """Map packages, Python, the machine and its GPU to versions, without importing anything."""
+    """Return the versions of packages, Python, the machine and its GPU, without importing anything."""
     found = {
         "accent_plugin": accent_plugin.__version__,
         "python": platform.python_version(),

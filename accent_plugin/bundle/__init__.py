@@ -1,8 +1,8 @@
-"""A trained classifier as one folder."""
+"""Bundles: a trained classifier as one folder."""
 
 from accent_plugin import lazy_names
 
-# Written into the hyperparams.yaml of every bundle.
+# The hyperparams.yaml of every bundle contains these names.
 __getattr__ = lazy_names(
     __name__,
     {

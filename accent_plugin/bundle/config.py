@@ -1,7 +1,7 @@
-"""The config.json of a bundle: read with suspicion, and without torch.
+"""Read and check the config.json of a bundle, without torch.
 
-A bundle may come from a stranger. What config.json says is bounded before anything is built from it, and every file it
-speaks of is held to its size and SHA-256.
+A bundle may be untrusted. All values in config.json are checked against limits before anything is built from them. The
+files that it names are checked against their size and SHA-256.
 """
 
 import hashlib
@@ -32,14 +32,14 @@ YAML_FILE = "hyperparams.yaml"
 CARD_FILE = "README.md"
 
 
-# All that a bundle's folder, and that of an export to ONNX, may hold.
+# All files that the folder of a bundle and of an ONNX export may contain.
 BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE, YAML_FILE, CARD_FILE)
 
 
 ONNX_FILES = (CONFIG_FILE, ONNX_FILE, CARD_FILE)
 
 
-# A configuration of some kilobytes; a hostile one may be anything.
+# In bytes. A normal configuration has some kilobytes; a hostile one may have any size.
 _LARGEST_CONFIG = 1 << 22
 
 
@@ -49,12 +49,12 @@ _LARGEST_NUMBER = 1 << 22
 _MOST_LAYERS = 1000
 
 
-# Numbers of an encoder that no tensor's shape gives away, but memory, time, or whether a clip can be computed at all.
+# Limits of encoder values that affect memory, time or validity, but no tensor's shape.
 _LIMITS = {
     "conv_kernel": (1, 1000),
     "conv_stride": (1, 1000),
     "num_conv_pos_embeddings": (1, 1000),
-    # Built for nothing: only a decoder that is dropped at once has these.
+    # These only affect a decoder that is built and dropped immediately.
     "decoder_layers": (1, 100),
     "decoder_num_hidden_layers": (1, 100),
     "num_buckets": (4, 1 << 16),
@@ -69,11 +69,11 @@ _LIMITS = {
 }
 
 
-# Of these, each number of the list is held to its limits; null leaves a value to transformers.
+# Lists in which each number is checked against the limits. With null, transformers uses its default.
 _EACH = ("conv_kernel", "conv_stride")
 
 
-# Samples from one frame of a waveform's convolutions to the next: pretrained encoders have 160 to 640.
+# Limits of the hop between frames, in samples. Pretrained encoders have 160 to 640.
 _SHORTEST_HOP, _LONGEST_HOP = 80, SAMPLE_RATE
 
 
@@ -90,27 +90,27 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def is_bundle(folder):
-    """Whether a folder says that it is a bundle, of any version: Hugging Face's have a config.json, too."""
+    """Whether the config.json of a folder is that of a bundle of any version; Hugging Face's models have one too."""
     return "format_version" in _glance(folder)
 
 
 def is_hugging_face(folder):
-    """Whether a folder says that it is a model of Hugging Face's transformers, of any class."""
+    """Whether the config.json of a folder is that of a transformers model of any class."""
     config = _glance(folder)
     return "architectures" in config and "format_version" not in config
 
 
 def require_replaceable(folder, files, is_own=is_bundle):
-    """Refuse a folder that holds anything but ``files``, or does not say that they are this package's.
+    """Raise an error if a folder contains anything but ``files``, or is not recognised as this package's.
 
     Arguments
     ---------
     folder : Path
         May be missing or empty.
     files : collection of str
-        All that such a folder may hold.
+        All files that such a folder may contain.
     is_own : callable
-        Folder -> whether its config.json is of the kind to be written there.
+        Folder -> whether its config.json is of the kind that will be written there.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def require_replaceable(folder, files, is_own=is_bundle):
 
 
 def _glance(folder):
-    """The content of a folder's config.json as it stands; an empty mapping where there is none."""
+    """Read a folder's config.json without checks; an empty mapping if there is none."""
     path = Path(folder) / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _LARGEST_CONFIG else None
@@ -140,7 +140,7 @@ def _glance(folder):
 
 
 def read(folder):
-    """Read config.json and check every value in it; the files that it speaks of are not looked at.
+    """Read config.json and check every value in it; the files that it names are not checked.
 
     Raises
     ------
@@ -166,7 +166,7 @@ def read(folder):
     if not isinstance(config, dict):
         raise BundleError(f"{path} holds no mapping")
     version = config.get("format_version")
-    # To Python, true and 1.0 are 1, too.
+    # In Python, true and 1.0 equal 1.
     if type(version) is not int or version != FORMAT_VERSION:
         raise BundleError(
             f"{path} has format_version {_short(version)}; this accent_plugin "
@@ -182,7 +182,7 @@ def read(folder):
 
 
 def _mapping(pairs):
-    """An object of JSON as a dict; Python itself would take the last of several equal keys."""
+    """Convert a JSON object to a dict; Python's parser would silently use the last of duplicate keys."""
     found = {}
     for key, value in pairs:
         if key in found:
@@ -192,14 +192,14 @@ def _mapping(pairs):
 
 
 def weights_identity(path):
-    """Name, size in bytes and SHA-256 of a file, as config.json has them of the weights."""
+    """Return the name, size in bytes and SHA-256 of a weights file, as stored in config.json."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 def require_size(path, config):
-    """Refuse a file of weights that is missing or of another size than config.json says: it was cut or changed.
+    """Raise an error if a weights file is missing or its size differs from config.json.
 
     Raises
     ------
@@ -215,7 +215,7 @@ def require_size(path, config):
 
 
 def require_identity(path, config):
-    """Refuse a file of weights with another digest than config.json says.
+    """Raise an error if the digest of a weights file differs from config.json.
 
     Raises
     ------
@@ -226,7 +226,7 @@ def require_identity(path, config):
 
 
 def _problems(config):
-    """Yield what is wrong with a configuration's values, before anything is built from them."""
+    """Yield descriptions of invalid values in a configuration, before anything is built from them."""
     labels, model, weights = (config.get(key) for key in ("labels", "model", "weights"))
     named = isinstance(labels, list) and all(_is_name(label) for label in labels)
     if not named or not 1 <= len(labels) <= _MOST_LAYERS or len(set(labels)) < len(labels):
@@ -297,11 +297,11 @@ def _problems_of_encoder(encoder):
 
 
 def _outside(name, values):
-    """What in a part of an encoder's description is beyond its limits."""
+    """Yield the values in a part of an encoder's description that are outside their limits."""
     for key, value in values.items():
         path = f"{name}.{key}" if key.isidentifier() else f"{name}[{_short(key)}]"
         largest = _MOST_LAYERS if "layers" in key else _LARGEST_NUMBER
-        # Not "> largest": that would let NaN pass.
+        # Not "> largest", which would accept NaN.
         if not all(abs(number) <= largest for number in _numbers(value)):
             yield f"{path} is {_short(value)}, more than any encoder has"
         elif key in _LIMITS and not (value is None or _is_within(value if key in _EACH else [value], *_LIMITS[key])):
@@ -311,7 +311,7 @@ def _outside(name, values):
 
 
 def _problems_of_frames(config):
-    """What is wrong with numbers that are each within its limits."""
+    """Yield conflicts between values that are each within their limits."""
     kernels, strides = config.get("conv_kernel"), config.get("conv_stride")
     if kernels and strides:
         samples = 1
@@ -362,12 +362,12 @@ def _numbers(value):
 
 
 def _is_name(value):
-    """Whether a text can be shown: in a terminal, control characters are commands."""
+    """Whether a text is printable; control characters could control a terminal."""
     return isinstance(value, str) and value != "" and value.isprintable() and value == value.strip()
 
 
 def _is_within(values, least, most):
-    """Whether this is a list of numbers within limits, which are whole where the limits are."""
+    """Whether this is a list of numbers within limits; integers if the limits are integers."""
     kinds = int | float if isinstance(least, float) else int
     return isinstance(values, list) and all(
         isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most for value in values

@@ -1,4 +1,4 @@
-"""A trained classifier as one folder that travels: no paths, no code, no base checkpoint.
+"""A trained classifier as one portable folder, without paths, code or a base checkpoint.
 
 ::
 
@@ -7,8 +7,9 @@
     hyperparams.yaml   generated from config.json, for SpeechBrain's `EncoderClassifier.from_hparams`
     README.md          the model card
 
-`load` reads config.json and the weights, runs no YAML and unpickles nothing, and refuses what is not whole: so a bundle
-of unknown origin is safe to open with it. `from_hparams` runs hyperparams.yaml, as SpeechBrain does with every model.
+`load_bundle` reads config.json and the weights. It executes no YAML, unpickles nothing, and raises an error if the
+bundle is incomplete, so it can safely open untrusted bundles. `from_hparams` executes hyperparams.yaml, as SpeechBrain
+does for every model.
 """
 
 import json
@@ -36,7 +37,7 @@ from accent_plugin.model import AccentModel
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle holds, ready for SpeechBrain's `EncoderClassifier`.
+    """The content of a bundle, as SpeechBrain's `EncoderClassifier` needs it.
 
     Arguments
     ---------
@@ -45,7 +46,7 @@ class Bundle:
     hparams : dict
         "label_encoder", "sample_rate", "audio_normalizer", "mean_var_norm_emb" and "bundle_config".
     model : AccentModel
-        Its weights have the temperature folded in.
+        The temperature is folded into its weights.
     config : dict
         The content of config.json.
     """
@@ -57,13 +58,13 @@ class Bundle:
 
 
 def load_bundle(folder):
-    """Load a bundle; nothing in it is run, and every doubt is an error.
+    """Load a bundle without executing anything in it; any inconsistency is an error.
 
     Raises
     ------
     BundleError
-        When a file is missing, damaged, of another size or digest than config.json says, of an unknown
-        format_version, or does not fit the others.
+        If a file is missing, damaged or inconsistent with the others, its size or digest differs from config.json, or
+        the format_version is unknown.
     """
     folder = Path(folder).absolute()
     config = bundle_config.read(folder)
@@ -73,7 +74,7 @@ def load_bundle(folder):
             f"{folder} was exported to ONNX: accent_plugin.exchange.onnx_classifier.OnnxAccentClassifier loads it"
         )
     bundle_config.require_size(weights, config)
-    # On this device tensors have shapes and no memory, so that a configuration of any size can be compared first.
+    # Tensors on this device take no memory, so the shapes of a configuration of any size can be compared first.
     with torch.device("meta"):
         expected = _build_model(config, folder / CONFIG_FILE)
     require_tensors(weights, read_tensor_shapes(weights), expected)
@@ -84,12 +85,12 @@ def load_bundle(folder):
 
 
 def check_bundle(folder):
-    """Refuse a folder that is no whole bundle; see `load`."""
+    """Raise an error if a folder is not a complete bundle; see `load_bundle`."""
     load_bundle(folder)
 
 
 def build(config):
-    """Build the model that a bundle's hyperparams.yaml asks for, to be filled by SpeechBrain's Pretrainer.
+    """Build the model for a bundle's hyperparams.yaml; SpeechBrain's Pretrainer loads its weights.
 
     Arguments
     ---------
@@ -101,7 +102,7 @@ def build(config):
 
 
 def make_label_encoder(config):
-    """SpeechBrain's label encoder with the labels of a bundle, in their order; ``config`` as in `build`."""
+    """Make SpeechBrain's label encoder with the labels of a bundle, in order; ``config`` as in `build`."""
     labels = json.loads(config)["labels"]
     encoder = CategoricalEncoder()
     encoder.update_from_iterable(labels, sequence_input=False)
@@ -110,7 +111,7 @@ def make_label_encoder(config):
 
 
 def make_bundle(model, config):
-    """Make the `Bundle` of a model in evaluation mode and the content of its config.json."""
+    """Make a `Bundle` from a model in evaluation mode and the content of its config.json."""
     text = json.dumps(config)
     modules = {
         "compute_features": AsIs(),
@@ -142,7 +143,7 @@ def _build_model(config, where):
     except AccentPluginError as error:
         raise BundleError(f"{where}: {error}") from None
     except Exception as error:
-        # Whatever a stranger's numbers make torch say.
+        # Untrusted values can cause any error in torch.
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BundleError(f"{where} describes no model: {problem}") from error
     return model

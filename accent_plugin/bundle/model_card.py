@@ -1,6 +1,6 @@
-"""What a bundle says of itself: README.md, with the Hugging Face Hub's metadata on top.
+"""The model card of a bundle: README.md with the Hugging Face Hub's metadata.
 
-The card repeats figures and warnings of the report; it has none of its own.
+All figures and warnings of the card come from the report.
 """
 
 import re
@@ -19,7 +19,7 @@ from accent_plugin.report.text import NAMES, count_in_words, format_duration, fo
 NOT_EVALUATED = "Not evaluated: nothing is known about how often this model is right."
 
 
-# Figure of a report -> the Hub's name of the metric, and what makes it ours.
+# Figure of a report -> the Hub's name of the metric, and its arguments.
 _HUB_METRICS = {
     "accuracy": ("accuracy", None),
     "unweighted_average_recall": ("recall", {"average": "macro"}),
@@ -73,13 +73,13 @@ def write(folder, config, metrics=None, license="other"):
     Arguments
     ---------
     folder : str or Path
-        Of the bundle.
+        The folder of the bundle.
     config : dict
         The content of its config.json.
     metrics : dict, or None
-        The content of the metrics.json of its run; None where it was not evaluated, which the card then says.
+        The content of the run's metrics.json. None if the model was not evaluated; the card then says so.
     license : str
-        The Hub's name of the licence; "other" where nobody chose one.
+        The Hub's name of the licence; "other" if none was chosen.
 
     Returns
     -------
@@ -88,7 +88,7 @@ def write(folder, config, metrics=None, license="other"):
     Raises
     ------
     BundleError
-        When the metrics are of other labels.
+        If the labels of the metrics differ.
     """
     path = Path(folder) / CARD_FILE
     text = render(config, metrics, license)
@@ -136,23 +136,23 @@ def metadata(config, metrics=None, license="other"):
 
 
 def for_transformers(card):
-    """Make of a bundle's card that of the same model as transformers loads it: metadata and use are replaced.
+    """Convert a bundle's card for the model in transformers' format: metadata and usage are replaced.
 
     Arguments
     ---------
     card : str
-        As `render` makes it; what else somebody wrote into it stays.
+        From `render`. Text that a user has added stays.
 
     Raises
     ------
     BundleError
-        When it has no metadata on top.
+        If the card does not start with metadata.
     """
     return _for_library(card, "transformers", _USE_IN_TRANSFORMERS)
 
 
 def for_onnx(card):
-    """Make of a bundle's card that of the same model for ONNX Runtime; as `for_transformers`."""
+    """Convert a bundle's card for the model in ONNX format, like `for_transformers`."""
     return _for_library(card, "onnx", _USE_IN_ONNX)
 
 
@@ -196,7 +196,7 @@ def _result(metrics):
 
 
 def _contents(config, metrics):
-    """Yield the blocks of a card, as `accent_plugin.report.markdown.to_markdown` wants them; all text plain."""
+    """Yield the blocks of a card for `accent_plugin.report.markdown.to_markdown`; all text is plain."""
     labels, model = config["labels"], config["model"]
     warnings = warnings_of(metrics["data"]) if metrics else []
     short = "; ".join(short for short, _ in warnings) if metrics else "not evaluated"

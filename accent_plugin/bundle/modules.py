@@ -11,21 +11,21 @@ from accent_plugin.bundle.config import CONFIG_FILE
 from accent_plugin.errors import BundleError
 from accent_plugin.model import AccentModel
 
-# As safetensors calls them; a model has no others.
+# safetensors' names of all types that a model has.
 _DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
 
 
 @register_checkpoint_hooks
 class BundledModel(AccentModel):
-    """An `AccentModel` whose weights come from a bundle, all of them and no others."""
+    """An `AccentModel` that loads exactly the weights of a bundle."""
 
     @mark_as_transfer
     def load_weights(self, path):
-        """Take the weights of a safetensors file, whatever its name; SpeechBrain's Pretrainer calls it."""
+        """Load the weights of a safetensors file with any name; SpeechBrain's Pretrainer calls this method."""
         require_tensors(path, read_tensor_shapes(path), self)
         with torch.no_grad():
             for key, value in self.state_dict().items():
-                # Opened for each tensor, since what is mapped stays in memory: never all of them twice.
+                # Opened once per tensor: mapped pages stay in memory, and all tensors would be in memory twice.
                 with safe_open(path, framework="pt") as file:
                     value.copy_(file.get_tensor(key))
                 if not torch.isfinite(value).all():
@@ -33,21 +33,21 @@ class BundledModel(AccentModel):
 
 
 class AsIs(nn.Module):
-    """Gives back its first argument: the model computes features and normalises them, and embeddings, by itself."""
+    """Identity module: the model itself computes and normalises features and embeddings."""
 
     def forward(self, features, lengths=None):
-        """Give back the features."""
+        """Return the features."""
         return features
 
 
 class Embedding(nn.Module):
-    """Waveforms -> one vector for each clip and each speed it is played at.
+    """Waveforms -> one vector for each clip and speed.
 
     Arguments
     ---------
     model : AccentModel
     speeds : sequence of float
-        1 is the clip as it is.
+        Speed factors; 1 leaves the clip unchanged.
     """
 
     def __init__(self, model, speeds=(1.0,)):
@@ -62,7 +62,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Vectors of a clip's copies -> log-probabilities, averaged over the copies and normalised anew.
+    """Vectors of a clip's copies -> log-probabilities, averaged over the copies and normalised again.
 
     Arguments
     ---------
@@ -75,14 +75,14 @@ class Head(nn.Module):
 
     def forward(self, embeddings):
         """Classify (batch, speeds, features); returns (batch, 1, classes) log-probabilities in float32."""
-        # In float32 whatever the encoder runs in: it costs nothing, and probabilities are made of it.
+        # Always in float32, for exact probabilities; the cost is negligible.
         with torch.autocast(embeddings.device.type, enabled=False):
             copies = torch.log_softmax(self.model.classifier(embeddings.float()), dim=-1)
         return torch.log_softmax(copies.mean(dim=1, keepdim=True), dim=-1)
 
 
 class Normalizer:
-    """Any waveform -> mono at 16 kHz, resampled as in training; in place of SpeechBrain's `AudioNormalizer`."""
+    """Any waveform -> mono at 16 kHz, resampled as in training; replaces SpeechBrain's AudioNormalizer."""
 
     def __call__(self, wav, sample_rate):
         """Convert (samples,) or (samples, channels) torch.Tensor; returns (samples,)."""
@@ -91,7 +91,7 @@ class Normalizer:
 
 
 def change_batch_speed(wavs, wav_lens, speed):
-    """A batch at another speed: each clip by itself, so that padding has no influence."""
+    """Change the speed of a batch clip by clip, so that padding has no effect."""
     if speed == 1:
         return wavs, wav_lens
     lens = torch.ones(len(wavs)) if wav_lens is None else wav_lens
@@ -107,7 +107,7 @@ def change_batch_speed(wavs, wav_lens, speed):
 
 
 def read_tensor_shapes(path):
-    """Name of each tensor in a file -> its type, as safetensors calls it, and shape."""
+    """Read the type, as named by safetensors, and the shape of each tensor in a file."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
@@ -117,7 +117,7 @@ def read_tensor_shapes(path):
 
 
 def require_tensors(path, found, model):
-    """Refuse weights whose names or shapes are not those of the model."""
+    """Raise an error if the names, types or shapes of weights differ from those of the model."""
     expected = {key: (_DTYPES[value.dtype], tuple(value.shape)) for key, value in model.state_dict().items()}
     if missing := sorted(expected.keys() - found.keys()):
         raise BundleError(f"{path} lacks {len(missing)} tensors of the model, {missing[0]} for one")

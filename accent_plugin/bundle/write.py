@@ -1,4 +1,4 @@
-"""Write a bundle, and check that it gives the scores of the model it was made from."""
+"""Write a bundle, and check that it gives the same scores as the original model."""
 
 import copy
 import json
@@ -34,31 +34,30 @@ def write_bundle(
     versions=None,
     imported_from=None,
 ):
-    """Write a bundle, load it back, and compare.
+    """Write a bundle, load it, and compare its scores with the model's.
 
     Arguments
     ---------
     folder : str or Path
-        Replaced when it holds a bundle already, and nothing else.
+        Replaced if it contains only a bundle.
     model : AccentModel
         Trained.
     labels : sequence of str
-        In the order of the output.
+        The labels, in the order of the output.
     encoder_name : str
-        What the encoder was pretrained as, for the card.
+        Name of the pretrained encoder, for the card.
     pooling : str
         A name in `accent_plugin.pooling.POOLINGS`.
     speeds : sequence of float
-        Copies of a clip to average over.
+        Speed factors of the copies of a clip to average over.
     calibration : dict
-        As `accent_plugin.evaluation.calibration.describe_calibration` gives it; its temperature is folded into the
-        classifier.
+        From `accent_plugin.evaluation.calibration.describe_calibration`. Its temperature is folded into the classifier.
     metrics : dict
         The content of the run's metrics.json, for the card.
     versions : dict
         Package -> version.
     imported_from : str
-        Name of the checkpoint that these weights are; None where this package trained them.
+        Name of the imported checkpoint; None if this package trained the weights.
 
     Returns
     -------
@@ -67,9 +66,9 @@ def write_bundle(
     Raises
     ------
     BundleError
-        When the folder holds something else, a weight is NaN or infinite, or what was written gives other scores.
+        If the folder contains other files, a weight is NaN or infinite, or the written bundle gives different scores.
     """
-    # Imported here, since it draws in what makes reports, which loading needs not.
+    # Imported here, because it imports the report code, which loading a bundle does not need.
     from accent_plugin.bundle import model_card
 
     folder = Path(folder).absolute()
@@ -84,7 +83,7 @@ def write_bundle(
         try:
             save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary / WEIGHTS_FILE)
         except SafetensorError as error:
-            # As what a full disk is told by everybody else.
+            # Report a full disk like the other writers.
             raise BundleError(f"{folder} cannot be written: {error}\nmake room there and run it again") from error
         config = make_config(
             model,
@@ -98,7 +97,7 @@ def write_bundle(
             imported_from=imported_from,
         )
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-        # safetensors lets nobody else read what it writes, whatever the umask says.
+        # safetensors ignores the umask and makes its file readable only by the owner.
         shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)
         (temporary / YAML_FILE).write_text(_yaml(config), encoding="utf-8")
         model_card.write(temporary, config, metrics)
@@ -118,7 +117,7 @@ def make_config(
     versions=None,
     imported_from=None,
 ):
-    """Make the content of config.json; arguments as for `write`, ``weights`` as `bundle_config.identity` gives it."""
+    """Make the content of config.json; arguments as for `write_bundle`, ``weights`` from `weights_identity`."""
     return {
         "format_version": FORMAT_VERSION,
         "made_by": f"accent_plugin {accent_plugin.__version__}",
@@ -140,14 +139,14 @@ def make_config(
 
 
 def _compare(model, bundle, speeds):
-    """Both must give the same scores, on noise: the very weights are compared, not what they are good for."""
+    """Raise an error unless model and bundle give the same scores on noise."""
     noise = 0.1 * torch.randn(2, 2 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([0.6, 1.0])
     with torch.inference_mode():
         before = Head(model)(Embedding(model, speeds)(noise, lengths))
         after = bundle.modules["classifier"](bundle.modules["embedding_model"](noise, lengths))
     difference = (before - after).abs().max().item()
-    # Not "difference > tolerance": that would let NaN pass.
+    # Not "difference > tolerance", which would accept NaN.
     if not difference <= _TOLERANCE:
         raise BundleError(
             f"the bundle gives other scores than the model it was made of (by {difference:.1e}): report it"
@@ -155,8 +154,8 @@ def _compare(model, bundle, speeds):
 
 
 def _yaml(config):
-    """SpeechBrain's file of the bundle; the configuration goes in as one quoted text, which no YAML dialect changes."""
-    # Escaped as ASCII, and with nothing that HyperPyYAML takes for a reference.
+    """Make SpeechBrain's YAML of the bundle; it contains the configuration as one quoted text for any YAML dialect."""
+    # Escaped as ASCII, without characters that HyperPyYAML reads as a reference.
     text = json.dumps(config).replace("<", "\\u003c").replace(">", "\\u003e").replace("'", "\\u0027")
     return f"""\
 # Made from config.json by {config["made_by"]}; not to be edited. SpeechBrain runs this file when it loads the model, so

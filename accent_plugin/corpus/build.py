@@ -84,7 +84,7 @@ def survey_accents(source, *, mapping=None, compound="drop", **reading):
     Arguments
     ---------
     source : str or Path
-        As in ``build``.
+        As in ``build_corpus``.
     mapping, compound
         As in ``CorpusChoices``.
     **reading

@@ -7,9 +7,9 @@ The files in ``prepared_folder``::
     prepare.json             arguments, source, counts, dropped clips by reason; written last
     audio.jsonl              the result of each decoded clip, from which an interrupted run is resumed
 
-The columns of the CSV files are ``COLUMNS``; ``wav`` begins with ``$data_root/``, which stands for ``prepared_folder``.
-SpeechBrain would replace any other ``$word``: so ``%``, ``$``, line breaks and NUL in other cells are written as ``%``
-and two hexadecimal digits, and ``read`` undoes it.
+``accent_plugin.data.manifests.COLUMNS`` lists the columns of the CSV files. ``wav`` begins with ``$data_root/``, which
+stands for ``prepared_folder``. SpeechBrain would replace any other ``$word``: so ``%``, ``$``, line breaks and NUL in
+other cells are written as ``%`` and two hexadecimal digits, and ``read_manifest`` decodes them.
 
 Nothing here imports torch, and ``datasets`` only when there is something to do.
 """
@@ -50,7 +50,7 @@ class PreparationChoices(selection.SharedChoices):
     Arguments
     ---------
     accents : sequence of str
-        Labels to keep; names that ``labels`` does not know are used as they are.
+        Labels to keep; names that ``accent_plugin.data.labels`` does not know are used unchanged.
     seed : int
         Determines every draw.
     balance : str

@@ -1,8 +1,8 @@
-"""Encoders whose output for a clip does not depend on its batch."""
+"""Encoders that return the same output for a clip in any batch."""
 
 from accent_plugin import lazy_names
 
-# Public, and written into saved runs. It can start from a bundle, which lies above this folder.
+# Saved runs contain this public name. It can start from a bundle, a module above this folder.
 __getattr__ = lazy_names(
     __name__,
     {

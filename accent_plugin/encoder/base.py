@@ -1,10 +1,10 @@
-"""Pretrained speech encoders whose output for a clip does not depend on the batch it is in.
+"""Pretrained speech encoders that return the same output for a clip in any batch.
 
-Three things make the usual lobes give a clip other frames when it is padded: normalising the padded waveform or
-spectrogram, a normalisation over time in the first convolutions, and padding that leaks through later convolutions.
-Here each is computed from the clip's own samples and frames, with the parameters and state-dict keys of Hugging Face's
-models, so that for one unpadded clip the output is Hugging Face's (for Whisper a clip of 30 s, to which Hugging Face
-pads every clip). A family enters `FAMILIES` only with a test of that.
+With SpeechBrain's own lobes, padding changes the frames of a clip for three reasons: they normalise the padded waveform
+or spectrogram, they normalise over time in the first convolutions, and later convolutions mix padding into the clip.
+The encoders here compute each step from the clip's own samples and frames. They keep the parameters and state-dict keys
+of Hugging Face's models, and their output for one unpadded clip equals Hugging Face's (for Whisper: for a clip of 30 s,
+because Hugging Face pads every clip to 30 s). Every family in `FAMILIES` has a test of this.
 """
 
 import difflib
@@ -28,25 +28,26 @@ from accent_plugin.errors import EncoderError
 logger = logging.getLogger(__name__)
 
 
-# Of Hugging Face's Wav2Vec2FeatureExtractor, so that a clip is normalised exactly as there.
+# The value in Hugging Face's Wav2Vec2FeatureExtractor, so that clips are normalised identically.
 _NORMALISATION_FLOOR = 1e-7
 
 
-# Of the names of the encoder's tensors in a bundle: an AccentModel holds them so.
+# Prefix of the encoder's tensors in a bundle, as AccentModel names them.
 PREFIX = "wav2vec2.model."
 
 
 class InvariantEncoder:
-    """What all encoders share; a family says how many frames there are, which parts it has, and how to encode.
+    """Base class of all encoders; a family adds the frame counts, its parts and the forward pass.
 
-    It names the key of its number of layers in `_DEPTH` and changes the loaded model in `_adapt`.
+    A family names the configuration key of its layer count in `_DEPTH` and changes the loaded model in `_adapt`.
 
-    Mixed into a SpeechBrain lobe. The forward pass returns frames and a mask instead of frames alone. While `detached`
-    is set, no gradient enters the pretrained model: it stands still without being frozen for good.
+    This is a mix-in for a SpeechBrain lobe. The forward pass returns frames and a mask instead of frames alone. While
+    `detached` is set, no gradient flows into the pretrained model, so it does not train. Unlike freezing, this can be
+    undone.
     """
 
     detached = False
-    # Layers with adapters; there are none yet when the parent's constructor sets the mode.
+    # Layers with adapters. The parent's constructor calls `train` before there are any.
     _adapted = ()
 
     def __init__(
@@ -71,7 +72,7 @@ class InvariantEncoder:
     ):
         if freeze and lora_rank is not None:
             raise EncoderError("freeze trains nothing of the encoder, lora_rank adapters in it: give one of them")
-        # The parent calls override_config while it is being built, so these come before it.
+        # The parent's constructor calls override_config, which needs these.
         self._num_layers, self._config_overrides = num_layers, config_overrides or {}
         self._weights = weights
         with quiet_transformers():
@@ -79,7 +80,7 @@ class InvariantEncoder:
         use_cpu_kernels(self.model, attention=kwargs.get("attn_implementation") is None)
         self._adapt(source)
         if weights_file is not None:
-            # Before adapters are put in, which give weights other names.
+            # Adapters rename weights, so load the weights first.
             self._take_weights(weights_file)
         self._freeze_for_good(freeze, freeze_feature_extractor, freeze_layers, adapted=lora_rank is not None)
         if lora_rank is not None:
@@ -92,14 +93,14 @@ class InvariantEncoder:
         self.train(self.training)
 
     def override_config(self, config):
-        """Apply the overrides before the model is built: dropout values are baked in at construction."""
+        """Apply the overrides before the model is built, because dropout modules read their probability only then."""
         return _overridden(config, self._config_overrides, self._num_layers, self._DEPTH)
 
     def _freeze_for_good(self, freeze, freeze_feature_extractor, freeze_layers, adapted):
         depth = len(self.layers)
         if not 0 <= freeze_layers <= depth:
             raise EncoderError(f"freeze_layers is {freeze_layers}, but this encoder has {depth} layers")
-        # Whether no gradient enters the model at all: to adapters it has to pass through frozen layers.
+        # Whether the whole model runs without gradients. With adapters, gradients must pass through frozen layers.
         self.freeze = freeze
         self.feature_encoder_is_frozen = freeze or adapted or freeze_feature_extractor or freeze_layers > 0
         if freeze or adapted:
@@ -124,18 +125,18 @@ class InvariantEncoder:
                     f"weighted_layers is {weighted_layers}; this encoder has states 0 (before the first layer) "
                     f"to {depth}"
                 )
-            # The name and form of Hugging Face's use_weighted_layer_sum: softmax over one number per state.
+            # Same name and form as in Hugging Face's use_weighted_layer_sum: a softmax over one number per state.
             self.layer_weights = nn.Parameter(torch.zeros(len(weighted_layers)))
 
     @property
     def width(self):
-        """Features of a frame."""
+        """Number of features in a frame."""
         return self.model.config.hidden_size
 
     def train(self, mode=True):
-        """Set the mode; frozen parts stay in evaluation mode, or dropout would make them drift.
+        """Set the mode; frozen parts stay in evaluation mode, so that they apply no dropout.
 
-        Adapters follow the mode: in training their own dropout acts, that of the frozen encoder around them does not.
+        Adapters follow the mode: in training, their own dropout is active and the frozen encoder's is not.
         """
         super().train(mode)
         for part in getattr(self, "_frozen_parts", ()):
@@ -145,7 +146,7 @@ class InvariantEncoder:
         return self
 
     def merge_adapters(self):
-        """Make adapters, where there are any, part of the encoder's weights, in place and for good."""
+        """Merge any adapters into the encoder's weights, in place; this cannot be undone."""
         if self._adapted:
             lora.merge(self.model)
         self._adapted = ()
@@ -156,9 +157,9 @@ class InvariantEncoder:
         Arguments
         ---------
         wavs : (batch, samples) torch.Tensor
-            16 kHz, padded at the end; what stands in the padding has no influence.
+            16 kHz, padded at the end. The values in the padding have no effect.
         wav_lens : (batch,) torch.Tensor
-            Length of each clip as a share of the longest; None where nothing is padded.
+            Length of each clip as a fraction of the longest; None if nothing is padded.
 
         Returns
         -------
@@ -170,12 +171,13 @@ class InvariantEncoder:
         return self.combine(states), valid
 
     def used_states(self, wavs, wav_lens=None):
-        """Encode waveforms up to the learned sum of layers, where there is one.
+        """Encode waveforms, but do not compute the learned weighted sum of layers.
 
         Returns
         -------
         states : list of (batch, frames, features) torch.Tensor
-            What `combine` takes: the states that are summed, standardised where they are to be; or the last one alone.
+            The input of `combine`: the states to sum, standardised with `standardise_layers`. Without a weighted sum,
+            only the last state.
         valid : (batch, frames) torch.Tensor
         """
         if self.weighted_layers is None:
@@ -188,19 +190,19 @@ class InvariantEncoder:
         return chosen, valid
 
     def combine(self, states):
-        """Sum states with the learned weights: list of (batch, frames, features) torch.Tensor -> one such."""
+        """Sum a list of (batch, frames, features) torch.Tensor with the learned weights; returns the same shape."""
         if self.weighted_layers is None:
             return states[0]
         weights = torch.softmax(self.layer_weights, dim=0)
         return sum(weight * state for weight, state in zip(weights, states, strict=True))
 
     def hidden_states(self, wavs, wav_lens=None):
-        """Encode waveforms and keep every layer.
+        """Encode waveforms and return the hidden states of all layers.
 
         Returns
         -------
         states : tuple of (batch, frames, features) torch.Tensor
-            State 0 enters the first layer; state k leaves layer k.
+            State 0 is the input of the first layer; state k is the output of layer k.
         valid : (batch, frames) torch.Tensor
         """
         return self._run(wavs, wav_lens, all_states=True)
@@ -211,9 +213,9 @@ class InvariantEncoder:
         short = self.minimum_samples - wavs.shape[1]
         if short > 0:
             wavs = nn.functional.pad(wavs, (0, short))
-        # A clip too short for the convolutions counts as if silence followed it, alone and in a batch.
+        # A clip too short for the convolutions is extended with silence, alone and in a batch.
         counts = counts.clamp(min=self.minimum_samples)
-        # Where nothing is padded the model runs unmasked, so that the result is Hugging Face's to the last bit.
+        # Without padding, the model runs without a mask, so that the result equals Hugging Face's to the last bit.
         padded = wav_lens is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.freeze or self.detached)):
             output = self._encode(wavs, counts, padded, all_states)
@@ -221,16 +223,17 @@ class InvariantEncoder:
         return output.hidden_states if all_states else output.last_hidden_state, valid
 
     def _checkpointed(self, forward, *arguments, **keywords):
-        """A block, which in training keeps only what enters it; the backward pass computes the rest again.
+        """Run a block; in training keep only its input, and recompute the activations in the backward pass.
 
-        Not Hugging Face's switch, which leaves out layers in evaluation mode, as those around adapters are.
+        Hugging Face's gradient checkpointing does not cover layers in evaluation mode, such as frozen ones with
+        adapters.
         """
         if self.training and torch.is_grad_enabled():
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
         return forward(*arguments, **keywords)
 
     def _own_scale(self, wavs, counts):
-        """Clear the padding and, where the encoder was trained so, bring each clip to zero mean and unit variance."""
+        """Zero the padding, and normalise each clip to zero mean and unit variance if the encoder expects that."""
         with torch.autocast(wavs.device.type, enabled=False):
             mask = valid_frames(counts, wavs.shape[1])
             wavs = wavs.float().masked_fill(~mask, 0.0)
@@ -243,7 +246,7 @@ class InvariantEncoder:
             return centred / torch.sqrt(variance + _NORMALISATION_FLOOR)
 
     def _from_pretrained(self, source, save_path, cache_dir, device=None, **kwargs):
-        """Load from a local folder and insist on whole weights: the stock lobe draws missing ones at random."""
+        """Load from a local folder and require all weights; SpeechBrain's lobe initialises missing ones at random."""
         if not self._weights:
             self.model = self._without_weights(**kwargs)
             return
@@ -262,11 +265,11 @@ class InvariantEncoder:
         self.model = model
 
     def _without_weights(self, **kwargs):
-        """The model as its configuration describes it, for weights that are loaded later."""
+        """Build the model from its configuration; its weights are loaded later."""
         return AutoModel.from_config(self.config, **kwargs)
 
     def _take_weights(self, path):
-        """Load the encoder's weights of a bundle: all that there are, but for blocks that `num_layers` leaves out."""
+        """Load all encoder weights of a bundle, except blocks that `num_layers` drops."""
         state = self.model.state_dict()
         try:
             with safe_open(path, framework="pt") as file, torch.no_grad():
@@ -282,7 +285,7 @@ class InvariantEncoder:
             raise EncoderError(f"the encoder's weights in {path} cannot be taken: {problem}") from error
 
     def _require_keys(self, path, expected, found):
-        # SpecAugment's vector is there or not as the configuration's mask_time_prob is, which may be overridden.
+        # The mask_time_prob of the configuration, which may be overridden, decides whether SpecAugment's vector exists.
         differing = {key for key in expected ^ found if not key.endswith("masked_spec_embed")}
         if missing := sorted(differing & expected):
             raise EncoderError(f"{path} lacks {len(missing)} tensors of the encoder, {missing[0]} for one")
@@ -291,7 +294,7 @@ class InvariantEncoder:
             raise EncoderError(f"{path} has {len(extra)} tensors that the encoder has not, {extra[0]} for one")
 
     def describe(self):
-        """What `build_encoder` needs to build this encoder again, as plain JSON without paths."""
+        """Return what `build_encoder` needs to rebuild this encoder, as plain JSON without paths."""
         config, preprocessor = (json.loads(part.to_json_string()) for part in (self.config, self.feature_extractor))
         return {
             "family": self.config.model_type,
@@ -302,7 +305,7 @@ class InvariantEncoder:
         }
 
     def _may_be_missing(self, key):
-        # Drawn at random by Hugging Face where SpecAugment was never used; never used here either.
+        # Without SpecAugment, Hugging Face initialises it at random. This package does not use it.
         return key.endswith("masked_spec_embed")
 
 
@@ -315,8 +318,7 @@ def _overridden(config, overrides, num_layers, depth_key):
         setattr(config, key, value)
     for key in ("layerdrop", "encoder_layerdrop"):
         if hasattr(config, key) and key not in overrides:
-            # Dropped layers get no gradient, which distributed training takes for an error, and cost small runs some
-            # accuracy.
+            # Layers dropped by LayerDrop get no gradient: distributed training fails, and small runs lose accuracy.
             setattr(config, key, 0.0)
     if num_layers is not None:
         depth = getattr(config, depth_key)

@@ -1,16 +1,17 @@
-"""wav2vec 2.0's convolutions on the waveform; where they are not trained, as matrix products.
+"""wav2vec 2.0's convolutions on the waveform; frozen ones are computed as matrix products.
 
-torch keeps (channels, time) and copies each layer's input and output into another layout and back, which on a CPU takes
-longer than the arithmetic. Here the channels of a frame lie next to each other from the first layer to the last, so
-that the windows of a convolution with stride s are rows of memory as they stand: s frames a row, and as many products
-as the kernel is strides long.
+torch stores (channels, time) and copies the input and output of each layer to another layout and back. On a CPU, this
+takes longer than the arithmetic. This module stores the channels of a frame next to each other in all layers. The
+windows of a convolution with stride s are then rows of memory, s frames a row. A layer needs one matrix product for
+each stride of its kernel.
 
-On a CPU a clip goes through all layers in blocks that stay in the cache, and its padding is left out. The group
-normalisation of the first layer needs the mean and the variance of its output over time. Both follow from the mean and
-the covariance of the ten samples under the kernel, so the normalisation is folded into the clip's own kernel.
+On a CPU, a clip passes through all layers in blocks that stay in the cache, and its padding is skipped. The group
+normalisation of the first layer needs the mean and variance of its output over time. Both follow from the mean and
+covariance of the ten samples under the kernel, so the normalisation is folded into a kernel for each clip.
 
-On other devices all clips go through a layer at once. The normalisation is folded into the clips' kernels as well, but
-the variance is that of a first product, which needs no float64. cuDNN would prepare each new length of a batch anew.
+On other devices, all clips pass through a layer at once. The normalisation is also folded into the kernels of the
+clips, but its variance is measured on a first product, which needs no float64. cuDNN is avoided because it prepares new
+kernels for each new batch length.
 """
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from accent_plugin import devices
 from accent_plugin.encoder.masking import MaskedGroupNorm, valid_frames
 
-# Frames of output computed at a time, 2 s: larger blocks leave the cache, smaller ones make poor matrices.
+# Output frames per block (2 s). Larger blocks do not fit the cache; smaller ones make inefficient products.
 _BLOCK_FRAMES = 100
 
 
@@ -28,23 +29,23 @@ _ALIGNED = 8
 
 
 class WaveformConvolutions(nn.Module):
-    """Takes the place of Hugging Face's feature encoder (wav2vec 2.0, HuBERT, WavLM, data2vec); same state-dict keys.
+    """Replaces Hugging Face's feature encoder (wav2vec 2.0, HuBERT, WavLM, data2vec); same state-dict keys.
 
     Arguments
     ---------
     conv_layers : torch.nn.ModuleList
-        Of Hugging Face's model.
+        The layers of Hugging Face's model.
     config : transformers.PretrainedConfig
     """
 
-    # False runs torch's convolutions on every device, to compare.
+    # False uses torch's convolutions on every device, for comparison.
     as_products = True
 
     def __init__(self, conv_layers, config):
         super().__init__()
         self.conv_layers = conv_layers
         norms = [getattr(layer, "layer_norm", None) for layer in conv_layers]
-        # A norm over single channels can be folded, one over several cannot; no known model has such.
+        # Only a norm over single channels can be folded. No known model has another.
         channelwise = all(norm.num_groups == norm.num_channels for norm in norms if isinstance(norm, nn.GroupNorm))
         self._has_products = config.feat_extract_activation == "gelu" and channelwise
         self._matrices = {}
@@ -55,13 +56,13 @@ class WaveformConvolutions(nn.Module):
         Arguments
         ---------
         inputs : (batch, samples) torch.Tensor, or tuple
-            16 kHz; for a padded batch a pair of it and the clips' numbers of samples, (batch,) torch.Tensor of int64.
-            A pair, because Hugging Face's models pass on one argument.
+            16 kHz. For a padded batch, a pair of this tensor and the sample counts of the clips, (batch,) torch.Tensor
+            of int64. It is a pair because Hugging Face's models pass on one argument.
 
         Returns
         -------
         (batch, channels, frames) torch.Tensor
-            Padded frames are finite and meaningless.
+            Padded frames are finite but meaningless.
         """
         wavs, counts = inputs if isinstance(inputs, tuple) else (inputs, None)
         learning = torch.is_grad_enabled() and (wavs.requires_grad or any(p.requires_grad for p in self.parameters()))
@@ -95,7 +96,7 @@ class WaveformConvolutions(nn.Module):
         return hidden
 
     def _convolve_batch(self, wavs, counts, kind):
-        """(batch, frames, channels) of (batch, samples), all clips at once, without looking at a value."""
+        """Map (batch, samples) to (batch, frames, channels), all clips at once, without waiting for the device."""
         first, *later = self.conv_layers
         hidden = self._convolve_first(wavs, counts, kind)
         for layer, (products, bias) in zip([first, *later], [(None, None), *self._later_kernels(kind)], strict=True):
@@ -109,16 +110,16 @@ class WaveformConvolutions(nn.Module):
         return hidden
 
     def _convolve_first(self, wavs, counts, kind):
-        """The first layer of a batch, its group normalisation included: (batch, frames, channels).
+        """Apply the first layer and its group normalisation to a batch; returns (batch, frames, channels).
 
-        Windows that are centred, and zero in the padding, give products whose mean is zero and whose norm is the
-        standard deviation. A second product with scaled kernels takes less time than to scale the first one.
+        The windows are centred and zero in the padding, so the products have zero mean, and their norm gives the
+        standard deviation. A second product with scaled kernels is faster than scaling the first product.
         """
         layer = self.conv_layers[0]
         norm = getattr(layer, "layer_norm", None)
         kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
         windows, weight = wavs.unfold(1, kernel, stride), layer.conv.weight.squeeze(1)
-        # With zeros, as tensor cores want rows of a multiple of 16 bytes.
+        # Padded with zeros: tensor cores need rows of a multiple of 16 bytes.
         wider = (0, -kernel % _ALIGNED)
         weight = nn.functional.pad(weight, wider)
         if not isinstance(norm, nn.GroupNorm):
@@ -131,17 +132,17 @@ class WaveformConvolutions(nn.Module):
         centred = nn.functional.pad((windows - mean).masked_fill_(padding, 0.0), wider).to(kind)
         deviation = torch.linalg.vector_norm(centred @ weight.T.to(kind), dim=1, keepdim=True, dtype=torch.float32)
         scale = norm.weight * torch.rsqrt(deviation.square() / counts + norm.eps)
-        # The convolution's own bias, where it has one, is taken away again by the normalisation.
+        # The normalisation cancels the bias of the convolution, if it has one.
         return torch.baddbmm(norm.bias.to(kind), centred, (weight.T * scale).to(kind))
 
     def _span(self, samples):
-        """Frames of so many samples."""
+        """Number of frames for a number of samples."""
         for layer in self.conv_layers:
             samples = (samples - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
         return samples
 
     def _convolve(self, clip, output):
-        """Fill the (frames, channels) of a (samples,) clip, block by block."""
+        """Fill the (frames, channels) output of a (samples,) clip, block by block."""
         hop, reach = 1, 1
         for layer in reversed(self.conv_layers):
             kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
@@ -157,12 +158,12 @@ class WaveformConvolutions(nn.Module):
                 norm = getattr(layer, "layer_norm", None)
                 if isinstance(norm, nn.LayerNorm):
                     hidden = nn.functional.layer_norm(hidden, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-                # In place: a new piece of memory costs more than the function.
+                # In place: allocating memory costs more than the function.
                 torch.ops.aten.gelu_(hidden)
             rows.copy_(hidden)
 
     def _first_kernel(self, clip, kind):
-        """[(products, bias)] of the first layer, with the clip's normalisation folded in where there is one."""
+        """[(products, bias)] of the first layer, with the normalisation of the clip folded in if there is one."""
         layer = self.conv_layers[0]
         norm = getattr(layer, "layer_norm", None)
         if not isinstance(norm, nn.GroupNorm):
@@ -175,12 +176,12 @@ class WaveformConvolutions(nn.Module):
         covariance = centred.T @ centred / len(windows)
         variance = (weight @ covariance * weight).sum(dim=1)
         scale = norm.weight * torch.rsqrt(variance + norm.eps)
-        # The convolution's own bias, where it has one, is taken away again by the normalisation.
+        # The normalisation cancels the bias of the convolution, if it has one.
         bias = norm.bias - scale * (weight @ mean)
         return [([(weight * scale.unsqueeze(1)).to(kind)], bias.to(kind))]
 
     def _later_kernels(self, kind):
-        """[(products, bias)] of the other layers; kept, in the form that the products need, while they stand still."""
+        """[(products, bias)] of the other layers, cached while the weights do not change."""
         convolutions = [layer.conv for layer in self.conv_layers][1:]
         parameters = [parameter for conv in convolutions for parameter in conv.parameters()]
         if any(parameter.requires_grad for parameter in parameters):
@@ -192,10 +193,10 @@ class WaveformConvolutions(nn.Module):
 
 
 class PositionalConvolutions(nn.Module):
-    """Takes the place of data2vec-audio's stack of positional convolutions; same state-dict keys.
+    """Replaces data2vec-audio's stack of positional convolutions; same state-dict keys.
 
-    Each of them would carry padding into the next. Hugging Face's encoder sets padded frames to zero before it calls
-    the stack, and passes nothing else, so padding is found by that.
+    Each convolution would leak padding into the next. Hugging Face's encoder sets padded frames to zero before it calls
+    the stack and passes no mask, so padding is recognised by its zeros.
 
     Arguments
     ---------
@@ -216,8 +217,7 @@ class PositionalConvolutions(nn.Module):
 
 
 def _products(conv, kind):
-    """A convolution's weight as matrices (channels out, stride times channels in), one for each stride of the kernel,
-    and its bias."""
+    """Return a (channels out, stride * channels in) matrix per stride of a convolution's kernel, and its bias."""
     weight = conv.weight.detach().to(kind).permute(0, 2, 1)
     stride = conv.stride[0]
     parts = [weight[:, at : at + stride].flatten(1) for at in range(0, weight.shape[1], stride)]
@@ -231,7 +231,7 @@ def _slide(frames, products, bias, stride):
     count = (frames.numel() - width) // (stride * channels) + 1
     output = None
     for number, part in enumerate(products):
-        # Rows begin a stride apart and are no longer than that, but for the first layer's.
+        # Rows start one stride apart and do not overlap, except in the first layer.
         rows = frames.as_strided(
             (count, part.shape[1]), (stride * channels, 1), frames.storage_offset() + number * stride * channels
         )
@@ -245,7 +245,7 @@ def _slide(frames, products, bias, stride):
 
 
 def _slide_batch(frames, products, bias, stride):
-    """Convolve (batch, frames, channels), which lie in a row, with matrices of `_products`."""
+    """Convolve contiguous (batch, frames, channels) with matrices of `_products`."""
     batch, length, channels = frames.shape
     kernel = sum(part.shape[1] for part in products) // channels
     count = (length - kernel) // stride + 1

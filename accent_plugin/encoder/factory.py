@@ -1,4 +1,4 @@
-"""Make an encoder of any supported family, pretrained or from its description."""
+"""Make an encoder of any supported family, pretrained or from a description."""
 
 import json
 import tempfile
@@ -15,20 +15,20 @@ from accent_plugin.errors import EncoderError
 
 @dataclass(frozen=True)
 class Family:
-    """What this package knows of one family of encoders.
+    """Properties of one family of encoders.
 
     Arguments
     ---------
     encoder : type
         A subclass of `InvariantEncoder`.
     extractor : str
-        Hugging Face's class of `preprocessor_config.json`.
+        Hugging Face's class for `preprocessor_config.json`.
     lora_targets : tuple of str
-        Linear layers of a transformer block that get an adapter; none where `lora_rank` is not supported.
+        Linear layers of a transformer block that get an adapter; empty if `lora_rank` is not supported.
     hf_classifier : str
-        The class of transformers whose scores are the same with the same weights; None where there is none.
+        The transformers class that gives the same scores with the same weights; None if there is none.
     onnx : bool
-        Whether torch's exporter can follow the encoder.
+        Whether torch can export the encoder to ONNX.
     """
 
     encoder: type
@@ -41,8 +41,8 @@ class Family:
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-# Hugging Face's model_type -> family. A family is listed only where a test shows that a clip's frames are the same
-# alone and in any batch.
+# Hugging Face's model_type -> family. For each listed family, a test shows that a clip has the same frames alone and in
+# any batch.
 FAMILIES = {
     "wav2vec2": Family(
         Wav2Vec2Encoder, lora_targets=_ATTENTION, hf_classifier="Wav2Vec2ForSequenceClassification", onnx=True
@@ -52,7 +52,7 @@ FAMILIES = {
     ),
     "wavlm": Family(
         Wav2Vec2Encoder,
-        # Its attention gives the weights of its layers to a function of torch, which would bypass adapters.
+        # Its attention passes layer weights to a torch function, which would bypass adapters.
         lora_targets=("intermediate_dense", "output_dense"),
         hf_classifier="WavLMForSequenceClassification",
         onnx=True,
@@ -61,7 +61,7 @@ FAMILIES = {
         Wav2Vec2Encoder, lora_targets=_ATTENTION, hf_classifier="Data2VecAudioForSequenceClassification", onnx=True
     ),
     "moonshine": Family(MoonshineEncoder, lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"), onnx=True),
-    # transformers' classifier pads every clip to 30 s. The spectrogram needs complex numbers, which ONNX does not have.
+    # The transformers classifier pads every clip to 30 s. The spectrogram needs complex numbers, which ONNX lacks.
     "whisper": Family(WhisperEncoder, "WhisperFeatureExtractor", lora_targets=_ATTENTION),
 }
 
@@ -82,41 +82,42 @@ def make_encoder(
     lora_dropout=0.0,
     gradient_checkpointing=False,
 ):
-    """Load a pretrained encoder, from the Hub or a local folder, as the class of its family.
+    """Load a pretrained encoder from the Hub or a local folder.
 
     Arguments
     ---------
     source : str
         A local folder (config.json, weights, preprocessor_config.json) or a name on the Hub.
     save_path : str
-        Where downloads are kept; None for Hugging Face's own cache.
+        Folder for downloads; None uses Hugging Face's cache.
     freeze : bool
-        Train nothing of the encoder (but the weights of `weighted_layers`).
+        Freeze the encoder, except the weights of `weighted_layers`.
     freeze_feature_extractor : bool
-        Do not train the convolutions on the waveform, and do no backward work in them.
+        Freeze the convolutions on the waveform and skip their backward pass.
     freeze_layers : int
-        Do not train the lowest so many transformer blocks, nor what stands before them.
+        Number of lowest transformer blocks to freeze, together with all layers before them.
     num_layers : int
-        Keep only the lowest so many transformer blocks; None keeps all.
+        Number of lowest transformer blocks to keep; None keeps all.
     weighted_layers : list of int, or "all"
-        Return a learned weighted sum of these hidden states (0 enters the first block) instead of the last one.
+        Return a learned weighted sum of these hidden states instead of the last one. State 0 is the input of the first
+        block.
     standardise_layers : bool
-        Bring each frame of each summed state to zero mean and unit variance first (layer norm without parameters).
+        Normalise each frame of each summed state to zero mean and unit variance first (layer norm without parameters).
     config_overrides : dict
         Values of the Hugging Face configuration to change, such as `layerdrop` or `attention_dropout`.
     attn_implementation : str
-        "sdpa", "eager" or "flash_attention_2", as in Hugging Face; None for
-        `accent_plugin.encoder.fast_dropout.attend`, which is the first of them but where that is slow.
+        "sdpa", "eager" or "flash_attention_2", as in Hugging Face. None uses
+        `accent_plugin.encoder.fast_dropout.attend`: "sdpa", with a faster replacement where that is slow.
     lora_rank : int
-        Freeze the encoder's own weights and train low-rank adapters of this rank in its transformer blocks, but for
-        the `freeze_layers` lowest (Hu et al. 2021); None for no adapters.
+        Freeze the encoder's own weights and train low-rank adapters of this rank in its transformer blocks (Hu et al.
+        2021), except in the `freeze_layers` lowest blocks. None for no adapters.
     lora_alpha : float
         The adapters are scaled by lora_alpha / lora_rank; None for twice the rank.
     lora_dropout : float
-        Share of the adapters' input that is dropped in training.
+        Dropout probability of the adapters' input in training.
     gradient_checkpointing : bool
-        Keep only what enters each transformer block, and compute the rest again in the backward pass (Chen et al.
-        2016): less memory, the same gradients, a slower step.
+        Store only the input of each transformer block and recompute the activations in the backward pass (Chen et al.
+        2016). This needs less memory, gives the same gradients, and makes a step slower.
 
     Returns
     -------
@@ -127,7 +128,7 @@ def make_encoder(
     ------
     EncoderError
         If the folder is missing or incomplete, the Hub cannot be reached, the family is not supported, or adapters are
-        asked for and PEFT is not installed.
+        requested without PEFT installed.
     """
     options = {
         "freeze": freeze,
@@ -155,13 +156,13 @@ def make_encoder(
 
 
 def build_encoder(description):
-    """Build an encoder again, with random weights.
+    """Rebuild an encoder from its description, with random weights.
 
     Arguments
     ---------
     description : dict
-        What `InvariantEncoder.describe` gave. Nothing in it is run; a family, or a key of the configuration, that is
-        not known is refused.
+        The result of `InvariantEncoder.describe`. Nothing in it is executed. An unknown family or configuration key is
+        an error.
 
     Returns
     -------
@@ -171,7 +172,7 @@ def build_encoder(description):
     Raises
     ------
     EncoderError
-        If it describes no encoder.
+        If the description is not valid.
     """
     summed = {key: description[key] for key in ("weighted_layers", "standardise_layers")}
     return build_from_description(description, freeze=True, **summed)
@@ -187,7 +188,7 @@ def build_from_description(description, **options):
         raise EncoderError(f"the encoder's feature_extractor_type is {extractor!r}, not {wanted}")
     known = CONFIG_MAPPING[family]().to_dict().keys() - set(NOT_ARCHITECTURE)
     if strange := sorted(description["config"].keys() - known):
-        # Quoted, since a stranger chose them.
+        # Quoted, because the names are untrusted.
         names = ", ".join(map(repr, strange[:5]))
         raise EncoderError(f"the encoder's configuration has keys that a {family} has not: {names}")
     with tempfile.TemporaryDirectory() as folder:
@@ -200,6 +201,6 @@ def build_from_description(description, **options):
         except EncoderError:
             raise
         except Exception as error:
-            # Hugging Face's constructors check little: a wrong value fails somewhere in torch.
+            # Hugging Face's constructors check little: a wrong value raises an error somewhere in torch.
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
             raise EncoderError(f"the encoder's configuration describes no {family}: {problem}") from error

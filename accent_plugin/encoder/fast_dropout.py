@@ -1,11 +1,11 @@
-"""Dropout and attention for training on a processor, where PyTorch's take more time than the matrix products.
+"""Dropout and attention for training on a CPU, where PyTorch's versions take longer than the matrix products.
 
-There `torch.nn.functional.dropout` draws one number after the other, in one thread, and attention with dropout falls
-back to a path that works in fp32. Here the noise is made of 16 bits for each element, from a generator that is itself
-seeded from PyTorch's: `torch.manual_seed` and checkpoints decide about it as before. The distribution is PyTorch's, but
-that a probability is rounded to a multiple of 2^-16; the numbers drawn are others. On other devices, in evaluation and
-while a model is compiled or traced, PyTorch's own are called, on other devices with masks and shapes that its fused
-kernels take.
+On a CPU, `torch.nn.functional.dropout` draws numbers one by one in a single thread, and attention with dropout falls
+back to fp32. This module draws 16 bits per element from a generator that is seeded from PyTorch's, so
+`torch.manual_seed` and checkpoints still control the noise. The distribution is PyTorch's, with the probability rounded
+to a multiple of 2^-16. The random numbers differ from PyTorch's. In evaluation, on other devices, and while a model is
+compiled or traced, this module calls PyTorch's own functions. On other devices, it converts masks and shapes to those
+that PyTorch's fused kernels accept.
 """
 
 import numpy as np
@@ -18,19 +18,19 @@ from transformers.masking_utils import sdpa_mask
 
 from accent_plugin import devices
 
-# What an encoder's configuration calls the attention below.
+# Name of the attention below in an encoder's configuration.
 ATTENTION = "accent_plugin"
 
 
 _LEVELS = 2**16
 
 
-# Frames; some ten seconds.
+# In frames, about ten seconds.
 _SHORT = 512
 
 
 def dropout(inputs, p=0.5, training=True):
-    """Zero each element with probability `p` and scale the others by 1 / (1 - p); as torch.nn.functional.dropout.
+    """Zero each element with probability `p` and scale the others by 1 / (1 - p), like torch.nn.functional.dropout.
 
     Arguments
     ---------
@@ -38,34 +38,34 @@ def dropout(inputs, p=0.5, training=True):
         Of any shape.
     p : float
     training : bool
-        False returns the inputs.
+        False returns the inputs unchanged.
 
     Returns
     -------
     torch.Tensor
     """
     threshold = round(p * _LEVELS)
-    # At the ends, and nearer to them than the noise is fine, there is nothing to gain.
+    # PyTorch handles 0, 1, and probabilities too close to them for 16 bits.
     if not (training and devices.takes_cpu_path(inputs) and 0 < threshold < _LEVELS):
         return nn.functional.dropout(inputs, p, training)
     return inputs * _noise(inputs, threshold)
 
 
 def _noise(like, threshold):
-    """0 in `threshold` of 2^16 cases, and otherwise what brings the mean to 1."""
+    """Noise of mean 1 that is 0 with probability `threshold` / 2^16."""
     seed = int(torch.randint(2**63 - 1, ()))
     # SFC64 draws 64 bits in the time that PyTorch's Mersenne twister takes for a few.
     generator = np.random.Generator(np.random.SFC64(seed))
     words = generator.integers(2**64 - 1, size=-(-like.numel() // 4), dtype=np.uint64, endpoint=True)
     bits = torch.from_numpy(words.view(np.int16))[: like.numel()].view(like.shape)
     noise = torch.empty(like.shape, dtype=like.dtype)
-    # Written in the inputs' type at once: products of two types take PyTorch ten times longer.
+    # Written in the type of the inputs: products of mixed types take PyTorch ten times longer.
     torch.ge(bits, threshold - _LEVELS // 2, out=noise)
     return noise.mul_(_LEVELS / (_LEVELS - threshold))
 
 
 class Dropout(nn.Dropout):
-    """`torch.nn.Dropout` by way of `dropout`."""
+    """`torch.nn.Dropout` that calls `dropout`."""
 
     def forward(self, inputs):
         """Drop elements of a tensor of any shape."""
@@ -73,29 +73,29 @@ class Dropout(nn.Dropout):
 
 
 def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **keywords):
-    """Scaled dot-product attention as Hugging Face's models call it; on a processor fast in training, too.
+    """Scaled dot-product attention with Hugging Face's interface; also fast in training on a CPU.
 
     Arguments
     ---------
     module : torch.nn.Module
-        The layer that asks.
+        The layer that calls this function.
     query, key, value : (batch, heads, frames, features) torch.Tensor
     attention_mask : (batch, 1, frames or 1, frames) torch.Tensor
-        True where a frame is attended to; None for everywhere.
+        True where a frame is attended to; None attends to all frames.
     dropout : float
-        Probability; Hugging Face gives 0 in evaluation.
+        Probability; Hugging Face passes 0 in evaluation.
     scaling : float
-        Of the products; None for 1 / sqrt(features).
+        Factor of the products; None for 1 / sqrt(features).
     **keywords
-        Of `sdpa_attention_forward`.
+        Passed to `sdpa_attention_forward`.
 
     Returns
     -------
     output : (batch, frames, heads, features) torch.Tensor
     weights : None
-        They are not kept.
+        The weights are not returned.
     """
-    # PyTorch's backward pass in bf16 is slow until the products become too large for the cache.
+    # PyTorch's backward pass in bf16 is slow as long as the products fit the cache.
     learning = torch.is_grad_enabled() and query.requires_grad
     short = learning and query.dtype == torch.bfloat16 and query.shape[2] <= _SHORT
     if devices.takes_cpu_path(query) and (dropout or short):
@@ -106,11 +106,11 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     return _attend_on_accelerator(module, query, key, value, **arguments)
 
 
-# But for cuDNN's, which PyTorch prefers on an H100: it is prepared anew, for some 30 ms, for each shape of a batch.
+# Without cuDNN's kernel, which PyTorch prefers on an H100: preparing it takes about 30 ms for each new batch shape.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-# Features that a fused kernel wants a multiple of. Moonshine tiny has 36.
+# Fused kernels need a multiple of this many features. Moonshine tiny has 36 features.
 _FEATURES = 8
 
 
@@ -128,20 +128,20 @@ def _attend_by_products(query, key, value, mask, p, scaling):
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (query * scaling) @ key.transpose(-1, -2)
     if mask is not None:
-        # Added, not filled in: in the backward pass that costs nothing, as masked weights are zero anyway.
+        # Added instead of filled in: this needs no backward pass, because masked weights are zero.
         scores += torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
     weights = dropout(scores.softmax(-1), p)
     return (weights @ value).transpose(1, 2).contiguous()
 
 
 def make_mask(*, attention_mask=None, allow_is_bidirectional_skip=False, **keywords):
-    """Hugging Face's `sdpa_mask`, but that on an accelerator it waits for no look at whether anything is padded.
+    """Hugging Face's `sdpa_mask`, without waiting for an accelerator to tell whether there is padding.
 
     Returns
     -------
     (batch, 1, frames, frames) torch.Tensor
-        True where a frame is attended to; None where nothing is masked. On an accelerator (batch, 1, 1, frames) where
-        all frames attend to the same, so that each layer converts one row instead of all.
+        True where a frame is attended to; None if nothing is masked. On an accelerator, the shape is (batch, 1, 1,
+        frames) if all frames attend to the same frames, so that each layer converts one row instead of all.
     """
     if attention_mask is None or (attention_mask.device.type == "cpu" and devices.cpu_paths):
         skip = allow_is_bidirectional_skip
@@ -158,13 +158,13 @@ AttentionMaskInterface.register(ATTENTION, make_mask)
 
 
 def use_cpu_kernels(model, attention=True):
-    """Let a Hugging Face model use `Dropout` and, where it would take PyTorch's attention, `attend`; in place.
+    """Make a Hugging Face model use `Dropout`, and `attend` in place of PyTorch's attention.
 
     Arguments
     ---------
     model : transformers.PreTrainedModel
     attention : bool
-        False leaves the attention as it is.
+        False leaves the attention unchanged.
     """
     for module in model.modules():
         if type(module) is nn.Dropout:

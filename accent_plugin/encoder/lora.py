@@ -1,22 +1,22 @@
-"""Low-rank adapters (LoRA) in a frozen encoder, trained in place of its own weights.
+"""Low-rank adapters (LoRA) in a frozen encoder, trained instead of its own weights.
 
-Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". Beside the frozen weight W of a linear
-layer stand two thin matrices, and the layer computes (W + alpha / rank * B A) x. A is drawn at random and B is zero, so
-that training starts from the pretrained encoder. Merged, B A is part of W, and the layer is a plain one again.
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". A linear layer with frozen weight W gets
+two low-rank matrices and computes (W + alpha / rank * B A) x. A is initialised at random and B with zeros, so that
+training starts from the pretrained encoder. Merging adds alpha / rank * B A to W and leaves a plain linear layer.
 
-PEFT makes the adapters. It is imported only where they are asked for: what has them merged does not need it.
+PEFT makes the adapters. It is imported only on demand: a model with merged adapters does not need it.
 """
 
 from accent_plugin.errors import EncoderError
 
 
 def require_peft():
-    """Import PEFT and give back the package.
+    """Import PEFT and return the package.
 
     Raises
     ------
     EncoderError
-        If it is not installed, or does not go with what is.
+        If PEFT is not installed or is incompatible with the installed packages.
     """
     try:
         import peft
@@ -28,7 +28,7 @@ def require_peft():
 
 
 def inject(blocks, targets, rank, alpha=None, dropout=0.0):
-    """Put adapters into transformer blocks, in place, and freeze everything else in these.
+    """Add adapters to transformer blocks, in place, and freeze all other parameters of the blocks.
 
     Arguments
     ---------
@@ -38,9 +38,9 @@ def inject(blocks, targets, rank, alpha=None, dropout=0.0):
     rank : int
         At least 1.
     alpha : float
-        The adapters' share of a layer's output is scaled by alpha / rank; None for twice the rank.
+        The output of an adapter is scaled by alpha / rank; None for twice the rank.
     dropout : float
-        Share of an adapter's input that is dropped in training; at least 0 and below 1.
+        Dropout probability of an adapter's input in training; at least 0 and below 1.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def inject(blocks, targets, rank, alpha=None, dropout=0.0):
     Raises
     ------
     EncoderError
-        If a value is out of its range, there are no blocks or targets, or PEFT is not installed.
+        If a value is out of range, there are no blocks or targets, or PEFT is not installed.
     """
     if rank < 1:
         raise EncoderError(f"lora_rank is {rank}; it should be at least 1, or None for no adapters")
@@ -69,7 +69,7 @@ def inject(blocks, targets, rank, alpha=None, dropout=0.0):
 
 
 def merge(model):
-    """Make adapters part of the weights beside them, in place; the state has the keys of a model without adapters."""
+    """Merge adapters into the weights, in place; the state dict then has the keys of a model without adapters."""
     peft = require_peft()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, peft.tuners.lora.LoraLayer):
@@ -78,5 +78,5 @@ def merge(model):
 
 
 def parameters(model):
-    """Parameters of a model's adapters, found as PEFT finds them, by name: a list of torch.nn.Parameter."""
+    """List the parameters (torch.nn.Parameter) of a model's adapters, found by name like in PEFT."""
     return [parameter for name, parameter in model.named_parameters() if ".lora_" in name]

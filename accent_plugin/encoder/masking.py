@@ -7,13 +7,13 @@ from accent_plugin import devices
 
 
 def sample_counts(wavs, wav_lens=None):
-    """True length of each clip of a padded batch, in samples.
+    """Compute the true length of each clip of a padded batch, in samples.
 
     Arguments
     ---------
     wavs : (batch, samples) torch.Tensor
     wav_lens : (batch,) torch.Tensor
-        Length of each clip as a share of the longest, as SpeechBrain gives it; None where nothing is padded.
+        Length of each clip as a fraction of the longest, as in SpeechBrain; None if nothing is padded.
 
     Returns
     -------
@@ -27,15 +27,15 @@ def sample_counts(wavs, wav_lens=None):
 
 
 def valid_frames(counts, length):
-    """(batch, length) mask that is True in the first `counts` places of each row."""
+    """Make a (batch, length) mask that is True in the first `counts` places of each row."""
     return torch.arange(length, device=counts.device) < counts.unsqueeze(1)
 
 
 def masked_group_norm(inputs, valid, groups, weight, bias, eps):
-    """Group normalisation over the valid frames only, without looking at a value.
+    """Group normalisation over the valid frames only, without waiting for the device.
 
-    Sums are taken in float32 whatever the inputs are. Besides the output, one tensor of the size of the inputs is kept
-    for the backward pass, and one more lives for a moment.
+    Sums are computed in float32 for every input type. One tensor of the input's size is stored for the backward pass,
+    and another is temporary.
 
     Arguments
     ---------
@@ -48,14 +48,14 @@ def masked_group_norm(inputs, valid, groups, weight, bias, eps):
     Returns
     -------
     (batch, channels, frames) torch.Tensor
-        In the inputs' type; a padded frame has the bias.
+        In the type of the inputs. Padded frames equal the bias.
     """
     batch, channels, frames = inputs.shape
     grouped = inputs.view(batch, groups, channels // groups, frames)
     padding = ~valid[:, None, None, :]
     count = valid.sum(dim=-1).view(batch, 1, 1, 1) * grouped.shape[2]
     mean = grouped.masked_fill(padding, 0.0).sum(dim=(2, 3), keepdim=True, dtype=torch.float32) / count
-    # The sum of squares of what is centred: that of squares alone would lose all digits where the mean is large.
+    # Squares of centred values: with a large mean, uncentred squares would lose all precision.
     centred = (grouped - mean.to(grouped.dtype)).masked_fill_(padding, 0.0)
     norm = torch.linalg.vector_norm(centred, dim=(2, 3), keepdim=True, dtype=torch.float32)
     scale = weight.view(1, groups, -1, 1) * torch.rsqrt(norm.square() / count + eps)
@@ -78,27 +78,27 @@ class MaskedGroupNorm(nn.GroupNorm):
         Returns
         -------
         (batch, channels, frames) torch.Tensor
-            Padded frames are finite and meaningless.
+            Padded frames are finite but meaningless.
         """
         own = (self.num_groups, self.weight, self.bias, self.eps)
         with torch.autocast(inputs.device.type, enabled=False):
             if devices.takes_cpu_path(inputs):
                 return self._clip_by_clip(inputs, valid, own)
             if valid is None:
-                # On a GPU torch's own wants one type.
+                # On a GPU, torch's kernel needs all arguments in one type.
                 return nn.functional.group_norm(inputs.float(), *own).to(inputs.dtype)
             return masked_group_norm(inputs, valid, *own)
 
     def _clip_by_clip(self, inputs, valid, own):
-        """The same with torch's own kernel, which goes over memory twice where the formula above does six times.
+        """The same with torch's kernel, which reads memory twice instead of six times.
 
-        It adds up in float32 whatever the inputs are, and gives back their type.
+        The kernel sums in float32 and returns the type of the inputs.
         """
         if valid is None:
             return nn.functional.group_norm(inputs, *own)
         counts = valid.sum(dim=-1).tolist()
         if torch.is_grad_enabled() and (inputs.requires_grad or self.weight.requires_grad):
-            # A tensor that is filled bit by bit would be copied for each clip in the backward pass.
+            # Filling one tensor clip by clip would copy it for each clip in the backward pass.
             clips = [nn.functional.group_norm(clip[None, :, :n], *own) for clip, n in zip(inputs, counts, strict=True)]
             return torch.cat([nn.functional.pad(clip, (0, inputs.shape[-1] - clip.shape[-1])) for clip in clips])
         output = torch.zeros_like(inputs)
@@ -108,7 +108,7 @@ class MaskedGroupNorm(nn.GroupNorm):
 
     @classmethod
     def replacing(cls, norm):
-        """A masked copy that takes over the parameters of a torch.nn.GroupNorm."""
+        """Make a masked version that shares the parameters of a torch.nn.GroupNorm."""
         masked = cls(norm.num_groups, norm.num_channels, eps=norm.eps, affine=True)
         masked.weight, masked.bias = norm.weight, norm.bias
         return masked

@@ -14,7 +14,7 @@ from accent_plugin.errors import AudioError, EncoderError
 
 
 class EncoderHalf(InvariantEncoder, HFTransformersInterface):
-    """What Moonshine and Whisper share: their decoder is dropped, so a folder may leave it out.
+    """Base class of Moonshine and Whisper: the decoder is dropped, so its weights may be missing.
 
     Arguments as in `make_encoder`.
     """
@@ -27,7 +27,7 @@ class EncoderHalf(InvariantEncoder, HFTransformersInterface):
         return not key.startswith("encoder.")
 
     def _without_weights(self, **kwargs):
-        # The decoder is dropped at once: on this device it takes no memory.
+        # The decoder is dropped immediately. On this device, it takes no memory.
         with torch.device("meta"):
             whole = AutoModel.from_config(self.config, **kwargs)
         if torch.get_default_device().type != "meta":
@@ -40,13 +40,13 @@ class EncoderHalf(InvariantEncoder, HFTransformersInterface):
         return self.model.layers
 
     def _output(self, states, all_states):
-        """States before and after each block as Hugging Face gives them: the last one is the normalised output."""
+        """Return the states before and after each block like Hugging Face: the last one is the normalised output."""
         states[-1] = self.model.layer_norm(states[-1])
         return BaseModelOutput(states[-1], hidden_states=tuple(states) if all_states else None)
 
 
 class MoonshineEncoder(EncoderHalf):
-    """The encoder of Moonshine (Jeffries et al. 2024): waveform in, small enough for a CPU, trained on recognition."""
+    """The encoder of Moonshine (Jeffries et al. 2024), a speech recogniser that is small enough for a CPU."""
 
     _DEPTH = "encoder_num_hidden_layers"
 
@@ -62,15 +62,15 @@ class MoonshineEncoder(EncoderHalf):
 
     @property
     def projection(self):
-        """What stands between the stem and the first transformer block: rotary embeddings, without parameters."""
+        """The layers between the stem and the first transformer block: rotary embeddings, without parameters."""
         return []
 
-    # (kernel, stride) of the three convolutions, which Hugging Face's configuration does not hold.
+    # (kernel, stride) of the three convolutions. Hugging Face's configuration does not contain them.
     _CONVOLUTIONS = ((127, 64), (7, 3), (3, 2))
     minimum_samples = 127 + ((7 - 1) + (3 - 1) * 3) * 64
 
     def frame_counts(self, counts):
-        """Frames of clips of so many samples; both (batch,) torch.Tensor of int64, or both int."""
+        """Number of frames for numbers of samples; both (batch,) torch.Tensor of int64, or both int."""
         for kernel, stride in self._CONVOLUTIONS:
             counts = (counts - kernel) // stride + 1
         return counts
@@ -84,7 +84,7 @@ class MoonshineEncoder(EncoderHalf):
             valid = valid_frames(self.frame_counts(counts), self.frame_counts(wavs.shape[1]))
         frames = model.groupnorm(frames, valid_first)
         frames = nn.functional.gelu(model.conv3(nn.functional.gelu(model.conv2(frames)))).transpose(1, 2)
-        # Hugging Face's own forward pass takes a mask over samples, which counts frames that reach into the padding.
+        # Hugging Face's forward pass takes a mask over samples and counts frames that reach into the padding.
         mask = create_bidirectional_mask(model.config, inputs_embeds=frames, attention_mask=valid)
         places = torch.arange(frames.shape[1], device=frames.device).unsqueeze(0)
         turns = model.rotary_emb(frames, position_ids=places)
@@ -96,14 +96,15 @@ class MoonshineEncoder(EncoderHalf):
 
 
 class WhisperEncoder(EncoderHalf):
-    """The encoder of Whisper (Radford et al. 2022) on a clip's own frames, 50 a second, instead of on 30 s.
+    """The encoder of Whisper (Radford et al. 2022), applied to the frames of a clip (50 per second) instead of 30 s.
 
-    Hugging Face pads each clip with silence to 30 s and attends to all of it; here a batch is as long as its longest
-    clip. A clip of 30 s gives Hugging Face's frames; what lasts longer has no positions and is refused.
+    Hugging Face pads each clip with silence to 30 s and attends to all of it. Here, a batch is as long as its longest
+    clip. A clip of 30 s gives the same frames as in Hugging Face. A longer clip raises an error, because Whisper has no
+    positions beyond 30 s.
     """
 
     _DEPTH = "encoder_layers"
-    # Whisper's spectrogram is scaled by its own maximum, its waveform not at all.
+    # Whisper scales the spectrogram by its maximum and does not normalise the waveform.
     normalize_wav = False
     minimum_samples = 1
 
@@ -122,7 +123,7 @@ class WhisperEncoder(EncoderHalf):
                 f"{source} has positions for {self._maximum_samples} samples, fewer than half a window of "
                 f"{self._window_length}"
             )
-        # Not persistent: the state dict has Hugging Face's keys alone.
+        # Not persistent, so that the state dict has only Hugging Face's keys.
         self.register_buffer("_window", torch.hann_window(extractor.n_fft), persistent=False)
         self.register_buffer("_mel", torch.from_numpy(extractor.mel_filters.T).float(), persistent=False)
 
@@ -133,23 +134,24 @@ class WhisperEncoder(EncoderHalf):
 
     @property
     def projection(self):
-        """What stands between the stem and the first transformer block: fixed sinusoids, by position."""
+        """The layers between the stem and the first transformer block: fixed sinusoidal positions."""
         return [self.model.embed_positions]
 
     def frame_counts(self, counts):
-        """Frames of clips of so many samples; both (batch,) torch.Tensor of int64."""
+        """Number of frames for numbers of samples; both (batch,) torch.Tensor of int64."""
         return (self._mel_counts(counts) + 1) // 2
 
     def _mel_counts(self, counts):
         return (counts + self._hop - 1) // self._hop
 
     def _log_mel(self, wavs, counts):
-        """Log-mel spectrogram (batch, bins, frames), zero after a clip's end, and the mask (batch, 1, frames) of clips.
+        """Compute log-mel spectrograms (batch, bins, frames), zero after a clip, and their mask (batch, 1, frames).
 
-        As Hugging Face computes it for the clip followed by silence, but that its maximum is over true frames.
+        The result is Hugging Face's for the clip followed by silence, but the maximum is over the frames of the clip.
         """
         valid = valid_frames(self._mel_counts(counts), self._mel_counts(wavs.shape[1])).unsqueeze(1)
-        # The last true window looks into the silence that follows; at 30 s there is none, and torch reflects the clip.
+        # The last window of a clip reaches into the silence after it. At 30 s there is none, and torch reflects the
+        # clip.
         wavs = nn.functional.pad(wavs, (0, self._window_length // 2))[:, : self._maximum_samples]
         with torch.autocast(wavs.device.type, enabled=False):
             spectrum = torch.stft(wavs, self._window_length, self._hop, window=self._window, return_complex=True)
@@ -167,7 +169,7 @@ class WhisperEncoder(EncoderHalf):
             )
         model = self.model
         frames, valid = self._log_mel(wavs, counts)
-        # Between the convolutions the padding is cleared again, or the first one's bias would leak out of it.
+        # Zero the padding again between the convolutions, or the bias of the first would leak from it into the clip.
         frames = nn.functional.gelu(model.conv1(frames)).masked_fill(~valid, 0.0)
         frames = nn.functional.gelu(model.conv2(frames)).transpose(1, 2)
         frames = frames + model.embed_positions.weight[: frames.shape[1]]

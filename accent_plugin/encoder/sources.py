@@ -1,4 +1,4 @@
-"""Where an encoder comes from: a local folder or the Hub."""
+"""Sources of encoders: local folders and the Hub."""
 
 import contextlib
 import warnings
@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from accent_plugin.errors import EncoderError
 
-# Of a configuration: what says where it came from, or how to call the model, not what it is.
+# Configuration keys that describe the origin or the use of a model, not its architecture.
 NOT_ARCHITECTURE = (
     *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map"),
     *("return_dict", "output_hidden_states", "output_attentions"),
@@ -20,7 +20,7 @@ NOT_ARCHITECTURE = (
 
 
 def find_source(source):
-    """Check that an encoder's source is a usable folder or a well-formed Hub name, without loading anything.
+    """Check, without loading anything, that an encoder's source is a usable folder or a well-formed Hub name.
 
     Raises
     ------
@@ -47,12 +47,12 @@ def find_source(source):
 
 
 def local_folder(source, save_path=None):
-    """The folder of an encoder's source; what is a name on the Hub is downloaded to `save_path`.
+    """Return the local folder of an encoder; a name on the Hub is downloaded to `save_path`.
 
     Raises
     ------
     EncoderError
-        If it is neither a usable folder nor to be had from the Hub.
+        If it is not a usable folder and cannot be downloaded from the Hub.
     """
     folder = find_source(source)
     if folder is not None:
@@ -64,7 +64,7 @@ def local_folder(source, save_path=None):
             )
         )
     except Exception as error:
-        # huggingface_hub raises a family of its own, httpx's and OSError for what is one thing to a user.
+        # huggingface_hub raises its own errors, httpx's and OSError; for a user, all mean the same.
         raise EncoderError(
             f"{source} is neither a local folder nor to be had from the Hugging Face Hub "
             f"({type(error).__name__}); without a network, give a folder that holds it, "
@@ -73,7 +73,7 @@ def local_folder(source, save_path=None):
 
 
 def read_config(folder):
-    """Hugging Face's configuration of a model's folder; no code of it is run.
+    """Read Hugging Face's configuration from a model's folder; none of its code is executed.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def read_config(folder):
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """Keep back Hugging Face's loading report and SpeechBrain's use of a deprecated call; errors still come through."""
+    """Silence Hugging Face's loading report and SpeechBrain's deprecation warning; errors are still shown."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     bar = transformers_logging.is_progress_bar_enabled()

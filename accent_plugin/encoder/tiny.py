@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from accent_plugin.audio.samples import SAMPLE_RATE
 
-# The shape of wav2vec2-base (seven convolutions, group norm after the first, a hop of 320 samples), made small.
+# A small version of wav2vec2-base: seven convolutions, group norm after the first, a hop of 320 samples.
 CONFIG = {
     "conv_dim": [64] * 7,
     "conv_kernel": [80, 3, 3, 3, 3, 2, 1],
@@ -33,19 +33,20 @@ _LOWEST, _HIGHEST = 100.0, 7000.0  # hertz
 
 
 def make_tiny_wav2vec2(folder, seed=0, say=None):
-    """Write a Hugging Face folder of a tiny wav2vec 2.0, to be given to the recipe as `wav2vec2_hub`.
+    """Write a tiny wav2vec 2.0 as a Hugging Face folder, for the recipe's `wav2vec2_hub`.
 
-    Nothing in it was trained. As a CNN drawn at random takes hours of speech to become of use, its first layer holds
-    wavelets of random phase at random places of the mel scale, as in SincNet (Ravanelli and Bengio 2018) and LEAF
-    (Zeghidour et al. 2021), and the others little more than averages; the transformer is drawn as Hugging Face does.
+    The model is not trained. A randomly initialised CNN would need hours of speech. Therefore its first layer contains
+    wavelets with random phases and random mel frequencies, as in SincNet (Ravanelli and Bengio 2018) and LEAF
+    (Zeghidour et al. 2021), and the other layers are close to averages. The transformer is initialised like Hugging
+    Face's.
 
     Arguments
     ---------
     folder : str or Path
-        Left alone where it holds such an encoder of the same seed.
+        Left unchanged if it already holds this encoder with the same seed.
     seed : int
     say : callable
-        Takes one line about what was done; None for silence.
+        Called with one line that says what was done; None prints nothing.
 
     Returns
     -------
@@ -79,7 +80,7 @@ def make_tiny_wav2vec2(folder, seed=0, say=None):
 
 
 def _wavelets(count, length, generator):
-    """(count, length) windowed tones of unit norm, spread over the mel scale."""
+    """Make (count, length) windowed tones of unit norm, spread over the mel scale."""
     seconds = (torch.arange(length) - (length - 1) / 2) / SAMPLE_RATE
     mels = torch.linspace(*(2595 * math.log10(1 + hertz / 700) for hertz in (_LOWEST, _HIGHEST)), count)
     hertz = 700 * (10 ** (mels / 2595) - 1) * (1 + 0.05 * torch.randn(count, generator=generator))

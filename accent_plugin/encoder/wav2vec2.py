@@ -10,12 +10,12 @@ from accent_plugin.errors import EncoderError
 
 
 def _mask_of_frames(length, attention_mask, add_adapter=None):
-    """Takes the place of a method of Hugging Face's that makes a mask of frames from one of samples."""
+    """Replaces Hugging Face's method that converts a sample mask to a frame mask."""
     return attention_mask
 
 
 class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
-    """SpeechBrain's lobe for wav2vec 2.0, XLSR, HuBERT, WavLM and data2vec-audio, made independent of the batch.
+    """SpeechBrain's lobe for wav2vec 2.0, XLSR, HuBERT, WavLM and data2vec-audio, with batch-independent output.
 
     Sources: Baevski et al. 2020 (wav2vec 2.0), Hsu et al. 2021 (HuBERT), Chen et al. 2022 (WavLM), Baevski et al. 2022
     (data2vec). Arguments as in `make_encoder`.
@@ -29,7 +29,8 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         if getattr(self.config, "conv_pos_batch_norm", False):
             raise EncoderError(f"{source} has a batch normalisation in its positional convolution: not supported")
         if getattr(self.model, "masked_spec_embed", None) is not None:
-            # Trainable but unused without SpecAugment: distributed training would wait for its gradient for ever.
+            # This parameter is unused without SpecAugment, and distributed training would wait forever for its
+            # gradient.
             self.model.masked_spec_embed.requires_grad_(False)
         layers = self.model.feature_extractor.conv_layers
         if isinstance(layers[0].layer_norm, nn.GroupNorm):
@@ -37,7 +38,7 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         self.model.feature_extractor = WaveformConvolutions(layers, self.config)
         if positional := getattr(self.model.encoder.pos_conv_embed, "layers", None):
             self.model.encoder.pos_conv_embed = PositionalConvolutions(positional)
-        # Hugging Face's own derives it from a mask of samples, and waits for a GPU to do so.
+        # Hugging Face's method derives the mask from a sample mask, and waits for the GPU.
         self.model._get_feature_vector_attention_mask = _mask_of_frames
 
     @property
@@ -47,7 +48,7 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
 
     @property
     def projection(self):
-        """What stands between the stem and the first transformer block."""
+        """The layers between the stem and the first transformer block."""
         parts = [self.model.feature_projection, self.model.encoder.pos_conv_embed]
         if not self.config.do_stable_layer_norm:
             parts.append(self.model.encoder.layer_norm)
@@ -60,14 +61,14 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
 
     @property
     def minimum_samples(self):
-        """Samples that give one frame."""
+        """Number of samples needed for one frame."""
         samples = 1
         for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
             samples = (samples - 1) * stride + kernel
         return samples
 
     def frame_counts(self, counts):
-        """Frames of clips of so many samples; both (batch,) torch.Tensor of int64, or both int."""
+        """Number of frames for numbers of samples; both (batch,) torch.Tensor of int64, or both int."""
         for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
             counts = (counts - kernel) // stride + 1
         return counts

@@ -1,8 +1,8 @@
-"""What only the recipe needs: hyperparameters, settings, run folder, run, reports."""
+"""Parts that only the recipe uses: hyperparameters, settings, run folder, run, reports."""
 
 from accent_plugin import lazy_names
 
-# Written into runs of version 0.1.0.
+# Runs of version 0.1.0 contain these names.
 __getattr__ = lazy_names(
     __name__,
     {

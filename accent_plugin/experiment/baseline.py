@@ -1,7 +1,7 @@
-"""The frozen baseline: mean-pooled layers of an untouched encoder and scikit-learn's logistic regression.
+"""The frozen baseline: mean-pooled layers of a frozen encoder and scikit-learn's logistic regression.
 
-It is what a careful user tries first, needs no GPU, and is the bar that fine-tuning has to clear. Layers and strengths
-of regularisation are tried, validation chooses, and the choice is fitted again on training and validation together.
+It needs no GPU, and fine-tuning should beat it. The validation split selects the layer and the regularisation strength.
+The selected model is refitted on training and validation together.
 """
 
 import logging
@@ -18,18 +18,18 @@ from accent_plugin.training import feature_cache
 logger = logging.getLogger(__name__)
 
 
-# Inverse strengths of the L2 penalty, from scikit-learn's default downwards: there are more features than speakers.
+# Inverse strengths of the L2 penalty, at most scikit-learn's default because there are more features than speakers.
 STRENGTHS = (1.0, 0.1, 0.01, 0.001)
 
 
 def layer_means(encoder, loader, device="cpu", progress=True):
-    """Mean over the frames of each hidden state of each clip.
+    """Compute the mean over the frames of each hidden state of each clip.
 
     Arguments
     ---------
     encoder : accent_plugin.encoder.base.InvariantEncoder
     loader : torch.utils.data.DataLoader
-        Over a `ClipDataset` without crops or augmentation.
+        Loads a `ClipDataset` without crops or augmentation.
     device : str or torch.device
     progress : bool
         Whether to draw a progress bar on stderr.
@@ -47,7 +47,7 @@ def layer_means(encoder, loader, device="cpu", progress=True):
 
 
 def require_all(lost):
-    """Refuse to go on without clips that could not be read: {id: why}.
+    """Raise an error if any clip could not be read; `lost` is {id: reason}.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def require_all(lost):
 
 
 def fit(train, labels, valid, valid_labels, classes, layers=None, seed=0):
-    """Try layers and strengths, and fit what validation likes best on all examples.
+    """Select the layer and the strength on validation, and refit the best on all examples.
 
     Arguments
     ---------
@@ -82,7 +82,7 @@ def fit(train, labels, valid, valid_labels, classes, layers=None, seed=0):
         for strength in STRENGTHS:
             model = _make(strength, seed).fit(train[:, layer], labels)
             confusion = confusion_matrix(valid_labels, model.predict(valid[:, layer]), classes)
-            # Ties are common on a small validation split; the likelihood settles them.
+            # Ties are common on a small validation split; the likelihood breaks them.
             likelihood = model.predict_log_proba(valid[:, layer])[np.arange(len(valid_labels)), valid_labels].mean()
             trial = {
                 "layer": layer,

@@ -9,7 +9,7 @@ from accent_plugin.training import distributed
 
 
 def _trouble_with_adapters(values):
-    """Yield what does not go with adapters, or has no meaning without them."""
+    """Yield hyperparameters that conflict with adapters or have no effect without them."""
     from accent_plugin.encoder import lora
 
     if values["lora_rank"] is None:
@@ -32,7 +32,7 @@ def _trouble_with_adapters(values):
 
 
 def _trouble_with_features(values):
-    """Yield why what an encoder makes of a clip cannot be kept."""
+    """Yield reasons why the output of the encoder cannot be cached."""
     if not values["cache_features"] or values["method"] != "fine_tuning":
         return
     if not values["freeze_wav2vec2"]:
@@ -44,7 +44,7 @@ def _trouble_with_features(values):
 
 
 def contradictions(values, run_opts):
-    """Pairs of values that are each right and do not go together, and folders that are not there."""
+    """Find conflicts between valid values, and missing folders."""
     from accent_plugin.devices import require_device
     from accent_plugin.encoder.sources import find_source
     from accent_plugin.exchange.start import find_start
@@ -100,7 +100,7 @@ def contradictions(values, run_opts):
         problems.append("whitening_passes needs features that do not move: projector_size must be null")
     if run_opts.ckpt_interval_steps and values["ckpt_interval_minutes"]:
         problems.append("ckpt_interval_steps and ckpt_interval_minutes were both given: leave one out")
-    # Of several processes each will have a GPU of its own.
+    # With several processes, each one uses its own GPU.
     if not distributed.is_launched():
         try:
             require_device(run_opts.device or infer_device())
@@ -117,7 +117,7 @@ def contradictions(values, run_opts):
         values[f"augment_{kind}"] for kind in ("speed", "noise_snr", "band", "mask_seconds")
     ):
         problems.append("augment is True, but every augmentation is off")
-    # Where a bundle's encoder is taken, wav2vec2_hub is not looked at.
+    # With from_bundle, the encoder comes from the bundle, and wav2vec2_hub is ignored.
     key, find = ("wav2vec2_hub", find_source) if values["from_bundle"] is None else ("from_bundle", find_start)
     try:
         find(values[key])

@@ -1,4 +1,4 @@
-"""How the recipe ends: errors that a user can do something about are printed without a traceback."""
+"""Exit codes of the recipe: errors that a user can fix are printed without a traceback."""
 
 import errno
 import functools
@@ -10,7 +10,7 @@ import torch
 from accent_plugin.errors import AccentPluginError
 from accent_plugin.training import distributed, signals
 
-# Errors of the file system that a user can do something about.
+# File system errors that a user can fix.
 FOLDER_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EISDIR),
     *(errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE),
@@ -22,10 +22,10 @@ _CONNECTION_LOST = ("onnection", "roken pipe")
 
 
 def returns_exit_code(function):
-    """Decorate a program's main function: it returns an exit code, and prints errors that a user can fix.
+    """Decorate a program's main function so that it returns an exit code and prints errors that a user can fix.
 
-    The exit code is 0 where the function returns; 2 where the user has to change something; 1 where another process
-    has ended; 128 and the signal's number where a signal ended it. Other errors are raised.
+    The exit code is 0 if the function returns, 2 if the user has to change something, 1 if another process has ended,
+    and 128 plus the signal's number if a signal ended it. Other errors are raised.
     """
 
     @functools.wraps(function)
@@ -37,7 +37,7 @@ def returns_exit_code(function):
             _print_error(f"stopped by {error}: what is finished is kept; run the same command again, and it goes on")
             return error.exit_code
         except AccentPluginError as error:
-            # Before they have joined, all processes of a machine find the same.
+            # Before the processes join, all processes of a machine find the same error.
             if distributed.is_local_main() or distributed.world_size() > 1:
                 _print_error(f"{type(error).__name__}: {error}")
             return 2
@@ -45,7 +45,7 @@ def returns_exit_code(function):
             _print_error(f"the GPU's memory is full; lower batch_seconds: {error}")
             return 2
         except (OSError, ValueError) as error:
-            # The configuration of logging hides the system's error about its file.
+            # logging.config wraps the system's error about its file in a ValueError.
             cause = error.__cause__ if isinstance(error, ValueError) else error
             if not isinstance(cause, OSError) or cause.errno not in FOLDER_ERRORS:
                 raise
@@ -62,6 +62,6 @@ def returns_exit_code(function):
 
 
 def _print_error(text):
-    """Print an error, with the rank of the process where there are several."""
+    """Print an error, with the rank of the process if there are several."""
     rank = f"[process {os.environ['RANK']}] " if distributed.is_launched() else ""
     print(f"{rank}{text}", file=sys.stderr, flush=True)

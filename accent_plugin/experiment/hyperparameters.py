@@ -1,9 +1,9 @@
 """The table of hyperparameters.
 
-A name, its values, its text, and whether it makes another run stand here alone: the checks of a command line, the page
-docs/hyperparameters.md, the comments of the YAML, what a run folder compares and the tests' values come from here.
-Defaults stand in hparams/wav2vec2_base.yaml, as SpeechBrain, the benchmarks and a run folder's copy load that file
-without this package's reader.
+The table is the only place that defines the name, the valid values and the description of each hyperparameter, and
+whether changing it makes a different run. The command-line checks, docs/hyperparameters.md, the comments of the YAML,
+the comparison of run folders and the values in tests are derived from it. Defaults are in hparams/wav2vec2_base.yaml,
+because SpeechBrain, the benchmarks and the copy in a run folder load that file without this package's reader.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from accent_plugin.data.prepare import BALANCES, PreparationChoices
 from accent_plugin.pooling import POOLINGS
 
-# Checks of one value: a function that returns what is wanted where the value is not that, and None where it is.
+# Checks of one value: each function returns a description of the valid values if the value is invalid, otherwise None.
 
 
 def _switch(value):
@@ -44,7 +44,7 @@ def _one_of(*choices):
 
 
 def _name_in(choices):
-    """Looked up when a value is checked: a program may have added choices of its own by then."""
+    """Look up the choices when a value is checked, because a program may have added its own by then."""
     return lambda value: _one_of(*choices)(value)
 
 
@@ -93,7 +93,7 @@ def _or_nothing(check):
 _SHARE = _number(0, 1)
 _PRECISIONS = ("fp32", "fp16", "bf16")
 
-# Why a hyperparameter makes no other run.
+# Reason why changing a hyperparameter does not make a different run.
 _PLACE = "where things are and what they are called: a run may be moved"
 _RUNS = "which runs one command makes; each is known by its own seed and fold"
 _MACHINE = "how a machine does it"
@@ -109,23 +109,25 @@ class Hyperparameter:
     ----------
     name : str
     check : Callable
-        From a value to what is wanted instead, or None where the value is right.
+        Maps a value to a description of the valid values, or to None if the value is valid.
     example : str
-        A value other than the default, as it is typed on the command line.
+        A value other than the default, as typed on the command line.
     text : str
-        One line, for people; with name and default it fits into the YAML's 80 characters.
+        One-line description. With name and default it fits into the 80 characters of a YAML line.
     free : str
-        Why a run may go on with another value. Without a reason another value is another run: to forget one refuses a
-        run that could go on, which is seen, rather than mixing two, which is not.
+        Why a run may resume with another value. Without a reason, another value is a different run. A missing reason
+        then causes an error that a user sees; the opposite default would silently mix two runs.
     path : bool
-        Given on the command line it starts at the working directory; left at its default, at the project's root.
+        Whether it is a path. On the command line, it is relative to the working directory; the default is relative to
+        the project's root.
     data : bool
-        It decides which clips are used. The data's fingerprint tells, too, but with it a run is refused by name, and
-        before hours of preparation. Of data that are taken as they are (skip_prep) it says nothing.
+        Whether it decides which clips are used. The fingerprint of the data would also differ, but this check names the
+        hyperparameter and runs before hours of preparation. With skip_prep, it is not compared.
     was : str
         Its name in version 0.1.0, which is still accepted.
     earlier : object
-        Its value in YAMLs of versions that did not have it, such as those in run folders. Without one they are refused.
+        The value for YAMLs of versions that did not have it, such as those in run folders. Without it, such YAMLs are
+        an error.
     """
 
     name: str
@@ -140,12 +142,12 @@ class Hyperparameter:
 
     @property
     def is_text(self):
-        """Whether any text is a value, which then stays as it was typed: YAML might see a number in it."""
+        """Whether any text is valid. The text then stays as typed, because YAML might read it as a number."""
         return self.check("any text") is None
 
     @property
     def values(self):
-        """Which values it takes, in words."""
+        """Describe the valid values."""
         return self.check(object())
 
 
@@ -323,7 +325,7 @@ GROUPS = {
 # Name -> hyperparameter, in the order of the YAML.
 TABLE = {one.name: one for group in GROUPS.values() for one in group}
 
-# Name in version 0.1.0 -> name.
+# Name in version 0.1.0 -> present name.
 RENAMED = {one.was: one.name for one in TABLE.values() if one.was}
 
 # Fields of PreparationChoices, as in the YAML's mapping `preparation`.
@@ -331,7 +333,7 @@ CHOICES = {field.name for field in dataclasses.fields(PreparationChoices)}
 
 
 def wrong_values(values):
-    """Key -> problem."""
+    """Check values and return a dict, key -> problem."""
     problems = {}
     for key, hyperparameter in TABLE.items():
         if key not in values:

@@ -22,16 +22,16 @@ def predict(brain, clips, loading, speeds=(1.0,), degrade=None, temperature=1.0)
     speeds : sequence of float
         Speed factors; log-probabilities are averaged over the copies of a clip.
     degrade : callable
-        Of `accent_plugin.audio.degradations.DEGRADATIONS`; None takes the clips as they are.
+        One of `accent_plugin.audio.degradations.DEGRADATIONS`; None leaves the clips unchanged.
     temperature : float
         Log-probabilities are divided by it; see `accent_plugin.evaluation.calibration`.
 
     Returns
     -------
     clips : list of accent_plugin.data.manifests.Clip
-        In their order; with `--debug` only some batches are seen.
+        In the given order. With `--debug`, only the clips of some batches.
     log_probabilities : (clips, classes) np.ndarray
-        Means over the copies of a clip, normalised anew.
+        Means over the copies of a clip, normalised again.
     """
     copies = []
     for speed in speeds:
@@ -47,7 +47,7 @@ def predict(brain, clips, loading, speeds=(1.0,), degrade=None, temperature=1.0)
 
 
 def as_predictions(clips, log_probabilities, accents):
-    """`accent_plugin.evaluation.predictions.ScoredClips` of clips whose accents are among `accents`."""
+    """Make `accent_plugin.evaluation.predictions.ScoredClips` from the clips with an accent in `accents`."""
     clients = [clip.client_id for clip in clips]
     return ScoredClips(
         ids=tuple(clip.id for clip in clips),

@@ -19,16 +19,16 @@ from accent_plugin.versions import installed_versions
 logger = logging.getLogger(__name__)
 
 
-# Clips that a note names.
+# Most clips that a note names.
 _NAMED = 10
 
 
-# Of the card that a DatasetDict carries, what a report repeats.
+# Fields of a DatasetDict's card that a report repeats.
 _CARD_REPEATED = ("made_by", "source", "arguments", "counts", "dropped", "lost_sentences", "labels", "warnings")
 
 
 def describe_data(prepared, fold=None):
-    """What a report says of the data: name, whether it is synthetic, how it was split, counts and what was left out."""
+    """Describe the data for a report: name, whether it is synthetic, split, counts and skipped clips."""
     counts = prepared.counts if fold is None else prepared.counts[f"fold_{fold}"]
     made = {key: value for key, value in prepared.card.items() if key in _CARD_REPEATED}
     if "arguments" in made:
@@ -44,13 +44,13 @@ def describe_data(prepared, fold=None):
 
 
 def describe_model(model, values):
-    """What a report says of the model: its parts, sizes, and the choices that shaped it.
+    """Describe the model for a report: its parts, their sizes and the hyperparameters.
 
     Arguments
     ---------
     model : accent_plugin.model.AccentModel
     values : dict
-        As `accent_plugin.experiment.settings.Settings.values` gives them.
+        From `accent_plugin.experiment.settings.Settings.values`.
     """
     start = {} if values["from_bundle"] is None else {"from_bundle": start_identity(values["from_bundle"])}
     return {
@@ -66,17 +66,17 @@ def describe_model(model, values):
 
 
 def encoder_name(values):
-    """Name of the encoder on the Hub, or of its folder."""
+    """Return the name of the encoder on the Hub or of its folder."""
     start = values["from_bundle"]
     if start is not None and bundle_config.is_bundle(start):
         return bundle_config.read(start)["model"]["encoder"].get("name")
     encoder = start or values["wav2vec2_hub"]
-    # The folder's name alone: a report travels, a local path should not.
+    # Only the folder's name: reports are shared, and should not contain local paths.
     return Path(encoder).name if Path(encoder).is_dir() else encoder
 
 
 def unread_notes(unread):
-    """Notes of a report on unreadable clips of the test split: {id: reason}."""
+    """Make notes of a report about unreadable clips of the test split; `unread` is {id: reason}."""
     if not unread:
         return []
     names = ", ".join(sorted(unread)[:_NAMED]) + (", ..." if len(unread) > _NAMED else "")
@@ -84,30 +84,30 @@ def unread_notes(unread):
 
 
 def split_sources(clips):
-    """A function: id of a clip -> path of its audio."""
+    """Make a function that maps the id of a clip to the path of its audio."""
     return {clip.id: clip.wav for clip in clips}.get
 
 
 class Summaries:
-    """Reports on several runs of one command, each written as soon as the last of its runs is finished.
+    """Reports on several runs of one command; each is written when its last run is finished.
 
     Arguments
     ---------
     output_folder : str or Path
-        Of the whole command.
+        The output folder of the command.
     n_folds : int
-        Folds that are pooled; 0 for none.
+        Number of folds to pool; 0 for none.
     seeds : list of int
-        Seeds that are summarised; None for none.
+        Seeds to summarise; None for none.
     """
 
     def __init__(self, output_folder, n_folds=0, seeds=None):
         self._output_folder, self._n_folds, self._seeds = output_folder, n_folds, seeds
-        # What belongs together and is finished: runs, (folder, content of metrics.json), folders.
+        # Finished members of each group: runs, (folder, content of metrics.json), folders.
         self._of_folds, self._of_seeds, self._of_splits = [], [], []
 
     def add(self, run):
-        """Take a finished `Run`, in the order of `Settings.runs`, and write the reports that are complete with it."""
+        """Add a finished `Run`, in the order of `Settings.runs`, and write the reports that it completes."""
         if not distributed.is_main():
             return
         folder, metrics = run.folder, run.metrics
@@ -129,7 +129,7 @@ class Summaries:
 
 
 def _write_pooled_report(output_folder, folds):
-    """One report on the predictions of all folds, in which every speaker was tested once; returns its metrics.json."""
+    """Write one report on the predictions of all folds, which test every speaker once; returns its metrics.json."""
     prepared = folds[0].prepared
     recall = [fold.metrics["clip"]["unweighted_average_recall"]["value"] for fold in folds]
     return write_run_report(
@@ -148,15 +148,15 @@ def _write_pooled_report(output_folder, folds):
 
 
 def _write_seeds(output_folder, runs):
-    """Mean and standard deviation over seeds, as summary.json and summary.md; `runs` is {name: metrics.json}."""
+    """Write mean and standard deviation over seeds to summary.json and summary.md; `runs` is {name: metrics.json}."""
     write_summary(Path(output_folder), summarise_runs(list(runs.values()), list(runs)))
     logger.info("summary of %d runs: %s", len(runs), Path(output_folder) / "summary.md")
 
 
 def _write_leak(output_folder, honest, leaky):
-    """What sharing speakers between train and test adds: leak.md, and a paired comparison where the clips are the same.
+    """Write the effect of speakers shared by train and test to leak.md, and compare the runs if the clips are the same.
 
-    `honest` and `leaky` are the folders of the runs split by speaker and at random.
+    `honest` is the folder of the run split by speaker, `leaky` that of the run split at random.
     """
     names = ("split by speaker", "split at random")
     runs = [Path(run) / "report" for run in (honest, leaky)]
@@ -169,7 +169,7 @@ def _write_leak(output_folder, honest, leaky):
 
 
 def write_run_report(output_folder, predictions, **parts):
-    """Write the report of a run in the first process; None in the others."""
+    """Write the report of a run in the first process; return None in the others."""
     if not distributed.is_main():
         return None
     folder = Path(output_folder) / "report"

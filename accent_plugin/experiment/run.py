@@ -44,35 +44,35 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """One training with its evaluation, in a folder of its own.
+    """One training with its evaluation, in its own folder.
 
-    The recipe calls the methods in the order in which they stand here, and sets `brain` before `train`.
+    The recipe calls the methods in the order of their definition, and sets `brain` before `train`.
 
     Arguments
     ---------
     settings : accent_plugin.experiment.settings.Settings
     fold : int
-        Counted from 1; None for none. Both as `Settings.runs` yields them.
+        Counted from 1; None without folds. `Settings.runs` yields settings and fold.
     command : str
-        For the report.
+        The command line, for the report.
 
     Attributes
     ----------
     settings : accent_plugin.experiment.settings.Settings
-        Within `claimed`, with the prepared folder and the precision that are used.
+        Inside `claimed`, they contain the prepared folder and the precision in use.
     prepared, outsiders : accent_plugin.data.manifests.Prepared
-        The data, and speech of accents that are not among the classes; None for none.
+        The data, and speech of accents outside the classes; None if there is none.
     loading : accent_plugin.training.loaders.LoadingOptions
     clips : dict
         Split -> sequence of accent_plugin.data.manifests.Clip.
     brain : AccentBrain
         None once the run is finished.
     calibration : dict
-        As `accent_plugin.evaluation.calibration.describe_calibration` gives it.
+        From `accent_plugin.evaluation.calibration.describe_calibration`.
     predictions : accent_plugin.evaluation.predictions.ScoredClips
-        Of the test split.
+        Predictions of the test split.
     metrics : dict
-        The content of metrics.json; None in all processes but the first.
+        The content of metrics.json; None in all processes except the first.
     """
 
     def __init__(self, settings, fold=None, command=""):
@@ -83,26 +83,26 @@ class Run:
 
     @property
     def values(self):
-        """Every plain value of the configuration."""
+        """Return every plain value of the configuration."""
         return self.settings.values
 
     @property
     def folder(self):
-        """Where the run writes."""
+        """The output folder of the run."""
         return Path(self.values["output_folder"])
 
     # Folder and data
 
     @contextlib.contextmanager
     def claimed(self, overwrite=False):
-        """Make the output folder this process's own, and see that it belongs to this configuration.
+        """Lock the output folder for this process, and check that it belongs to this configuration.
 
-        With `overwrite`, the run in it is deleted first, unless a cluster or torchrun has started this one again.
+        With `overwrite`, the run in the folder is deleted first, unless a cluster or torchrun has restarted this run.
         """
-        # On the machine where a process died, and not on the others, torchrun counts a restart.
+        # torchrun counts a restart only on the machine where a process died.
         restarted = any(distributed.all_gather(run_folder.restarted()))
         overwrite = overwrite and not restarted
-        # Written down with the run, so that it can be exported from anywhere.
+        # Saved with the run, so that it can be exported from any working directory.
         self.settings = self.settings.but(
             prepared_folder=distributed.broadcast_from_main(self._find_prepared_folder),
             precision=distributed.broadcast_from_main(self._find_precision, overwrite),
@@ -115,11 +115,11 @@ class Run:
         self.brain = None
 
     def _find_prepared_folder(self):
-        """Where the prepared data are or will be."""
+        """Return the folder of the prepared data, which may not exist yet."""
         return str(self.settings.located(self.values["preparation"])["prepared_folder"])
 
     def _find_precision(self, overwrite):
-        """The precision to train in; if it is "auto", the one that the run began in, or the fastest here."""
+        """Return the training precision; "auto" is that of the resumed run, or else the fastest on this device."""
         if self.values["precision"] != "auto":
             return self.values["precision"]
         begun = None if overwrite else run_folder.begun(self.folder)
@@ -133,7 +133,7 @@ class Run:
         self._begin(None)
 
     def _begin(self, data):
-        """Refuse to go on in the folder of another configuration or, where they are known, other data."""
+        """Raise an error if the folder belongs to another configuration or, if `data` is known, to other data."""
         identity = run_folder.run_identity(self.values, self.fold, distributed.world_size())
         test_only = self.settings.run_opts.test_only
         run_folder.begin(self.folder, identity, data, save_folder=self.values["save_folder"], test_only=test_only)
@@ -146,14 +146,14 @@ class Run:
         prepare : callable
             The recipe's preparation.
         preparation : dict
-            Its arguments.
+            Arguments of `prepare`.
         outsiders : bool
             Also prepare speech of the accents in `out_of_set`.
 
         Raises
         ------
         DataError
-            When another process cannot see the prepared data.
+            When another process cannot read the prepared data.
         """
         self.prepared = _prepare(prepare, preparation)
         self.outsiders = _prepare(prepare, self.settings.outsiders()) if outsiders else None
@@ -166,18 +166,18 @@ class Run:
     # Training
 
     def train(self, loader, features_folder=None, whitening_passes=0, whitening_shrinkage=0.0):
-        """Train, or go on from the newest checkpoint.
+        """Train, or resume from the newest checkpoint.
 
         Arguments
         ---------
         loader : torch.utils.data.DataLoader
-            Of the training clips.
+            Loads the training clips.
         features_folder : str or Path
-            Where a frozen encoder's output is kept, which then runs once over each clip; None to run it in each epoch.
+            Cache of the output of a frozen encoder, which then runs once per clip. None runs the encoder in each epoch.
         whitening_passes : int
-            Over the training clips, to fit the whitening.
+            Number of passes over the training clips to fit the whitening.
         whitening_shrinkage : float
-            Of its covariance.
+            Shrinkage of the whitening's covariance.
         """
         brain, valid = self.brain, whole_clips(self.clips["valid"], self.loading)
         self._initialise_head()
@@ -189,7 +189,7 @@ class Run:
         brain.fit(brain.hparams.epoch_counter, loader, valid)
 
     def _initialise_head(self):
-        """Let the head begin with the weights of `from_bundle`, if that is given and no checkpoint is to be resumed."""
+        """Load the head's weights from `from_bundle`, if it is given and no checkpoint is resumed."""
         source = self.values["from_bundle"]
         if source is None or self.brain.checkpointer.find_checkpoint() is not None:
             return
@@ -200,14 +200,14 @@ class Run:
     # Evaluation
 
     def calibrate(self):
-        """Fit the temperature of the best epoch's model on validation, and measure what its probabilities are worth."""
+        """Fit the temperature of the best epoch's model on validation, and measure its calibration."""
         predictions = as_predictions(*self._predict(self.clips["valid"]), self.loading.accents)
         found = describe_calibration(predictions.log_probabilities, predictions.truth)
         logger.info("temperature %.3f, fitted on %d clips of validation", found["temperature"], found["clips"])
         self.calibration = found
 
     def _predict(self, clips, degrade=None):
-        """As `predict`: calibrated, where this run is."""
+        """Call `predict`, with this run's temperature if it is calibrated."""
         temperature = 1.0 if self.calibration is None else self.calibration["temperature"]
         return predict(self.brain, clips, self.loading, self.values["evaluation"]["test_speeds"], degrade, temperature)
 
@@ -242,7 +242,7 @@ class Run:
         self.metrics = write_run_report(self.folder, self.predictions, **parts)
 
     def bundle(self, folder=None):
-        """Write the best epoch's model, which `brain` holds after `calibrate`, as a bundle; None for `bundle` in here.
+        """Write the best epoch's model as a bundle, after `calibrate`; None writes to `bundle` in the run's folder.
 
         Returns
         -------
@@ -263,18 +263,18 @@ class Run:
         logger.info("bundle: %s", written)
         return folder
 
-    # In place of training
+    # Instead of training
 
     def run_baseline(self, model, features_folder=None):
-        """Fit the frozen baseline of `accent_plugin.experiment.baseline`, evaluate it, and write the report.
+        """Fit and evaluate the frozen baseline of `accent_plugin.experiment.baseline`, and write the report.
 
-        Where `weighted_layers` is a list, only those layers are tried; every trial on validation is kept in
+        If `weighted_layers` is a list, only those layers are tried. All trials on validation are saved in
         `<save_folder>/trials.json`.
 
         Arguments
         ---------
         model : accent_plugin.model.AccentModel
-            Its encoder is taken.
+            Provides the encoder.
         features_folder : str or Path
             As in `train`.
         """
@@ -300,7 +300,7 @@ class Run:
         self._write_report(describe_model(model, self.values) | fitted, notes=list(self.prepared.warnings))
 
     def _layer_means(self, encoder, clips, features_folder):
-        """As `accent_plugin.experiment.baseline.layer_means`; kept in `features_folder` unless that is None."""
+        """Call `accent_plugin.experiment.baseline.layer_means`, with a cache in `features_folder` unless it is None."""
         from accent_plugin.experiment import baseline
 
         device = self.settings.run_opts.device or infer_device()
@@ -322,12 +322,12 @@ def _prepare(prepare, arguments):
 
 
 def require_checkpoint(save_folder):
-    """Refuse to evaluate weights that nobody trained.
+    """Raise an error if there are no trained weights to evaluate.
 
     Raises
     ------
     ConfigError
-        If the folder holds no checkpoint.
+        If the folder contains no checkpoint.
     """
     if not any(Path(save_folder).glob("CKPT*/CKPT.yaml")):
         raise ConfigError(
@@ -338,9 +338,9 @@ def require_checkpoint(save_folder):
 
 @devices.exact_fp32()
 def _fit_whitening(brain, loader, passes, shrinkage):
-    """Fit the model's whitening on some passes over the training clips, as training will draw them.
+    """Fit the model's whitening on passes over the training clips, with the crops and augmentation of training.
 
-    Nothing is done where the model has none, or where a checkpoint or `from_bundle` holds the fitted one.
+    Do nothing if the model has no whitening, or if a checkpoint or `from_bundle` contains a fitted one.
     """
     model = brain.modules.model
     if model.whitening is None or model.whitening.fitted or brain.checkpointer.find_checkpoint() is not None:
@@ -348,7 +348,7 @@ def _fit_whitening(brain, loader, passes, shrinkage):
     model.eval()
     vectors, labels = [], []
     with torch.inference_mode():
-        # Epochs beyond the last: crops and augmentation that training does not see again.
+        # Epochs after the last: training does not repeat their crops and augmentation.
         last = brain.hparams.epoch_counter.limit
         for epoch in range(last + 1, last + 1 + passes):
             loader.batch_sampler.set_epoch(epoch)
@@ -365,14 +365,14 @@ def _fit_whitening(brain, loader, passes, shrinkage):
 
 
 def export(folder, out=None, device="cpu"):
-    """Write the bundle of a finished run anew, for example of a fold.
+    """Write the bundle of a finished run again, for example of a fold.
 
     Arguments
     ---------
     folder : str or Path
-        The run's output folder. Its hyperparams.yaml is run, as by SpeechBrain: it must be your own.
+        The run's output folder. As in SpeechBrain, its hyperparams.yaml is executed, so it must be your own.
     out : str or Path
-        None for `bundle` in it.
+        None writes to `bundle` in `folder`.
     device : str
 
     Returns
@@ -382,7 +382,7 @@ def export(folder, out=None, device="cpu"):
     Raises
     ------
     ConfigError
-        When the folder holds no trained run.
+        If the folder contains no trained run.
     """
     folder = Path(folder).absolute()
     hparams_file, save_folder = folder / "hyperparams.yaml", folder / "save"

@@ -1,8 +1,8 @@
-"""A run folder belongs to one configuration, and to one process at a time.
+"""A run folder belongs to one configuration, and one process at a time may use it.
 
-Beside what a run makes stands ``run.json``: the hyperparameters that decide what is trained, and a fingerprint of the
-data. Another configuration is refused with a list of differences, as its checkpoints would be resumed, mixed or
-evaluated as what they are not. A folder in which nothing has been trained yet belongs to nobody.
+The file ``run.json`` in the folder contains the hyperparameters that decide what is trained, and a fingerprint of the
+data. Another configuration raises an error that lists the differences; otherwise it would resume or evaluate
+checkpoints of a different run. A folder without trained weights may be used by any configuration.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ IDENTITY_FILE = "run.json"
 LOCK_FILE = ".run.lock"
 
 
-# Not the lock's file: on Windows nobody else can read that.
+# A file besides the lock: on Windows, other processes cannot read a locked file.
 HOLDER_FILE = ".run.holder.json"
 
 _NOT_COUNTED = {one.name for one in TABLE.values() if one.free}
@@ -38,11 +38,11 @@ _NOT_COUNTED = {one.name for one in TABLE.values() if one.free}
 _OF_DATA = {one.name for one in TABLE.values() if one.data}
 
 
-# Hyperparameters that count in some configurations only, see `identity`.
+# Hyperparameters that are compared only in some configurations, see `run_identity`.
 _SOMETIMES = {*_OF_DATA, "number_of_epochs", "wav2vec2_hub"}
 
 
-# What test_only may change: how much fits into memory, and how exactly is reckoned.
+# Hyperparameters that may change with test_only: they affect memory and numerical precision.
 _FREE_IN_TESTS = {"eval_precision", "batch_seconds", "batches_per_step"}
 
 
@@ -55,14 +55,14 @@ _WAYS_OUT = "choose another --output_folder, or delete that run and begin anew w
 _WAYS_OUT_OF_A_TEST = "give what it was trained with, or the --output_folder of the run that you mean"
 
 
-# What was trained, and what of it makes a folder worth protecting.
+# Checkpoints, which mark a folder as containing trained weights.
 _CHECKPOINTS = "CKPT*/CKPT.yaml"
 
 
 _TRAINED = ("history.json", "trials.json")
 
 
-# Whole checkpoints, those that were set aside, and what a killed process has left of others.
+# Complete checkpoints, damaged ones, and partial ones of a killed process.
 _CHECKPOINT_FOLDERS = ("CKPT*", "damaged+CKPT*", ".CKPT*", ".writing*", ".deleted+*")
 
 
@@ -70,27 +70,27 @@ _CHECKPOINT_FOLDERS = ("CKPT*", "damaged+CKPT*", ".CKPT*", ".writing*", ".delete
 _GENERATED = "# Generated "
 
 
-# -------------------------------------------------------------------------------------------------------- what is it
+# ------------------------------------------------------------------------------------------------------------- identity
 
 
 def run_identity(values, fold=None, processes=1):
-    """Choose from hyperparameters those that decide what is trained.
+    """Select the hyperparameters that decide what is trained.
 
     Arguments
     ---------
     values : dict
-        Every plain value of the YAML, as `accent_plugin.experiment.settings.Settings.values` gives them.
+        Every plain value of the YAML, from `accent_plugin.experiment.settings.Settings.values`.
     fold : int
-        Which one is trained, counted from 1; None for none.
+        Counted from 1; None without folds.
     processes : int
-        That share the work. A run may go on with fewer of them and as many more batches per step in each.
+        Number of processes. A run may resume with fewer processes and proportionally more batches per step.
 
     Returns
     -------
     dict
-        Plain values of JSON.
+        Values that JSON can store.
     """
-    # Objects of the YAML are built from its values; other values that somebody added to it may be what changed one.
+    # Compare unknown values too: objects of the YAML may be built from values that a user added.
     chosen = {
         key: value
         for key, value in values.items()
@@ -101,19 +101,19 @@ def run_identity(values, fold=None, processes=1):
     if values["skip_prep"]:
         chosen = {key: value for key, value in chosen.items() if key not in _OF_DATA}
     if not values["warmup_fraction"] and values["lr_schedule"] == "none":
-        # Learning rates that do not depend on the end: such a run may be prolonged.
+        # The learning rates do not depend on the last epoch, so the run may be extended.
         del chosen["number_of_epochs"]
     if values["from_bundle"] is None:
         chosen["wav2vec2_hub"] = _source(values["wav2vec2_hub"])
     else:
-        # The encoder is the bundle's.
+        # The encoder comes from the bundle.
         del chosen["wav2vec2_hub"]
         chosen["from_bundle"] = _source(values["from_bundle"])
     return json.loads(json.dumps(chosen, default=str))
 
 
 def _source(source):
-    """A name on the Hub as it is; a folder by its own name and what it holds, as it may be moved."""
+    """Identify a Hub source by its name, and a folder by its name and content, because it may be moved."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return source
@@ -125,12 +125,12 @@ def _source(source):
 
 
 def data_fingerprint(paths):
-    """Digest of manifests: of clips, their accents and their splits, wherever they are and whenever they were made.
+    """Compute a digest of the clips, accents and splits of manifests; paths and times have no effect.
 
     Arguments
     ---------
     paths : dict
-        Split -> CSV, as `accent_plugin.data.manifests.Prepared.paths` gives it.
+        Split -> CSV, from `accent_plugin.data.manifests.Prepared.paths`.
 
     Returns
     -------
@@ -140,7 +140,7 @@ def data_fingerprint(paths):
 
 
 def _digest(parts):
-    """Twenty hexadecimal digits that stand for pieces of bytes."""
+    """Compute a digest of several byte strings, as twenty hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=10)
     for part in parts:
         digest.update(b"%d:" % len(part) + part)
@@ -148,10 +148,11 @@ def _digest(parts):
 
 
 def differences(made, now):
-    """One line for each hyperparameter that is another now than in the folder.
+    """Make one line for each hyperparameter that differs from the folder's.
 
-    One that the folder does not name was not known when it was made: it counts as it is now, or each new hyperparameter
-    would end every run that was begun before. One that is not known now asks for something that nobody would do.
+    A hyperparameter that the folder lacks was added later and counts as equal; otherwise no older run could resume
+    after an update. A hyperparameter of the folder that is unknown now counts as a difference, because this version
+    would ignore it.
     """
     lines = []
     for key in sorted(made):
@@ -163,35 +164,36 @@ def differences(made, now):
 
 
 def _shown(value):
-    """As one would type it."""
+    """Format a value as typed on the command line."""
     if isinstance(value, list):
         return f"[{', '.join(map(_shown, value))}]"
     return "null" if value is None else str(value)
 
 
-# ------------------------------------------------------------------------------------------------------- whose is it
+# ------------------------------------------------------------------------------------------------------------ ownership
 
 
 def begin(folder, identity, data, *, save_folder, test_only=False):
-    """Refuse a folder that belongs to another configuration; otherwise write down that it belongs to this one.
+    """Raise an error if a folder belongs to another configuration; otherwise record this one in it.
 
     Arguments
     ---------
     folder : str or Path
-        The run's, which exists.
+        The run's folder, which exists.
     identity : dict
-        As `identity` gives it.
+        From `run_identity`.
     data : str
-        As `fingerprint` gives it; None while the data are not known, when nothing is written yet.
+        From `data_fingerprint`. None while the data are unknown; nothing is written then.
     save_folder : str or Path
         Where the checkpoints are.
     test_only : bool
-        Whether nothing is trained: then nothing is written, and what only changes how tests are reckoned may differ.
+        True evaluates without training: nothing is written, and hyperparameters that affect only memory and precision
+        may differ.
 
     Raises
     ------
     ConfigError
-        With one line for each difference, and the ways out.
+        With one line for each difference, and possible fixes.
     """
     folder = Path(folder)
     ways_out = _WAYS_OUT_OF_A_TEST if test_only else _WAYS_OUT
@@ -220,17 +222,17 @@ def begin(folder, identity, data, *, save_folder, test_only=False):
 
 
 def begun(folder):
-    """The identity of the run in a folder, as `identity` gives it; None where there is none, or it cannot be read."""
+    """Return the `run_identity` of the run in a folder; None if there is none or it cannot be read."""
     try:
         made = _read(Path(folder) / IDENTITY_FILE, "")
     except (ConfigError, OSError):
-        # `begin` says so.
+        # `begin` reports this error.
         return None
     return None if made is None else made["values"]
 
 
 def _read(path, ways_out):
-    """The content of run.json; None where there is none."""
+    """Read run.json; None if there is none."""
     try:
         made = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -243,24 +245,24 @@ def _read(path, ways_out):
 
 
 def _holds_work(folder, save_folder):
-    """Whether anything was trained: a first try that ran out of memory binds nobody to its batch_seconds."""
+    """Whether the folder has trained weights; after a first attempt without any, batch_seconds may still change."""
     from accent_plugin.report.write import METRICS_FILE
 
     saved = any(save_folder.glob(_CHECKPOINTS)) or any((save_folder / name).exists() for name in _TRAINED)
     return saved or (folder / "report" / METRICS_FILE).exists()
 
 
-# ------------------------------------------------------------------------------------------------------ who is in it
+# ----------------------------------------------------------------------------------------------------------------- lock
 
 
 @contextlib.contextmanager
 def claimed(folder):
-    """Make a folder, and be the only process that works in it; the claim ends with the process, however that ends.
+    """Make a folder and lock it for this process; the lock ends with the process, even if it is killed.
 
     Raises
     ------
     ConfigError
-        When another process works there.
+        When another process uses the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -279,7 +281,7 @@ def claimed(folder):
 
 
 def _sweep(folder):
-    """Remove what a killed process was writing; nobody else works here."""
+    """Remove partial files of a killed process; this process has the lock."""
     for left in folder.glob(".bundle.[0-9]*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -299,35 +301,35 @@ def _holder(folder):
         held_by = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
         return "process {pid} on {host}, since {since}".format_map(held_by)
     except (OSError, ValueError, KeyError, TypeError):
-        # It has the lock, and has not written yet.
+        # The process has the lock, but has not written its name yet.
         return "another process"
 
 
-# ------------------------------------------------------------------------------------------------------ begin anew
+# ------------------------------------------------------------------------------------------------------------ overwrite
 
 
 def clear(folder, save_folder, train_log):
-    """Delete what a run has made in its folder, and nothing else; log and return what it was.
+    """Delete only the files that a run has made in its folder; log and return their paths.
 
-    A folder that is not known for a run's is left as it is. Links are not followed. train.py stays: the next run copies
-    its own over it, and in a folder that is a recipe's it is no copy.
+    A folder that is not recognised as a run folder is left unchanged. Links are not followed. train.py stays: the next
+    run overwrites it, and in a recipe's own folder it is the original.
 
     Arguments
     ---------
     folder : str or Path
         Claimed by this process.
     save_folder, train_log : str or Path
-        Of the hyperparameters.
+        Values of these hyperparameters.
 
     Returns
     -------
     list of str
-        Paths, relative to the folder where they are in it.
+        Paths, relative to `folder` if they are inside it.
 
     Raises
     ------
     ConfigError
-        When a link leads from the folder to the checkpoints: they may be another run's.
+        When the checkpoints are behind a link in the folder: they may belong to another run.
     """
     folder, save_folder, train_log = (Path(path).absolute() for path in (folder, save_folder, train_log))
     if _led_out(save_folder, folder):
@@ -341,10 +343,10 @@ def clear(folder, save_folder, train_log):
     checkpoints = [path for pattern in _CHECKPOINT_FOLDERS for path in sorted(save_folder.glob(pattern))]
     paths = [*(path for path in checkpoints if path.is_dir()), *(save_folder / name for name in _TRAINED)]
     if bundle_config.is_bundle(bundle):
-        # Its config.json, by which it is known, at the end.
+        # config.json, which identifies the bundle, is deleted last.
         paths += [bundle / name for name in reversed(bundle_config.BUNDLE_FILES)]
     paths += [*sorted(tensorboard.glob("events.out.tfevents.*")), train_log]
-    # The last two say whose folder it is: after a deletion that was cut short, it can be asked for again.
+    # The last two identify the run folder: an interrupted deletion can be repeated.
     paths += [folder / name for name in ("log.txt", "env.log", "hyperparams.yaml", IDENTITY_FILE)]
     deleted = _clear_report(folder / "report")
     for path in paths:
@@ -352,14 +354,14 @@ def clear(folder, save_folder, train_log):
             deleted.append(str(path.relative_to(folder) if path.is_relative_to(folder) else path))
     for place in (bundle, tensorboard, save_folder):
         with contextlib.suppress(OSError):
-            # Only where it is empty.
+            # Fails unless the folder is empty.
             place.rmdir()
     logger.info("deleted from %s: %s", folder, ", ".join(deleted) or "nothing")
     return deleted
 
 
 def _delete(path, with_content):
-    """Remove a file or a link, or a folder where that is meant; whether it was there."""
+    """Remove a file or a link, or a folder with `with_content`; return whether it existed."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.is_dir() and with_content:
@@ -370,12 +372,12 @@ def _delete(path, with_content):
 
 
 def _led_out(path, folder):
-    """Whether a link leads a path that is below a folder to somewhere else."""
+    """Whether a path inside a folder leads outside through a link."""
     return path.is_relative_to(folder) and not path.resolve().is_relative_to(folder.resolve())
 
 
 def _is_run(folder, save_folder):
-    """Whether a run has worked in a folder: log.txt alone could be anybody's."""
+    """Whether a folder is a run folder; log.txt alone is not enough."""
     if (folder / IDENTITY_FILE).exists() or any(save_folder.glob(_CHECKPOINTS)):
         return True
     try:
@@ -399,6 +401,6 @@ def _clear_report(place):
 
 
 def restarted():
-    """Whether torchrun or Slurm started this job again: then it has to go on, even where --overwrite True is given."""
+    """Whether torchrun or Slurm restarted this job, which then has to resume even with --overwrite True."""
     counts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return any(count.isdecimal() and int(count) > 0 for count in counts)

@@ -1,7 +1,7 @@
-"""Check all hyperparameters before anything is built: every problem of a run is named at once, within seconds.
+"""Check all hyperparameters before anything is built, and report all problems at once, within seconds.
 
-Only plain values are checked. They are read from the YAML's text with its references resolved, so that no object is
-made and no file written. A YAML may be an overlay: `base: wav2vec2_base.yaml`, and the hyperparameters that differ.
+Only plain values are checked. They are read from the text of the YAML with its references resolved, without building
+objects or writing files. A YAML may be an overlay: `base: wav2vec2_base.yaml` and the hyperparameters that differ.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 # Groups of hyperparameters in the YAML, each a mapping.
 _GROUPS = ("preparation", "evaluation")
 
-# Hyperparameters that the preparation is handed: a field has the same name, but for two.
+# Hyperparameters that are passed to the preparation: all but two have the name of the field.
 _PREPARATION = {{"seed": "data_seed", "max_unreadable_share": "max_unreadable_fraction"}.get(f, f) for f in CHOICES}
 _PREPARATION |= {"skip_prep", "prepared_folder", "data_folder"}
 
 _OPTION_NAMES = tuple(field.name for field in dataclasses.fields(RunOptions))
 
-# Run options of SpeechBrain that have their default in the YAML. Its own precision does not know "auto".
+# SpeechBrain's run options with a default in the YAML. SpeechBrain's own precision does not support "auto".
 _SHARED = (TABLE.keys() & set(_OPTION_NAMES)) - {"precision"}
 
 _PATHS = tuple(one.name for one in TABLE.values() if one.path)
@@ -46,12 +46,12 @@ class Settings:
     Attributes
     ----------
     hparams_file : str
-        A whole YAML; where an overlay was given, its base.
+        A complete YAML; for an overlay, its base.
     run_opts : speechbrain.utils.run_opts.RunOptions
     overrides : dict
-        For `load_hyperpyyaml`: what an overlay and the command line changed, and every path made absolute.
+        For `load_hyperpyyaml`: the changes of an overlay and the command line, and all paths, made absolute.
     root : Path
-        Where default paths start.
+        Default paths are relative to it.
     """
 
     hparams_file: str
@@ -61,23 +61,23 @@ class Settings:
 
     @functools.cached_property
     def values(self):
-        """Every plain value of the YAML after the overrides, under its present name."""
+        """Return every plain value of the YAML after the overrides, under its present name."""
         values = _plain(_read_yaml(self.hparams_file), self.overrides)
         return values | {key: getattr(self.run_opts, key) for key in _SHARED & self.run_opts.overridden_args}
 
     def but(self, **changes):
-        """The same configuration with some values changed, and what refers to them."""
+        """Return a copy with some values changed, and the values that refer to them."""
         text = _read_yaml(self.hparams_file)
         return dataclasses.replace(self, overrides={**self.overrides, **_as_spelled(text, changes)})
 
     def splits(self):
-        """This configuration, or one for each way to split where both are asked for."""
+        """Return one configuration for each kind of split; two if `split` is "both"."""
         if self.values["split"] != "both":
             return [self]
         return [self.but(split=kind, **self._below(kind)) for kind in ("speaker", "random")]
 
     def runs(self):
-        """Yield every run as (its settings, its fold): of each way to split, each seed and each fold; None for none."""
+        """Yield (settings, fold) for every split, seed and fold; the fold is None without folds."""
         for split in self.splits():
             output = Path(split.values["output_folder"])
             for seed in split.values["seeds"] or [None]:
@@ -90,25 +90,25 @@ class Settings:
                     yield one.but(output_folder=str(Path(values["output_folder"]) / f"fold_{fold}")), fold
 
     def _below(self, name):
-        """Folders of a part of a run that has several."""
+        """Folders of one of several runs."""
         folders = {"output_folder": str(Path(self.values["output_folder"]) / name)}
         if self.values["prepared_folder"] is not None:
             folders["prepared_folder"] = str(Path(self.values["prepared_folder"]) / name)
         return folders
 
     def located(self, preparation):
-        """Arguments of the recipe's preparation, with the folder that they stand for where none was given."""
+        """Return the arguments of the recipe's preparation, with the default folder for them if none was given."""
         choices = {field: value for field, value in preparation.items() if field in CHOICES}
         prepared_folder = preparation["prepared_folder"]
         if prepared_folder is None and not preparation["skip_prep"]:
             prepared_folder = self.root / "data" / "prepared"
-            # Where there are no such data, that is said when they are looked for.
+            # Missing data are reported when they are read.
             with contextlib.suppress(AccentPluginError):
                 prepared_folder = default_prepared_folder(preparation["data_folder"], prepared_folder, **choices)
         return preparation | {"prepared_folder": prepared_folder}
 
     def outsiders(self):
-        """The same for speech of accents that are not among the classes; None where none is asked for."""
+        """Return the same for speech of accents outside the classes; None if `out_of_set` is not used."""
         if self.values["out_of_set"] is None:
             return None
         folder = self.values["out_of_set_folder"] or self.values["data_folder"]
@@ -123,11 +123,11 @@ def read_settings(argv, root, look_at_data=True):
     Arguments
     ---------
     argv : list of str
-        A YAML's path, then `--key value` for hyperparameters and SpeechBrain's run options.
+        The path of a YAML, then `--key value` for hyperparameters and SpeechBrain's run options.
     root : Path
-        Where default paths start.
+        Default paths are relative to it.
     look_at_data : bool
-        Also check what only the data can tell, such as whether they have the accents; nothing is decoded.
+        Also check the configuration against the data, such as whether they contain the accents. Nothing is decoded.
 
     Returns
     -------
@@ -136,7 +136,7 @@ def read_settings(argv, root, look_at_data=True):
     Raises
     ------
     ConfigError
-        With every problem, each on a line of its own.
+        With all problems, one per line.
     """
     given_file, own, others = _split(argv)
     hparams_file, changed = read_overlay(given_file)
@@ -160,22 +160,22 @@ def read_settings(argv, root, look_at_data=True):
         else:
             overrides[key] = _value(key, " ".join(words))
     for key in _PATHS:
-        # An empty one is no folder, and not the working directory either.
+        # An empty path is not a folder; do not resolve it to the working directory.
         if isinstance(overrides.get(key), str) and overrides[key].strip():
             overrides[key] = str(Path.cwd() / Path(overrides[key]).expanduser())
     overrides = _as_spelled(text, added | changed | overrides)
     defaults = _plain(text, overrides)
     for key in _PATHS:
-        # One after the other: a path that refers to one before it becomes absolute with it, and is left alone.
+        # In order: a path that refers to an earlier one becomes absolute with it and needs no change.
         default = defaults.get(key)
         if isinstance(default, str) and default.strip() and not Path(default).is_absolute():
             overrides[key] = str(root / default)
             defaults = _plain(text, overrides)
     if overrides.get("seeds") and "output_folder" not in own:
-        # One folder per seed below it, where a single run with that seed would be.
+        # Each seed gets the same folder below it as in a single run.
         overrides["output_folder"] = str(Path(overrides["output_folder"]).parent)
     if run_opts.ckpt_interval_steps and "ckpt_interval_minutes" not in run_opts.overridden_args:
-        # SpeechBrain takes one or the other, and minutes have their default in the YAML.
+        # SpeechBrain accepts only one of the two, and the YAML has a default for minutes.
         overrides["ckpt_interval_minutes"] = 0
     settings = Settings(hparams_file, run_opts, overrides, Path(root))
     wrong = wrong_values(settings.values)
@@ -201,7 +201,7 @@ def _trouble_with_data(settings):
 
 
 def _refusals(wanted):
-    """What `accent_plugin.data.prepare` has against arguments of a preparation."""
+    """Return the problems that `accent_plugin.data.prepare` finds in arguments of a preparation."""
     wanted = dict(wanted)
     del wanted["workers"]
     try:
@@ -215,7 +215,7 @@ def _refusals(wanted):
 
 
 def _split(argv):
-    """The YAML's path, words of each `--key` of ours, and SpeechBrain's options."""
+    """Split a command line into the YAML's path, this recipe's `--key` options and SpeechBrain's options."""
     options = {field.name: field.default for field in dataclasses.fields(RunOptions)}
     if not argv or argv[0].startswith("--"):
         raise ConfigError("the first argument is a YAML of hyperparameters: train.py hparams/wav2vec2_base.yaml")
@@ -235,7 +235,7 @@ def _split(argv):
         if not word.startswith("--"):
             others.append(word)
         elif name not in options or name == "precision":
-            # SpeechBrain's own option does not know "auto".
+            # SpeechBrain's own option does not support "auto".
             own[name] = words
         elif options[name] is False and words and words[0].lower() in ("true", "false"):
             others += [word] * (words[0].lower() == "true") + words[1:]
@@ -248,7 +248,7 @@ def _run_options(hparams_file, words):
     try:
         _, run_opts, rest = RunOptions.from_command_line_args([hparams_file, *words])
     except SystemExit as error:
-        # argparse has already said on stderr which option is wrong.
+        # argparse has already printed on stderr which option is wrong.
         raise ConfigError("a run option of SpeechBrain has a wrong value, see above") from error
     return run_opts, rest.split()
 
@@ -261,24 +261,24 @@ def _read_yaml(hparams_file):
 
 
 def read_overlay(hparams_file):
-    """Follow `base:` from an overlay to a whole YAML.
+    """Follow `base:` from an overlay to a complete YAML.
 
     Arguments
     ---------
     hparams_file : str or Path
-        An overlay or a whole YAML.
+        An overlay or a complete YAML.
 
     Returns
     -------
     str
-        The whole YAML.
+        The complete YAML.
     dict
-        What the overlay changes of it; nothing for a whole YAML.
+        The values that the overlay changes; empty for a complete YAML.
 
     Raises
     ------
     ConfigError
-        Where a file cannot be read, or an overlay gives anything but hyperparameters.
+        If a file cannot be read, or an overlay contains anything but hyperparameters.
     """
     changed, seen = {}, set()
     while True:
@@ -301,39 +301,39 @@ def read_overlay(hparams_file):
 
 
 class _OverlayLoader(yaml.SafeLoader):
-    """Reads values alone: what a tag builds stands in the base."""
+    """Reads plain values only: tags belong in the base."""
 
 
-# For those who load an overlay without its base, as SpeechBrain's tests do.
+# For programs that load an overlay without its base, as SpeechBrain's tests do.
 _PLACEHOLDER = object()
 _OverlayLoader.add_constructor("!PLACEHOLDER", lambda loader, node: _PLACEHOLDER)
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads values and leaves out what a tag would build."""
+    """Reads plain values and skips tagged objects."""
 
 
 _PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def _plain(text, overrides):
-    """Plain values of the YAML, references resolved and nothing built."""
+    """Return the plain values of the YAML, with references resolved and nothing built."""
     try:
         resolved = resolve_references(text, overrides).getvalue()
         values = yaml.load(resolved, Loader=_PlainLoader)
     except Exception as error:
-        # ruamel, PyYAML and HyperPyYAML each raise their own.
+        # ruamel, PyYAML and HyperPyYAML raise different errors.
         raise ConfigError(f"the YAML cannot be read: {error}") from error
     return _values(_renamed(values))
 
 
 def _renamed(values):
-    """Values under their present names."""
+    """Return values under their present names."""
     return {RENAMED.get(key, key): value for key, value in values.items()}
 
 
 def _as_spelled(text, overrides):
-    """Overrides under the names of a YAML, which may have those of version 0.1.0."""
+    """Return overrides under the names in a YAML, which may be those of version 0.1.0."""
     old = {RENAMED[key]: key for key in re.findall(r"^(\w+):", text, re.M) if key in RENAMED}
     return {old.get(key, key): value for key, value in overrides.items()}
 
@@ -351,12 +351,12 @@ def _warn_once(word, new):
 
 
 def _values(mapping):
-    # A hyperparameter that is handed on in a group has its own name there, too.
+    # Inside a group, a hyperparameter has the same name.
     return {key: _values(value) if key in _GROUPS else _value(key, value) for key, value in mapping.items()}
 
 
 def _value(key, value):
-    """What a text stands for; 1e-5 is a number to people, and a text to YAML 1.1."""
+    """Parse a text value; YAML 1.1 reads 1e-5 as text."""
     if isinstance(value, str):
         try:
             parsed = yaml.safe_load(value)

@@ -1,11 +1,12 @@
 """Classify speech of any kind and length with a trained bundle.
 
-Three doors, one corridor: files, samples and batches become recordings; recordings become windows; windows go through
-the network in batches of similar length; the scores of a recording's windows become one `Prediction`.
+Files, arrays and batches share one code path. Each recording is cut into windows. The network scores the windows in
+batches of similar length. The scores of all windows of a recording give one `Prediction`.
 
-Times are in seconds from a recording's start. A recording as long as a window or shorter is one window; a longer one
-has windows at multiples of the hop and one that ends where the recording ends. Windows count equally: their
-log-probabilities are averaged and normalised anew. Which windows count: `accent_plugin.inference.windows`.
+Times are in seconds from the start of a recording. A recording that is not longer than a window is one window. A longer
+recording has windows at multiples of the hop, and a last window that ends with the recording. The log-probabilities of
+the windows are averaged with equal weights and normalised again. `accent_plugin.inference.windows` skips windows
+without speech.
 """
 
 import contextlib
@@ -24,18 +25,18 @@ from accent_plugin.inference.prefetch import BLOCK_SECONDS, Prefetcher, SourceAu
 from accent_plugin.inference.records import RELIABLE_SECONDS, Failure, Prediction, Window
 from accent_plugin.inference.windows import RecordingWindows
 
-# Batches whose clips are chosen by length from what has been read ahead.
+# Number of prefetched batches from which clips of similar length are chosen.
 _BATCHES_AHEAD = 8
 
 
-# Padding may make a batch longer by this factor; more of it costs more than another call.
+# Largest factor by which padding may lengthen a batch; more padding costs more than another call.
 _PADDING = 1.2
 
 
 _MOST_WORKERS = 8
 
 
-# On a processor larger batches are hardly faster.
+# On a CPU, larger batches are hardly faster.
 _BATCH_SECONDS = {"cpu": 20.0}
 
 
@@ -44,22 +45,22 @@ _BATCH_SECONDS_ELSEWHERE = 60.0
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """How recordings are cut, and when to abstain.
+    """Options for cutting recordings into windows and for abstaining.
 
     Arguments
     ---------
     window_seconds : float
         Recordings longer than this are classified in windows of this length.
     hop_seconds : float
-        From the start of one window to the next.
+        Time from the start of one window to the start of the next.
     batch_seconds : float
-        Audio in one call of the network, padding included; a longer window goes alone. None for 60 on an accelerator
-        and 20 on a processor, where more costs memory and gains little.
+        Audio in one batch, including padding. A longer window gets its own batch. None uses 60 on an accelerator, and
+        20 on a CPU, where larger batches cost memory and gain little.
     min_probability, max_risk, min_coverage : float
-        When to abstain; at most one of them. Decide only where the probability is at least `min_probability`; or at
-        the threshold where, on the validation split, at most `max_risk` of the decided clips were wrong (the smallest
-        such threshold, which decides most); or at the largest threshold at which `min_coverage` of the clips were
-        decided.
+        Threshold for abstaining; give at most one. `min_probability` is the threshold itself: below it, the classifier
+        abstains. `max_risk` selects the smallest threshold at which at most this fraction of the answers on the
+        validation split was wrong. `min_coverage` selects the largest threshold at which at least this fraction of the
+        validation clips was answered.
     """
 
     window_seconds: float = 10.0
@@ -70,7 +71,7 @@ class InferenceOptions:
     min_coverage: float | None = None
 
     def problems(self):
-        """Yield what is wrong with them."""
+        """Yield descriptions of invalid options."""
         window, hop, batch = self.window_seconds, self.hop_seconds, self.batch_seconds
         if not _is_number(window) or not window >= 0.1:
             yield f"window_seconds is {window!r}: give 0.1 or more"
@@ -88,12 +89,12 @@ class InferenceOptions:
 
 
 class RecordingClassifier:
-    """From recordings of any kind to answers, whatever the network runs on: that is in `_log_probabilities`."""
+    """Classify recordings of any kind; a subclass runs its network in `_log_probabilities`."""
 
     _batcher = None
 
     def _set_up(self, config, options, device_type="cpu"):
-        """Keep a bundle's configuration and the `Options`, which have no problems."""
+        """Store a bundle's configuration and valid `InferenceOptions`."""
         self.config, self.labels, self.calibration = config, tuple(config["labels"]), config.get("calibration")
         self.threshold = _find_threshold(
             self.calibration, options.min_probability, options.max_risk, options.min_coverage
@@ -106,18 +107,18 @@ class RecordingClassifier:
 
     @property
     def identity(self):
-        """Twelve digits that stand for the weights."""
+        """Return the first twelve digits of the weights' digest."""
         return self.config["weights"]["sha256"][:12]
 
     def enable_batching(self):
-        """From now on, take what several threads ask for through the network in common batches.
+        """From now on, batch the windows of several threads together (dynamic batching).
 
-        An answer does not depend on what else is in its batch.
+        An answer does not depend on the other windows in its batch.
 
         Returns
         -------
         accent_plugin.inference.batcher.DynamicBatcher
-            To count batches, or to give up in time.
+            Counts batches and sets deadlines.
         """
         if self._batcher is None:
             self._batcher = DynamicBatcher(
@@ -131,8 +132,8 @@ class RecordingClassifier:
         Arguments
         ---------
         source : str, Path, bytes or binary file object
-            wav, flac, mp3, ogg or opus; any rate, any number of channels (their mean is taken), any length: memory
-            does not grow with it.
+            wav, flac, mp3, ogg or opus, with any sample rate and length, and any number of channels (their mean is
+            used). Memory does not grow with the length.
 
         Returns
         -------
@@ -141,8 +142,8 @@ class RecordingClassifier:
         Raises
         ------
         AudioError
-            When there is nothing to classify: undecodable, empty, non-finite or silent; "too long" where the encoder
-            cannot take a window of this length, "non-finite" also where the network's scores are no numbers.
+            If the file cannot be classified: it is undecodable, empty, non-finite or silent, or a window is too long
+            for the encoder ("too long"). "non-finite" also means that the network returned NaN.
         """
         return self.predict_blocks(codecs.stream(plain(source), BLOCK_SECONDS), name_of(source))
 
@@ -169,14 +170,14 @@ class RecordingClassifier:
         return self._predict_arrays([samples_from_array(_as_array(wave), sample_rate)])[0]
 
     def predict_batch(self, waves, sample_rate=SAMPLE_RATE):
-        """Classify recordings; the answer for each is the same whatever the others are.
+        """Classify recordings; each answer is independent of the other recordings.
 
         Arguments
         ---------
         waves : sequence of np.ndarray or torch.Tensor
             Each as in `predict`, of any length, or a (batch, samples) array.
         sample_rate : float
-            Of all of them, in hertz.
+            In hertz, for all recordings.
 
         Returns
         -------
@@ -185,7 +186,7 @@ class RecordingClassifier:
         Raises
         ------
         AudioError
-            When one cannot be classified; it says which.
+            If a recording cannot be classified; the error says which.
         """
         arrays = []
         for number, wave in enumerate(waves):
@@ -196,22 +197,23 @@ class RecordingClassifier:
         return self._predict_arrays(arrays)
 
     def predict_files(self, sources, workers=None, batch_seconds=None):
-        """Classify many files: threads decode ahead of the network, and batches are made of similar lengths.
+        """Classify many files with prefetching threads and batches of similar length.
 
         Arguments
         ---------
         sources : iterable
-            Each as in `predict_file`. Drawn as they are needed, by the threads, one at a time.
+            Each as in `predict_file`. The threads take them one at a time, when they need them.
         workers : int
-            Threads that decode; None for one per core.
+            Number of decoding threads; None for one per core.
         batch_seconds : float
-            As in the class; None for what was said there. Eight times as much is read before the first answer, so that
-            the batches, and with them the last digits of the answers, do not depend on the threads.
+            As in `InferenceOptions`; None uses the value given there. Eight times as much is prefetched before the
+            first answer, so that the batches, and therefore the last digits of the answers, do not depend on the timing
+            of the threads.
 
         Returns
         -------
         iterator of Prediction or Failure
-            One for each source, in their order. Whoever leaves it early should `close` it, which ends the threads.
+            One for each source, in order. If you stop early, call `close` to end the threads.
 
         Raises
         ------
@@ -251,18 +253,18 @@ class RecordingClassifier:
         return [self._answer(recording, None) for recording in recordings]
 
     def _cut(self, arrays):
-        """Whole recordings of (samples,) arrays at 16 kHz, and the jobs of all their windows."""
+        """Cut (samples,) arrays at 16 kHz; returns the recordings and the jobs of all their windows."""
         recordings = [self._recording() for _ in arrays]
         jobs = [job for recording, wave in zip(recordings, arrays, strict=True) for job in recording.feed(wave, True)]
         return recordings, jobs
 
     def predict_blocks(self, blocks, source=None, batch_seconds=None):
-        """Classify one recording in blocks, the next of which is made while the network works.
+        """Classify one recording in blocks; the next block is decoded while the network runs.
 
         Arguments
         ---------
         blocks : iterable of (samples,) np.ndarray
-            At 16 kHz, as `accent_plugin.audio.codecs.stream` yields them.
+            At 16 kHz, from `accent_plugin.audio.codecs.stream`.
         source : str, or None
             Its name.
         batch_seconds : float
@@ -275,7 +277,7 @@ class RecordingClassifier:
         Raises
         ------
         AudioError
-            As in `predict_file`, and what the blocks raise.
+            As in `predict_file`, and any error that `blocks` raises.
         """
         recording, jobs = self._recording(), []
         enough = (self.batch_seconds if batch_seconds is None else batch_seconds) * SAMPLE_RATE
@@ -293,7 +295,7 @@ class RecordingClassifier:
         return RecordingWindows(round(self.window_seconds * SAMPLE_RATE), round(self.hop_seconds * SAMPLE_RATE))
 
     def _score(self, jobs, batch_seconds=None):
-        """Score the windows of jobs; their recordings collect the scores."""
+        """Score the windows of jobs and pass the scores to their recordings."""
         if self._batcher is not None:
             _collect(jobs, self._batcher.score([job.samples for job in jobs]))
             return
@@ -303,7 +305,7 @@ class RecordingClassifier:
             _collect(batch, self._score_batch([job.samples for job in batch]))
 
     def _score_batch(self, windows):
-        """Log-probabilities of each (samples,) window, or the `AudioError` of one that the network cannot take.
+        """Return the log-probabilities of each (samples,) window, or an `AudioError` if the window is too long.
 
         No other function calls the network.
         """
@@ -314,12 +316,12 @@ class RecordingClassifier:
             return self._score_batch(windows[:half]) + self._score_batch(windows[half:]) if half else [error]
 
     def _log_probabilities(self, waves):
-        """Log-probabilities (batch, classes) in float64 of (samples,) arrays of float32 at 16 kHz, longest first.
+        """Map (samples,) float32 arrays at 16 kHz, longest first, to (batch, classes) log-probabilities in float64.
 
         Raises
         ------
         AudioError
-            "too long" where the longest is too long for the encoder.
+            "too long" if the longest array is too long for the encoder.
         """
         raise NotImplementedError
 
@@ -328,7 +330,7 @@ class RecordingClassifier:
             raise recording.refused
         heard = recording.outcome()
         counted = set(heard.counted)
-        # Normalised once more in double precision, so that probabilities sum to one as exactly as floats can.
+        # Normalise again in double precision, so that the probabilities sum to one up to rounding.
         with np.errstate(invalid="ignore"):
             mean = np.exp(log_softmax(np.mean([heard.scores[start] for start in heard.counted], axis=0)))
         if not np.isfinite(mean).all():
@@ -369,7 +371,7 @@ def _collect(jobs, scores):
 
 
 def _or_failure(source, work, *arguments):
-    """What the work gives, or why there is nothing."""
+    """Return the result of `work`, or a `Failure` with the reason."""
     try:
         return work(*arguments)
     except AudioError as error:
@@ -377,7 +379,7 @@ def _or_failure(source, work, *arguments):
 
 
 def _buckets(lengths, most):
-    """Yield batches of indices, longest first: similar lengths, at most `most` samples with padding, or one alone."""
+    """Yield batches of indices of similar lengths, longest first, with at most `most` padded samples or one item."""
     batch, total, longest = [], 0, 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         padded = (len(batch) + 1) * longest
@@ -393,11 +395,11 @@ def _buckets(lengths, most):
 
 
 def _as_array(wave):
-    """Samples of NumPy, torch or plain lists as an array."""
+    """Convert a NumPy array, a torch tensor or a list to an array."""
     if isinstance(wave, str | bytes | os.PathLike):
         raise AudioError(UNDECODABLE, f"{type(wave).__name__} is no array of samples; predict_file takes files")
     if hasattr(wave, "detach"):
-        # A tensor of torch, which is not imported here: some classifiers run without it.
+        # A torch tensor. torch is not imported here, because some classifiers run without it.
         wave = wave.detach().cpu()
         return (wave.float() if str(wave.dtype) == "torch.bfloat16" else wave).numpy()
     try:
@@ -411,13 +413,13 @@ def _is_number(value):
 
 
 def _find_threshold(calibration, min_probability, max_risk, min_coverage):
-    """Probability from which on to decide; None for always."""
+    """Return the smallest probability that is answered; None answers always."""
     if max_risk is None and min_coverage is None:
         return min_probability
     name, wanted = ("max_risk", max_risk) if max_risk is not None else ("min_coverage", min_coverage)
     curve = (calibration or {}).get("curve") or {}
     columns = (curve.get(key) or [] for key in ("threshold", "coverage", "risk"))
-    # Where nothing was decided there is no risk to speak of.
+    # Without answers, the risk is undefined.
     points = [point for point in zip(*columns, strict=True) if point[1] > 0 and point[2] is not None]
     if not points:
         raise ConfigError(

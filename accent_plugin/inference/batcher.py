@@ -1,7 +1,7 @@
-"""Windows of several threads through the network in common batches.
+"""Dynamic batching: score the windows of several threads in common batches.
 
-Nothing waits for company: while the network is at one batch, what other threads bring is gathered, and the next batch
-is made of it. It holds the window that has waited longest, and those of similar length.
+No window waits for a batch to fill up. While the network runs one batch, windows of other threads are queued. The next
+batch contains the window that has waited longest and windows of similar length.
 """
 
 import contextlib
@@ -12,27 +12,27 @@ from accent_plugin.errors import LimitError
 
 
 class _Request:
-    """What one thread asks for: its windows' results, how many are still missing, and an error of one of them."""
+    """Request of one thread: the results of its windows, the number of missing results, and an error."""
 
     def __init__(self, count):
         self.results, self.missing, self.error = [None] * count, count, None
 
 
 class DynamicBatcher:
-    """A thread that does the work of all the others.
+    """A thread that runs the work of all other threads.
 
     Arguments
     ---------
     work : function
-        Given a list of windows, gives a list of their results.
+        Maps a list of windows to a list of results.
     batches : function
-        Given the windows' lengths in samples; yields lists of indices, one for each batch that may be made of them.
+        Maps the lengths of windows, in samples, to an iterator of batches, each a list of indices.
     """
 
     def __init__(self, work, batches):
         self._work, self._batches = work, batches
         self._changed = threading.Condition()
-        # Window, its request, and its place there, in the order they came.
+        # (window, request, place in the request), in order of arrival.
         self._waiting = []
         self._closed = False
         self._own = threading.local()
@@ -42,7 +42,7 @@ class DynamicBatcher:
 
     @contextlib.contextmanager
     def deadline(self, deadline):
-        """In this thread, give up what is not done by then, a time of `time.monotonic`."""
+        """Set this thread's deadline, in the time of `time.monotonic`; `score` raises an error after it."""
         self._own.deadline = deadline
         try:
             yield
@@ -59,14 +59,14 @@ class DynamicBatcher:
         Returns
         -------
         list
-            What the work gave for each.
+            The result for each window.
 
         Raises
         ------
         LimitError
-            "time" at the deadline; what has not begun by then is never done.
+            "time" at the deadline. Windows still in the queue are dropped.
         Exception
-            That of the work, in each thread that had a window in the batch.
+            Any error of `work`, in each thread with a window in the batch.
         """
         if not windows:
             return []
@@ -86,7 +86,7 @@ class DynamicBatcher:
         return request.results
 
     def close(self):
-        """End the thread, after what waits."""
+        """End the thread after it has processed the queue."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -98,7 +98,7 @@ class DynamicBatcher:
             try:
                 results = self._work([window for window, _, _ in batch])
             except BaseException as raised:
-                # It belongs to those who wait; this thread has others to serve.
+                # Raised in the waiting threads; this thread continues.
                 error = raised
             with self._changed:
                 for (_, request, place), result in zip(batch, results, strict=True):
@@ -110,7 +110,7 @@ class DynamicBatcher:
                 self._changed.notify_all()
 
     def _next(self):
-        """The next batch; None at the end."""
+        """Return the next batch; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if not self._waiting:

@@ -1,4 +1,4 @@
-"""Many files through a classifier, into a table, CSV or JSON lines that a second run goes on with."""
+"""Classify many files and write a table, CSV or JSON lines, which a second run can resume."""
 
 import contextlib
 import csv
@@ -20,21 +20,21 @@ logger = logging.getLogger(__name__)
 FORMATS = ("table", "jsonl", "csv")
 
 
-# What decides an answer besides the file.
+# Options that affect an answer.
 _SETTINGS = ("threshold", "window_seconds", "hop_seconds")
 
 
 _FIELDS = ("source", "model", "accent", "decision", "probability", "seconds", "reliable", "error", *_SETTINGS)
 
 
-# A record of JSON lines begins like this.
+# Start of each record in JSON lines.
 _BEGINNING = b'{"source": '
 
 
 def find(paths):
-    """Yield files as they are given, and for a folder every audio file in and below it, sorted, but for hidden ones.
+    """Yield each given file, and all audio files in and below each given folder, sorted, except hidden ones.
 
-    A path that does not exist is yielded too: it fails by name, like a file that cannot be read.
+    A path that does not exist is yielded too, and later reported like an unreadable file.
     """
     for path in paths:
         if not os.path.isdir(path):
@@ -47,37 +47,38 @@ def find(paths):
 
 
 def _is_sound(file, folder):
-    """Whether a path found in a folder is to be classified; macOS leaves a hidden `._x.mp3` beside each x.mp3."""
+    """Whether a file found in a folder is audio and not hidden; macOS creates a hidden "._x.mp3" beside each x.mp3."""
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return file.suffix.lower() in codecs.SUFFIXES and not hidden and not file.is_dir()
 
 
 def run(classifier, sources, format, output=None, progress=True, **reading):
-    """Classify files and write one answer each.
+    """Classify files and write one answer per file.
 
     Arguments
     ---------
     classifier : accent_plugin.inference.base.RecordingClassifier
     sources : iterable of str
-        Paths; one that comes again is answered once.
+        Paths. Repeated paths are classified once.
     format : str
         One of `FORMATS`.
     output : str or Path
-        None writes to stdout. What an interrupted run wrote is kept, and its files are not classified again.
+        None writes to stdout. Answers of an interrupted run are kept, and their files are not classified again.
     progress : bool
         Whether to draw a progress bar on stderr.
     **reading
-        Of `AccentClassifier.predict_files`.
+        Options of `AccentClassifier.predict_files`.
 
     Returns
     -------
     tuple of int
-        Files classified and files that failed, those of an interrupted run among them.
+        Numbers of classified and failed files, including those of an interrupted run.
 
     Raises
     ------
     DataError
-        When ``output`` cannot be written, or holds answers of another model or with other options, or something else.
+        When ``output`` cannot be written, holds answers of another model or with other options, or is another kind of
+        file.
     """
     from tqdm import tqdm
 
@@ -106,7 +107,7 @@ def run(classifier, sources, format, output=None, progress=True, **reading):
 
 
 def make_record(classifier, source, answer):
-    """An answer as plain values, in the order in which they are written.
+    """Convert an answer to a dict of plain values, in the order of the output.
 
     Arguments
     ---------
@@ -117,7 +118,7 @@ def make_record(classifier, source, answer):
     Returns
     -------
     dict
-        With "windows" where there are several.
+        Has "windows" if there are several.
     """
     record: dict = dict.fromkeys((*_FIELDS, "probabilities")) | {"source": source, "model": classifier.identity}
     record |= _settings(classifier)
@@ -140,7 +141,7 @@ def _settings(classifier):
 
 def _open(output):
     try:
-        # A name that is not UTF-8 is written as the bytes that it has.
+        # A name that is not UTF-8 is written as its original bytes.
         return open(output, "a", newline="", encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise DataError(
@@ -149,7 +150,7 @@ def _open(output):
 
 
 class _Writer:
-    """Answers as text, and text back as answers."""
+    """Converts answers to text and back."""
 
     def __init__(self, format, classifier, encoding):
         if format not in FORMATS:
@@ -180,7 +181,7 @@ class _Writer:
         return f"{record['probability']:.2f}  {accent}  {printable(source)}{doubt}{abstained}\n"
 
     def go_on(self, path):
-        """Source -> whether it failed, of what ``path`` holds; a line that was cut is taken off."""
+        """Read the answers in ``path`` as source -> whether it failed, and remove an incomplete last line."""
         content = path.read_bytes() if path.is_file() else b""
         if not content:
             return {}
@@ -202,11 +203,11 @@ class _Writer:
         return answered
 
     def _read(self, whole, rest):
-        """Records of whole lines, where the rest is one of ours that was cut."""
+        """Parse the records of complete lines, if the rest is an incomplete record."""
         if self._format == "jsonl":
             if not rest.startswith(_BEGINNING) and not _BEGINNING.startswith(rest):
                 raise ValueError("the last line is somebody else's")
-            # Not splitlines, which splits at U+2028 and the like, too.
+            # splitlines would also split at U+2028 and similar characters.
             return [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
         header = self.header().encode("utf-8")
         if not whole.startswith(header) and (whole or not header.startswith(rest)):
@@ -233,20 +234,20 @@ class _Writer:
         try:
             text.encode(self._encoding)
         except UnicodeEncodeError:
-            # A name that is not UTF-8, or not of the terminal's encoding: as escapes it reads back the same.
+            # The name is not valid in UTF-8 or in the terminal's encoding. Escapes preserve it.
             text = json.dumps(record)
         return text + "\n"
 
     @staticmethod
     def _row(cells):
         line = io.StringIO(newline="")
-        # With "\n" as its line's end, the writer would leave a "\r" in a name without quotes.
+        # With "\n" as its line terminator, the writer would not quote a name that contains "\r".
         csv.writer(line).writerow(cells)
         return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _end_of_records(content, quotes):
-    """How many bytes are whole records; a line end between quotes belongs to a name."""
+    """Return the number of bytes in complete records; a line end between quotes is part of a name."""
     if not quotes:
         return content.rfind(b"\n") + 1
     end, inside = 0, False

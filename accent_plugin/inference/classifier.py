@@ -1,4 +1,4 @@
-"""Classify speech of any kind and length with a trained bundle; see `accent_plugin.inference.base` for how."""
+"""Classify speech of any kind and length with a trained bundle; see `accent_plugin.inference.base` for the method."""
 
 import contextlib
 import json
@@ -20,25 +20,25 @@ PRECISIONS = ("fp32", "bf16", "auto")
 
 
 class AccentClassifier(RecordingClassifier, EncoderClassifier):
-    """SpeechBrain's `EncoderClassifier` for a bundle of this package, with answers instead of tensors.
+    """SpeechBrain's `EncoderClassifier` for bundles of this package; it returns records instead of tensors.
 
-    Make it with `from_bundle`, or with SpeechBrain's `from_hparams`, which runs the bundle's YAML and takes the same
-    options. May be used by several threads; on a GPU they take turns at the network.
+    Create it with `from_bundle`, or with SpeechBrain's `from_hparams`, which executes the bundle's YAML and accepts the
+    same options. It is thread-safe; on a GPU, one thread at a time uses the network.
 
     Arguments
     ---------
     modules, hparams, run_opts, freeze_params
-        As in SpeechBrain's `Pretrained`; `hparams` has the "bundle_config".
+        As in SpeechBrain's `EncoderClassifier`; `hparams` contains "bundle_config".
     precision : str
-        "fp32", "bf16", or "auto": bf16 where the device is faster with it, which a processor is asked once.
+        "fp32", "bf16", or "auto": bf16 if the device is faster with it. On a CPU, this is timed once.
     **options
-        Of `accent_plugin.inference.base.InferenceOptions`: `window_seconds`, `hop_seconds`, `batch_seconds`,
+        Fields of `accent_plugin.inference.base.InferenceOptions`: `window_seconds`, `hop_seconds`, `batch_seconds`,
         `min_probability`, ...
 
     Raises
     ------
     ConfigError
-        With all the options that are wrong.
+        If options are invalid; it lists all of them.
     """
 
     def __init__(
@@ -62,28 +62,28 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
         self.uses_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(self.device_type))
         if self.uses_bf16 and isinstance(self.mods["embedding_model"], Embedding):
             _cast_weights(self.mods["embedding_model"].model.wav2vec2)
-        # Elsewhere, batches of several threads at once would need memory for all of them.
+        # On other devices, concurrent batches would add up in memory.
         self._turn = contextlib.nullcontext() if self.device_type == "cpu" else threading.Lock()
 
     @classmethod
     def from_bundle(cls, folder, device=None, **options):
-        """Load a bundle; runs no YAML and unpickles nothing.
+        """Load a bundle, without executing YAML or unpickling.
 
         Arguments
         ---------
         folder : str or Path
-            As training writes it.
+            The bundle, as written by training.
         device : str
-            Such as "cpu" or "cuda:0"; None for the best there is.
+            Such as "cpu" or "cuda:0"; None for the best available.
         **options
-            Of this class: `window_seconds`, `precision`, `min_probability`, ...
+            Options of this class: `window_seconds`, `precision`, `min_probability`, ...
 
         Raises
         ------
         BundleError
-            When the bundle is missing, damaged or not to be trusted.
+            If the bundle is missing, damaged or contains unsafe values.
         ConfigError
-            When an option is wrong.
+            If an option is invalid.
         """
         if device is not None:
             require_device(device)
@@ -112,14 +112,14 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
 
 
 def _cast_weights(encoder):
-    """Hold the weights of linear layers in bf16: autocast would cast them anew in every call."""
+    """Convert the weights of linear layers to bf16; autocast would convert them in every call."""
     for module in encoder.modules():
         if isinstance(module, nn.Linear) and not nn.utils.parametrize.is_parametrized(module):
             module.to(torch.bfloat16)
 
 
 def _read_config(hparams):
-    """The bundle's config.json, from hparams of either door: a mapping, or its text as YAML carries it."""
+    """Read the bundle's config.json from hparams: a mapping (from_bundle) or text (from the YAML)."""
     config = (hparams or {}).get("bundle_config")
     if isinstance(config, str):
         config = json.loads(config)

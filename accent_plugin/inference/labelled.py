@@ -1,4 +1,4 @@
-"""Any bundle on anybody's labelled speech: the report that training writes, and the paired comparison of two."""
+"""Evaluate bundles on any labelled speech: write the same report as training, or compare two bundles."""
 
 import contextlib
 import functools
@@ -23,21 +23,21 @@ from accent_plugin.versions import installed_versions
 logger = logging.getLogger(__name__)
 
 
-# Nothing is cut into windows, as in the report that training writes.
+# Clips are not cut into windows, as in the report of training.
 WHOLE_CLIPS = {"window_seconds": 600.0, "hop_seconds": 300.0}
 
 
-# Columns of a DatasetDict that may be called differently.
+# Columns of a DatasetDict that may have other names.
 ROLES = ("audio", "accent", "client", "gender", "age")
 
 
-# What a report says of how it came about, where it came about here.
+# Command named in the reports of this module.
 _COMMAND = "accent-plugin evaluate"
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A clip, its label, and a function that gives its sound: bytes, or a path."""
+    """A clip, its label, and a function that returns its audio as bytes or a path."""
 
     clip: Clip
     accent: str
@@ -45,34 +45,34 @@ class Labelled:
 
 
 def read_labelled(data, accents, *, mapping=None, split=None, preferred=splits.TEST, columns=None):
-    """Labelled clips of a DatasetDict or a manifest.
+    """Read labelled clips from a DatasetDict or a manifest.
 
     Arguments
     ---------
     data : str or Path
         Folder of a DatasetDict, or a CSV manifest of the recipe.
     accents : sequence of str
-        The classes that can be told apart; clips of others are left out.
+        The classes of the model. Clips of other accents are skipped.
     mapping : dict
-        More spellings, ``{spelling: label}``.
+        Additional spellings, ``{spelling: label}``.
     split : str
-        Of a DatasetDict; None takes the preferred one, or all where it has none of that kind.
+        Split of a DatasetDict; None uses the preferred split, or all splits if that is missing.
     preferred : str
-        Of `accent_plugin.data.splits.SPLITS`.
+        One of `accent_plugin.data.splits.SPLITS`.
     columns : dict
-        Of a DatasetDict, one of `ROLES` -> its column; None, or what has None, is found.
+        For a DatasetDict: one of `ROLES` -> column. None, or a value of None, detects the column.
 
     Returns
     -------
     rows : list of Labelled
-        None of them holds audio.
+        Their audio is read on demand.
     left_out : collections.Counter
-        Reason -> clips.
+        Reason -> number of skipped clips.
 
     Raises
     ------
     DataError
-        When there is nothing to evaluate on, or a column is not there.
+        If there are no clips to evaluate, or a column is missing.
     """
     columns = {role: name for role, name in (columns or {}).items() if name}
     data, extra = Path(data), {accent: accent for accent in accents} | (mapping or {})
@@ -91,13 +91,13 @@ def read_labelled(data, accents, *, mapping=None, split=None, preferred=splits.T
 
 
 def evaluate_model(classifier, rows, progress=True, **reading):
-    """Predictions of a classifier for the rows of `read`.
+    """Classify the rows of `read_labelled`.
 
     Returns
     -------
     predictions : accent_plugin.evaluation.predictions.ScoredClips
     failures : collections.Counter
-        Reason -> clips that could not be classified.
+        Reason -> number of clips that could not be classified.
     """
     from tqdm import tqdm
 
@@ -129,7 +129,7 @@ def evaluate_model(classifier, rows, progress=True, **reading):
 
 
 def evaluate_both(first, second):
-    """Predictions of two classifiers, but for the clips that only one of them could classify."""
+    """Restrict the predictions of two classifiers to the clips that both could classify."""
     alone = set(first.ids) ^ set(second.ids)
     if alone:
         logger.warning("clips that only one of the two could classify, left out of the comparison: %d", len(alone))
@@ -145,7 +145,7 @@ def _without(predictions, ids):
 
 
 def remove_earlier(folder):
-    """Remove what earlier evaluations wrote to a folder, of one bundle or two; files of others stay."""
+    """Remove files that earlier evaluations of one or two bundles wrote to a folder; other files stay."""
     parts = [folder_of(folder, number) for number in (1, 2)]
     if all(map(_is_ours, parts)):
         for name in COMPARISON_FILES:
@@ -153,18 +153,18 @@ def remove_earlier(folder):
     for part in filter(_is_ours, (Path(folder), *parts)):
         remove_report(part)
     for part in parts:
-        # It may hold what is not ours, or not be there.
+        # The folder may be missing or contain other files.
         with contextlib.suppress(OSError):
             part.rmdir()
 
 
 def folder_of(folder, number):
-    """Where the report of the first or second of two bundles goes."""
+    """Return the folder of the report on the first or second of two bundles."""
     return Path(folder) / f"model_{number}"
 
 
 def _is_ours(folder):
-    """Whether a folder's report was written by an evaluation, not in training."""
+    """Whether the report in a folder was written by this module and not by training."""
     try:
         metrics_of = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
         return metrics_of["command"].startswith(_COMMAND)
@@ -173,7 +173,7 @@ def _is_ours(folder):
 
 
 def write_evaluation(folder, classifier, predictions, data, left_out, command=_COMMAND):
-    """Write the report of a bundle on other data; returns the content of metrics.json."""
+    """Write the report of a bundle on labelled data; returns the content of metrics.json."""
     card = dataset_dict.card(Path(data)) if Path(data).is_dir() else {}
     encoder = classifier.config["model"]["encoder"]
     return write_report(
@@ -182,7 +182,7 @@ def write_evaluation(folder, classifier, predictions, data, left_out, command=_C
         data={
             "name": card.get("name") or Path(data).name,
             "synthetic": bool(card.get("synthetic", False)),
-            # Whether the model has heard these speakers is not known here.
+            # Unknown: the training speakers of the model are not known here.
             "speakers_disjoint": None,
             "left_out": dict(left_out),
         },

@@ -1,4 +1,4 @@
-"""Files decoded by threads while the network works."""
+"""Prefetch: threads decode files while the network runs."""
 
 import threading
 from collections.abc import Generator
@@ -10,7 +10,7 @@ from accent_plugin.audio.samples import SAMPLE_RATE, UNDECODABLE
 from accent_plugin.errors import AudioError
 from accent_plugin.inference.records import Failure
 
-# Longer files are streamed, in blocks of so many seconds.
+# Longer files are streamed in blocks of this length.
 BLOCK_SECONDS = 60.0
 
 
@@ -22,7 +22,7 @@ _PATIENCE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class SourceAudio:
-    """A decoded file: all of it, or its beginning and, for a long one, the generator of the `rest`."""
+    """A decoded file; for a long file, its beginning and a generator of the `rest`."""
 
     source: str | None
     blocks: tuple
@@ -30,14 +30,14 @@ class SourceAudio:
 
     @property
     def seconds(self):
-        """Length of what was decoded."""
+        """Return the decoded length."""
         return sum(map(len, self.blocks)) / SAMPLE_RATE
 
 
 class Prefetcher:
-    """Decode sources in threads, in any order, and give them back in theirs.
+    """Decode sources in threads, and return them in the order of the sources.
 
-    The threads pause while `seconds` of audio wait to be taken; on top of that each holds what it is decoding.
+    The threads pause while `seconds` of decoded audio are waiting. Each thread also holds the file that it is decoding.
     """
 
     def __init__(self, sources, workers, seconds):
@@ -52,7 +52,7 @@ class Prefetcher:
             thread.start()
 
     def take(self, seconds):
-        """The next items, `Sound` or `Failure`: just as many as last so long together, or all that are left."""
+        """Return the next `SourceAudio` or `Failure` items that reach this total length, or all that are left."""
         taken, total = [], 0.0
         while total < seconds:
             with self._changed:
@@ -62,7 +62,7 @@ class Prefetcher:
                 item = self._ready[self._taken]
                 if isinstance(item, BaseException):
                     if taken:
-                        # What came before it is answered first.
+                        # Return the items before the error first.
                         break
                     raise item
                 del self._ready[self._taken]
@@ -74,13 +74,13 @@ class Prefetcher:
         return taken
 
     def close(self):
-        """End the threads; what they are decoding is finished first."""
+        """End the threads, after they have finished their current files."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
             drawing = self._drawing
         for thread in self._threads:
-            # One that waits for the caller's iterator may wait for ever.
+            # A thread that waits for the caller's iterator may never return.
             thread.join(timeout=_PATIENCE_SECONDS if thread is drawing else None)
         for item in self._ready.values():
             if isinstance(item, SourceAudio) and item.rest is not None:
@@ -96,7 +96,7 @@ class Prefetcher:
             self._put(number, _decode(source))
 
     def _draw(self):
-        """The next number and source, or None at the end; only one thread at a time is in the caller's iterator."""
+        """Return the next number and source, or None at the end; one thread at a time calls the caller's iterator."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or (self._drawing is None and self._waiting < self._seconds))
             if self._ended:
@@ -108,13 +108,13 @@ class Prefetcher:
         except StopIteration:
             ended = True
         except BaseException as raised:
-            # It belongs to the one who waits for the answers, not to this thread.
+            # Raised in the thread that waits for the answers, not in this one.
             error, ended = raised, True
         with self._changed:
             number = self._drawn
             self._drawn += error is not None or not ended
             self._drawing = None
-            # Closed in the meantime, or at the end.
+            # It may have been closed in the meantime.
             ended = self._ended = self._ended or ended
             if error is not None:
                 self._ready[number] = error
@@ -129,12 +129,12 @@ class Prefetcher:
 
 
 def _seconds(item):
-    """What an item counts for; failures and files of almost no length are not to pile up without end."""
+    """Return the length of an item, with a minimum, so that failures and very short files cannot pile up."""
     return max(_LEAST_SECONDS, item.seconds if isinstance(item, SourceAudio) else 0.0)
 
 
 def _decode(source):
-    """Decode a source as far as two blocks; gives a `Sound`, a `Failure`, or an interrupt for the caller."""
+    """Decode at most two blocks of a source; returns a `SourceAudio`, a `Failure`, or an interrupt for the caller."""
     name = None
     try:
         name = name_of(source)
@@ -151,7 +151,7 @@ def _decode(source):
 
 
 def _blocks(source, name):
-    """Yield a source's blocks; whatever a caller's file object raises in between is an `AudioError`, too."""
+    """Yield the blocks of a source; errors of a caller's file object become an `AudioError`."""
     try:
         yield from codecs.stream(plain(source), BLOCK_SECONDS)
     except AudioError:
@@ -165,7 +165,7 @@ def _unreadable(name, error):
 
 
 def one_ahead(blocks):
-    """Yield blocks while a thread makes the next one."""
+    """Yield blocks while a thread decodes the next one."""
     blocks = iter(blocks)
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, blocks, None)
@@ -175,12 +175,12 @@ def one_ahead(blocks):
 
 
 def plain(source):
-    """A source as `accent_plugin.audio` takes it."""
+    """Convert a source to a type that `accent_plugin.audio` accepts."""
     return bytes(source) if isinstance(source, bytearray | memoryview) else source
 
 
 def name_of(source):
-    """A source's name for a record; None for bytes and for file objects without one."""
+    """Return a source's name for a record; None for bytes and for file objects without a name."""
     if isinstance(source, bytes | bytearray | memoryview):
         return None
     name = getattr(source, "name", None) if hasattr(source, "read") else source

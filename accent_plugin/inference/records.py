@@ -1,14 +1,14 @@
-"""What a classifier answers: frozen records of a recording, its windows, and of files that could not be classified."""
+"""Frozen result records: predictions, their windows, and files that could not be classified."""
 
 from dataclasses import dataclass, field
 
-# Below this much speech an answer is a guess.
+# With less speech than this, an answer is not reliable.
 RELIABLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a recording, in seconds, and its own probabilities; None where it holds too little speech."""
+    """A window of a recording, in seconds, and its probabilities; None if it contains too little speech."""
 
     start: float
     end: float
@@ -16,32 +16,32 @@ class Window:
 
     @property
     def skipped(self):
-        """Whether the window has no part in the answer."""
+        """Whether the window does not contribute to the answer."""
         return self.probabilities is None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was heard in one recording.
+    """The answer for one recording.
 
     Arguments
     ---------
     accent : str
-        The likeliest.
+        The most probable accent.
     decision : str
-        The same, or None where the classifier abstains.
+        The same as `accent`, or None if the classifier abstains.
     probability : float
-        Of `accent`.
+        The probability of `accent`.
     probabilities : dict
         Accent -> probability, in the classifier's order.
     seconds : float
         Length of the recording.
     speech_seconds : float
-        How much of it is speech, by its energy.
+        Duration of speech, detected by energy.
     reliable : bool
-        Whether that is at least `RELIABLE_SECONDS`.
+        Whether `speech_seconds` is at least `RELIABLE_SECONDS`.
     source : str
-        The file's name; None for samples.
+        The file's name; None for arrays.
     windows : tuple of Window
         In order of time.
 
@@ -68,7 +68,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Failure:
-    """A file that gave no prediction: its name, a short reason to count by, and a sentence for a person."""
+    """A file that could not be classified: its name, a short reason for counting, and a message."""
 
     source: str | None
     reason: str
@@ -79,5 +79,5 @@ class Failure:
 
 
 def printable(text):
-    """One line without what a terminal would obey."""
+    """Convert text to one line without control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,7 +1,7 @@
-"""A recording heard block by block: its windows, and which of them hold speech, by their energy.
+"""Cut a recording into windows block by block, and detect windows with speech by their energy.
 
-Levels are in dB of full scale (a frame's variance, so that a constant offset has none). A window in which there is
-hardly any speech does not count, unless that is so of all; then the most powerful one does.
+Levels are in dB relative to full scale. They are computed from the variance of a frame, so that a constant offset has
+no effect. A window with hardly any speech is skipped. If this applies to all windows, the loudest window counts.
 """
 
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ import numpy as np
 from accent_plugin.audio.levels import FRAME_SAMPLES, STEP_SAMPLES, frame_levels
 from accent_plugin.errors import AudioError
 
-# Quieter than any speech that was recorded on purpose.
+# Quieter than any intentional recording of speech.
 _FLOOR_DB = -60.0
 
 
 _RANGE_DB = 40.0
 
 
-# The loudest frames are a recording's loudest half second, so that a click is not taken for its speech.
+# The loudest frames of a long recording last half a second, so that a click is not mistaken for speech.
 _LOUDEST_FRAMES = 50
 
 
 _LOUDEST_SHARE = 10
 
 
-# Least share of a window's frames that has to be speech: half a second of ten.
+# Smallest fraction of speech frames in a window: half a second of ten.
 _SPEECH_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class WindowJob:
-    """A window to be scored: its recording, where it starts, and its (samples,)."""
+    """A window to be scored: its recording, its start and its (samples,)."""
 
     recording: "RecordingWindows"
     start: int
@@ -40,7 +40,7 @@ class WindowJob:
 
 @dataclass(frozen=True)
 class WindowOutcome:
-    """All that is known of a recording at its end, in samples; `counted` are the starts of windows that count."""
+    """Result of a complete recording, in samples; `counted` contains the starts of the windows that count."""
 
     samples: int
     speech_samples: int
@@ -50,11 +50,11 @@ class WindowOutcome:
 
 
 class RecordingWindows:
-    """One recording while it is heard, block by block; holds little more than a window and a block of samples.
+    """The windows of one recording, fed block by block; memory holds little more than a window and a block.
 
-    The gate's threshold follows the loudest frames so far. It can only rise, so a window without speech by it will be
-    without speech in the end, and is never scored; which of the others count is decided in the end, by the whole
-    recording. So the answer does not depend on the blocks.
+    The speech threshold follows the loudest frames so far and can only rise. A window without speech at the current
+    threshold therefore has no speech at the final threshold, and is not scored. The final threshold decides which of
+    the scored windows count, so the answer does not depend on the blocks.
     """
 
     def __init__(self, window, hop):
@@ -66,15 +66,15 @@ class RecordingWindows:
         self._unframed = np.zeros(0, np.float32)
         self._levels = np.zeros(0, np.float32)
         self._loudest = np.zeros(0, np.float32)
-        # Its power and the job, once there was a window.
+        # The power and the job of the loudest window; empty before the first window.
         self._strongest: tuple = ()
         # Start of a window -> its (classes,) log-probabilities.
         self._scores = {}
-        # The `AudioError` of a window that the network could not take.
+        # The `AudioError` of a window that is too long for the network.
         self.refused = None
 
     def feed(self, block, last=False):
-        """Take the next (samples,) and give the jobs of windows that may count."""
+        """Add the next (samples,) and return the jobs of windows that may count."""
         self._samples += len(block)
         self._held = _joined(self._held, block)
         self._measure(block, last)
@@ -84,7 +84,7 @@ class RecordingWindows:
             self._next += self._hop
         if last:
             starts.append(max(0, self._samples - self._window))
-        # Of less than five seconds the loudest frames may still become quieter ones.
+        # In the first five seconds, the level of the loudest frames may still fall.
         settled = last or len(self._levels) >= _LOUDEST_FRAMES * _LOUDEST_SHARE
         threshold = self._threshold() if settled else _FLOOR_DB
         jobs = []
@@ -99,7 +99,7 @@ class RecordingWindows:
             if not self._strongest or power > self._strongest[0]:
                 self._strongest = (power, WindowJob(self, start, job.samples.copy()))
         if starts:
-            # The last window may begin as early as just after the one before it.
+            # The last window may start directly after the start of the window before it.
             self._held, self._held_from = self._held[starts[-1] - self._held_from :], starts[-1]
         strongest = self._strongest
         if last and not any(self._has_speech(span, threshold) for span in self._spans):
@@ -107,17 +107,18 @@ class RecordingWindows:
         return jobs
 
     def collect(self, start, scores):
-        """Take the (classes,) log-probabilities of the window at `start`, or the `AudioError` that it gave instead."""
+        """Store the (classes,) log-probabilities of the window at `start`, or its `AudioError`."""
         if isinstance(scores, AudioError):
             self.refused = scores
         else:
             self._scores[start] = scores
 
     def outcome(self):
-        """What counts, now that all of it was heard and scored."""
+        """Return the result, after all blocks have been fed and all windows scored."""
         threshold = self._threshold()
         counted = [start for start, end in self._spans if self._has_speech((start, end), threshold)]
-        # A frame stands for the 10 ms until the next one, so that a recording full of speech has its own length of it.
+        # A frame counts until the start of the next one (10 ms), so that speech without pauses lasts as long as the
+        # recording.
         shares = np.minimum(STEP_SAMPLES, self._samples - STEP_SAMPLES * np.arange(len(self._levels)))
         return WindowOutcome(
             samples=self._samples,
@@ -133,19 +134,19 @@ class RecordingWindows:
             -(-len(waiting) // STEP_SAMPLES) if last else max(0, (len(waiting) - FRAME_SAMPLES) // STEP_SAMPLES + 1)
         )
         levels = frame_levels(waiting, frames)
-        # Copied, because a view would keep the whole block.
+        # Copied, because a view would keep the whole block in memory.
         self._unframed = waiting[frames * STEP_SAMPLES :].copy()
         self._levels = _joined(self._levels, levels)
         loudest = _joined(self._loudest, levels)
         self._loudest = np.sort(loudest)[::-1][:_LOUDEST_FRAMES]
 
     def _threshold(self):
-        """Level in dB from which on a frame is speech, by all that was heard."""
+        """Return the level in dB above which a frame is speech, from all frames so far."""
         loudest = self._loudest[: max(1, min(_LOUDEST_FRAMES, len(self._levels) // _LOUDEST_SHARE))]
         return max(_FLOOR_DB, float(loudest[-1]) - _RANGE_DB)
 
     def _levels_in(self, span):
-        """Levels of the whole frames inside a stretch (start, end) of samples."""
+        """Return the levels of the complete frames in (start, end), in samples."""
         start, end = span
         return self._levels[-(-start // STEP_SAMPLES) : max(0, (end - FRAME_SAMPLES) // STEP_SAMPLES + 1)]
 
@@ -155,7 +156,7 @@ class RecordingWindows:
 
 
 def _joined(first, second):
-    """Two arrays as one; copied only where both hold something."""
+    """Concatenate two arrays; copy only if neither is empty."""
     if not len(first):
         return second
     return np.concatenate([first, second]) if len(second) else first

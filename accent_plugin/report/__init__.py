@@ -1,1 +1,1 @@
-"""Figures and text as Markdown, HTML, PNG and CSV."""
+"""Reports as Markdown, HTML, PNG and CSV."""

@@ -1,4 +1,4 @@
-"""Reports on several runs: comparison, summary of seeds, leaky against honest splits."""
+"""Reports on several runs: comparison, summary of seeds, effect of leaky splits."""
 
 from pathlib import Path
 
@@ -85,13 +85,13 @@ def _summarised(summary):
 
 
 def write_leak(folder, runs):
-    """Write leak.md: what an evaluation on speakers heard in training reports beside an honest one.
+    """Write leak.md, which compares a test on speakers of the training split with a test on new speakers.
 
     Arguments
     ---------
     folder : str or Path
     runs : dict
-        Name of a run -> the content of its metrics.json; the honest one first.
+        Name of a run -> the content of its metrics.json. The run split by speaker comes first.
     """
     write_text(Path(folder) / LEAK_FILE, to_markdown(_leaked(runs)))
 

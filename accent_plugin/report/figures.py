@@ -1,4 +1,4 @@
-"""The pictures of a report: figures in, PNG files out; no global matplotlib state, colours for the colour-blind."""
+"""Draw the figures of a report as PNG files, without global matplotlib state, in colours for colour-blind readers."""
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,7 +13,7 @@ from accent_plugin.evaluation.scores import BINS, calibration_bins
 DPI = 150
 
 
-SCALE = 100 / DPI  # pixels of a PNG times this are its size on a page
+SCALE = 100 / DPI  # size on a page per pixel of a PNG
 
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#999999")  # Okabe and Ito
@@ -22,24 +22,24 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F
 RIGHT, WRONG, GREY = COLOURS[0], COLOURS[3], "#666666"
 
 
-MOST_SPEAKERS = 180  # rows in the picture of speakers, shared among the accents
+MOST_SPEAKERS = 180  # rows in the figure of speakers, over all accents
 
 
 def make_figure(width, height):
-    """Make a white figure of so many inches."""
+    """Make a white figure; width and height are in inches."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_figure(figure, path):
-    """Write a figure as PNG; the same figure gives the same bytes."""
-    # savefig would draw everything twice. Without the version in it, the same predictions give the same bytes.
+    """Write a figure as PNG; identical figures give identical bytes."""
+    # savefig would draw everything twice. The version is left out, so that the same predictions give the same bytes.
     figure.canvas.print_png(path, metadata={"Software": None})
 
 
 def strip_axes(ax, grid=None):
-    """Take away what says nothing."""
+    """Hide the top and right spines, and draw the others and the grid in light grey."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("#BBBBBB")
     ax.tick_params(color="#BBBBBB", labelsize=9)
@@ -49,14 +49,14 @@ def strip_axes(ax, grid=None):
 
 
 def plain_text(text, most=24):
-    """Shorten a name, and keep matplotlib from reading dollars as formulas."""
+    """Shorten a name, and escape dollar signs, which matplotlib reads as formulas."""
     text = " ".join(str(text).split())
     text = text if len(text) <= most else text[: most - 1] + "…"
     return text.replace("$", r"\$")
 
 
 def figure_style(index):
-    """Colour of an accent; from the ninth on the colours come again, hatched."""
+    """Return the colour of an accent; from the ninth on, the colours repeat with hatching."""
     return {"facecolor": COLOURS[index % len(COLOURS)], "hatch": ("", "////", "....")[index // len(COLOURS) % 3]}
 
 
@@ -68,7 +68,7 @@ def confusion(path, labels, matrices):
     path : Path
     labels : list of str
     matrices : dict
-        Title -> (classes, classes) counts, rows are the truth.
+        Title -> (classes, classes) counts; rows are the true accents.
     """
     n = len(labels)
     side = max(3.6, 1.2 + 0.62 * n)
@@ -81,7 +81,7 @@ def confusion(path, labels, matrices):
         share = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
         ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for i, j in np.ndindex(counts.shape):
-            # Many accents leave most cells empty: a page of zeros hides the others.
+            # With many accents most cells are zero, and zeros would hide the others.
             if total[i] and (counts[i, j] or n <= 6):
                 colour = "white" if share[i, j] > 0.55 else "#222222" if counts[i, j] else "#AAAAAA"
                 text = f"{counts[i, j]:,}\n{share[i, j]:.0%}"
@@ -103,7 +103,7 @@ def confusion(path, labels, matrices):
 
 
 def curves(path, rows, selected_epoch=None):
-    """Draw losses and scores by epoch, with the selected epoch marked.
+    """Draw losses and scores by epoch, and mark the selected epoch.
 
     Arguments
     ---------
@@ -140,7 +140,7 @@ def curves(path, rows, selected_epoch=None):
 
 
 def reliability(path, predictions, error):
-    """Draw how often answers are right against how sure the model was, and how many there are of each."""
+    """Draw a reliability diagram: accuracy by probability, and the number of answers in each bin."""
     count, confidence, accuracy = calibration_bins(predictions.probabilities, predictions.truth)
     some, width = count > 0, 1 / BINS
     centres = (np.arange(BINS) + 0.5) * width
@@ -165,7 +165,7 @@ def reliability(path, predictions, error):
 
 
 def recall(path, metrics):
-    """Draw the recall of every accent and group with its interval; cells of few speakers are hollow."""
+    """Draw the recall of every accent and group with its interval; hollow markers have few speakers."""
     accents = {
         label: {**cell, "v": cell["recall"], "small": cell["recall"]["n"] < SMALL}
         for label, cell in metrics["per_accent"].items()
@@ -215,7 +215,7 @@ def recall(path, metrics):
 
 
 def grid_axes(count, heights):
-    """Lay out panels, at most three abreast; rows as high as their highest panel (inches)."""
+    """Lay out panels in rows of at most three; a row is as high as its highest panel (inches)."""
     across = min(3, count)
     rows = [max(heights[i : i + across]) for i in range(0, count, across)]
     figure = make_figure(3.25 * across + 0.4 if across > 1 else 5.5, sum(rows) + 0.6)
@@ -226,7 +226,7 @@ def grid_axes(count, heights):
 
 
 def out_of_set(path, predictions):
-    """Draw how the probability of the true accent is distributed over the clips of each accent."""
+    """Draw the distribution of the true accent's probability over the clips of each accent."""
     p = predictions
     present = np.unique(p.truth)
     own = p.probabilities[np.arange(len(p.ids)), p.truth]
@@ -251,13 +251,13 @@ def out_of_set(path, predictions):
 
 
 def coverage(path, part):
-    """Draw the share of wrong answers against the share of clips answered.
+    """Draw the risk-coverage curve: the fraction of wrong answers by the fraction of clips answered.
 
     Arguments
     ---------
     path : Path
     part : dict
-        As `accent_plugin.evaluation.evaluate.evaluate` gives it under "risk_coverage".
+        "risk_coverage" of `accent_plugin.evaluation.evaluate.evaluate`.
     """
     figure = make_figure(5.6, 3.9)
     ax = figure.subplots()
@@ -282,18 +282,18 @@ def coverage(path, part):
 
 
 def _bar(x, y, width, half=0.41):
-    """Corners of a horizontal bar."""
+    """Return the corners of a horizontal bar."""
     return [(x, y - half), (x + width, y - half), (x + width, y + half), (x, y + half)]
 
 
 def speakers(path, rows, labels):
-    """Draw one bar per speaker: how many of his clips got which answer, the worst speakers first.
+    """Draw one bar per speaker with the answers to their clips, the worst speakers first.
 
     Arguments
     ---------
     path : Path
     rows : list of dict
-        As `accent_plugin.evaluation.evaluate.speaker_rows` gives them.
+        From `accent_plugin.evaluation.evaluate.speaker_rows`.
     labels : list of str
     """
     groups = {label: [row for row in rows if row["accent"] == label] for label in labels}
@@ -302,7 +302,7 @@ def speakers(path, rows, labels):
     figure, axes = grid_axes(len(shown), [0.75 + 0.17 * max(4, len(g)) for g in shown.values()])
     for ax, (label, group) in zip(axes, shown.items(), strict=True):
         left = np.zeros(len(group))
-        # The true accent comes first, so that every bar is right up to where its own colour ends.
+        # The true accent comes first, so that the correct answers are at the start of each bar.
         for index in sorted(range(len(labels)), key=lambda i: labels[i] != label):
             share = np.array([row["answers"][index] / row["clips"] for row in group])
             bars = [_bar(x, y, width) for y, (x, width) in enumerate(zip(left, share, strict=True)) if width]
@@ -313,7 +313,7 @@ def speakers(path, rows, labels):
         for tick, bad in zip(ax.get_yticklabels(), wrong, strict=True):
             tick.set(fontsize=7, color="black" if bad else GREY, fontweight="bold" if bad else "normal")
         for y, row in enumerate(group):
-            # Measuring hundreds of numbers is slow, and they have their place inside the axes.
+            # Not in the layout: measuring hundreds of labels is slow.
             ax.text(1.02, y, f"{row['clips']:,}", va="center", fontsize=6.5, color=GREY, in_layout=False)
         ax.set(xlim=(0, 1.13), ylim=(max(4, len(group)) - 0.4, -0.6), xticks=np.linspace(0, 1, 5))
         ax.xaxis.set_major_formatter(PercentFormatter(1))

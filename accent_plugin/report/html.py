@@ -1,4 +1,4 @@
-"""The HTML report: one file, no scripts, nothing loaded from elsewhere."""
+"""The HTML report: one file, without scripts or external resources."""
 
 import base64
 import io
@@ -16,10 +16,10 @@ from accent_plugin.report.figures import SCALE
 MOST_PLAYERS = 12
 
 
-MOST_PER_SPEAKER = 2  # one odd speaker must not fill the list
+MOST_PER_SPEAKER = 2  # so that one speaker cannot fill the list
 
 
-MOST_BYTES = 3_000_000  # of players in one report
+MOST_BYTES = 3_000_000  # total size of the players in one report
 
 
 MOST_SECONDS = 15.0
@@ -91,9 +91,9 @@ def render(title, blocks, folder, players=()):
     ---------
     title : str
     blocks : list of tuple
-        As `accent_plugin.report` makes them.
+        From `accent_plugin.report.sections.report_blocks`.
     folder : Path
-        Where the pictures are.
+        The folder of the figures.
     players : list of dict
         From `players`.
 
@@ -109,7 +109,7 @@ def render(title, blocks, folder, players=()):
         style=Markup(_STYLE),
         blocks=[(*block, None)[:3] for block in shown],
         read=lambda name: (Path(folder) / name).read_bytes(),
-        # A PNG says its width there.
+        # Bytes 16 to 20 of a PNG are its width.
         width=lambda content: round(int.from_bytes(content[16:20], "big") * SCALE),
         encode=lambda content: base64.b64encode(content).decode(),
     )
@@ -131,7 +131,7 @@ def _errors(players):
 
 
 def players(predictions, audio):
-    """Choose the most confident errors and make them playable.
+    """Choose the most confident errors and encode their audio for the report.
 
     Arguments
     ---------
@@ -142,7 +142,7 @@ def players(predictions, audio):
     Returns
     -------
     players : list of dict
-        "id", "client_id", "accent", "answer", "probability", "source" (a data URI); without clips that cannot be read.
+        "id", "client_id", "accent", "answer", "probability", "source" (a data URI). Unreadable clips are skipped.
     """
     if audio is None:
         return []
@@ -168,7 +168,7 @@ def players(predictions, audio):
 
 
 def _data_uri(path):
-    """Encode a clip as MP3, which every browser plays, or return None where it cannot be read."""
+    """Encode a clip as MP3, which every browser plays; return None if it cannot be read."""
     from accent_plugin.audio import codecs
     from accent_plugin.audio.samples import SAMPLE_RATE
 

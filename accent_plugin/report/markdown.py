@@ -1,15 +1,15 @@
-"""Blocks of a report as Markdown."""
+"""Write blocks of a report as Markdown."""
 
 import re
 
 
 def count_cell(number):
-    """A count for a table's cell; a dash where there is none."""
+    """Format a count for a table cell; a dash if there is none."""
     return "–" if number is None else f"{number:,}"
 
 
 def table_rows(table, above=""):
-    """Yield rows of a nested dict; its innermost dicts take one row each."""
+    """Yield the rows of a nested dict; each innermost dict is one row."""
     for key, value in table.items():
         if isinstance(value, dict) and any(isinstance(v, dict) for v in value.values()):
             yield from table_rows(value, f"{above}{key}, ")
@@ -28,7 +28,7 @@ def _plain(value):
 
 
 def escape_markdown(text):
-    r"""Make plain text safe in Markdown, also in a table's cell.
+    r"""Escape plain text for Markdown, also inside table cells.
 
     Example
     -------
@@ -36,13 +36,13 @@ def escape_markdown(text):
     '&lt;b&gt; a_b \\_c\\_ \\[d\\](e) \\| \\`f\\`'
     """
     text = re.sub(r"([\\`*~\[\]|])", r"\\\1", " ".join(str(text).split()))
-    # Between letters and digits, an underscore is one.
+    # An underscore between letters or digits needs no escape.
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)
     return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def to_markdown(blocks):
-    """Write blocks as GitHub's Markdown; a block of the kind "markdown" is Markdown already."""
+    """Write blocks as GitHub-flavoured Markdown; a block of the kind "markdown" is copied."""
     lines = []
     for kind, *rest in blocks:
         if kind == "heading":

@@ -1,4 +1,4 @@
-"""predictions.csv: one row for each clip."""
+"""Write and read predictions.csv: one row per clip."""
 
 import csv
 from pathlib import Path
@@ -16,7 +16,7 @@ PROBABILITY = "p_"  # prefix of the probability columns
 
 
 def write_predictions(path, predictions):
-    """Write predictions.csv: one row per clip, with enough digits to compute the report again.
+    """Write predictions.csv: one row per clip, with enough digits to recompute the report.
 
     Arguments
     ---------
@@ -39,7 +39,7 @@ def write_predictions(path, predictions):
 
 
 def read_predictions(path):
-    """Read predictions.csv back.
+    """Read predictions.csv.
 
     Arguments
     ---------

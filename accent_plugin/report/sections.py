@@ -1,4 +1,4 @@
-"""The sections of a report, as blocks of plain text, tables and pictures."""
+"""The sections of a report, as blocks of plain text, tables and figures."""
 
 from accent_plugin.evaluation.compare import CONFIDENT
 from accent_plugin.report.markdown import count_cell, table_rows
@@ -16,7 +16,7 @@ from accent_plugin.report.text import (
 
 
 def report_blocks(metrics, rows, images):
-    """Yield the blocks of a report: (kind, ...), all text plain."""
+    """Yield the blocks of a report: (kind, ...); all text is plain."""
     data, clip, speaker = metrics["data"], metrics["clip"], metrics["speaker"]
     yield "heading", 1, report_title(data)
     for _, sentence in warnings_of(data):
@@ -109,7 +109,7 @@ def report_blocks(metrics, rows, images):
 
 
 def _few_or_many(rows):
-    """Say whether errors are a few speakers or many clips."""
+    """State whether errors come from a few speakers or from many clips."""
     total, clips = sum(r["clips"] - r["clips_right"] for r in rows), sum(r["clips"] for r in rows)
     if not total:
         return f"All {clips:,} clips of {count_in_words(len(rows), 'speaker')} are right."
@@ -123,8 +123,8 @@ def _few_or_many(rows):
 
 
 def _surest(part, accuracy):
-    """Say what leaving the least sure clips unanswered gains."""
-    points = {sure["threshold"]: sure for sure in reversed(part["surest"].values())}  # ties make some of them equal
+    """State the effect of abstaining on the least confident clips."""
+    points = {sure["threshold"]: sure for sure in reversed(part["surest"].values())}  # ties make some thresholds equal
     return " ".join([
         f"Answering all clips: accuracy {format_figure(accuracy)}.",
         *(f"Answering only the surest {percent(sure['coverage'])} of clips (probability at least {threshold:.3f}): "

@@ -1,6 +1,6 @@
-"""How figures, counts and durations are written in reports."""
+"""Format figures, counts and durations for reports."""
 
-MOST_ROWS = 250  # speakers in the table; predictions.csv has them all
+MOST_ROWS = 250  # rows in the table of speakers; predictions.csv has all speakers
 
 
 SYNTHETIC = "Synthetic speech: proves the machinery, says nothing about accuracy on people."
@@ -31,7 +31,7 @@ NAMES = {
 
 
 def format_figure(v, signed=False):
-    """Show a figure with its interval: 0.912 (0.861 to 0.955)."""
+    """Format a figure with its interval: 0.912 (0.861 to 0.955)."""
     if v is None or v["value"] is None:
         return "–"
     style = "+.3f" if signed else ".3f"
@@ -40,17 +40,17 @@ def format_figure(v, signed=False):
 
 
 def percent(share):
-    """A fraction as a whole percentage."""
+    """Format a fraction as a whole percentage."""
     return f"{share:.0%}"
 
 
 def count_in_words(count, word):
-    """Count in words: 1 clip, 2 clips."""
+    """Format a count with its noun: 1 clip, 2 clips."""
     return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
 def format_duration(seconds):
-    """Show a duration in the unit that suits it."""
+    """Format a duration in a suitable unit."""
     return (
         f"{seconds:.0f} s"
         if seconds < 120
@@ -61,7 +61,7 @@ def format_duration(seconds):
 
 
 def warnings_of(data):
-    """Say what the data of a report cannot show, as a list of (short form for a title, sentence)."""
+    """List the limitations of a report's data as (short form for the title, sentence)."""
     warnings = []
     if data.get("split") == "random":
         warnings.append(("LEAKY split: speakers shared", LEAKY))
@@ -75,6 +75,6 @@ def warnings_of(data):
 
 
 def report_title(data):
-    """Title of a report, with what its data cannot show."""
+    """Make the title of a report, with the limitations of its data."""
     short = "; ".join(w for w, _ in warnings_of(data))
     return f"English accents: {data['name']}" + (f" ({short})" if short else "")

@@ -1,6 +1,6 @@
-"""Predictions -> a folder for people and programs: metrics.json, predictions.csv, report.md, report.html, PNG.
+"""Write a report from predictions: metrics.json, predictions.csv, report.md, report.html and PNG figures.
 
-The text is built once, as a list of blocks, and written twice, as Markdown here and as HTML in `report_html`.
+The text is built once, as a list of blocks, and written as Markdown and as HTML.
 """
 
 import json
@@ -30,14 +30,14 @@ HTML_FILE = "report.html"
 _PICTURES = ("confusion", "recall", "reliability", "scores", "coverage")
 
 
-_PICTURES_OF_SOME = ("speakers", "curves")  # where clients, or epochs, are known
+_PICTURES_OF_SOME = ("speakers", "curves")  # only if speakers or epochs are known
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def write_text(path, text):
-    """Write a file whole or not at all."""
+    """Write a text file atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_write(path) as file:
@@ -45,7 +45,7 @@ def write_text(path, text):
 
 
 def _strict(value):
-    """Make a value fit for strict JSON: no NaN, no NumPy, no tuples."""
+    """Convert a value to strict JSON types, without NaN, NumPy types or tuples."""
     if isinstance(value, dict):
         return {str(k): _strict(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, np.ndarray)):
@@ -58,11 +58,11 @@ def _strict(value):
 
 
 def write_json(path, value):
-    """Write strict JSON, whole or not at all."""
+    """Write strict JSON atomically."""
     write_text(path, json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-# ---- what callers use ------------------------------------------------------------------------------------------------
+# ---- public functions ------------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -82,37 +82,37 @@ def write_report(
     draws=1000,
     seed=0,
 ):
-    """Evaluate predictions and write the whole report.
+    """Evaluate predictions and write the complete report.
 
     Arguments
     ---------
     folder : str or Path
-        Made where it is missing; older files of the same names are replaced.
+        Created if missing. Older files with the same names are replaced.
     predictions : Predictions
     data : dict
-        "name", "synthetic", "speakers_disjoint" (None: not known), and perhaps "split" ("random": a leaky one).
+        "name", "synthetic", "speakers_disjoint" (None if unknown), and optionally "split" ("random" leaks speakers).
     model, versions : dict
-        Anything worth telling, name -> value.
+        Name -> value.
     command : str
-        How this came about.
+        The command that made the report.
     curves : list of dict, or None
         One per epoch: "epoch", "train_loss", "valid_loss", "valid_macro_f1", "valid_uar".
     notes : list of str
-        What a reader must know besides.
+        Additional notes for the reader.
     audio : callable, or None
         Clip ID -> path of its audio or None, for players in the HTML report.
     out_of_set : dict, or None
         From `accent_plugin.evaluation.compare.out_of_set_scores`.
     bands : dict, or None
-        Name of a degradation -> Predictions of the same clips.
+        Name of a degradation -> Predictions of the same clips, degraded.
     selected_epoch : int, or None
     draws, seed : int
-        Of the bootstrap.
+        Number of draws and seed of the bootstrap.
 
     Returns
     -------
     metrics : dict
-        As written to metrics.json.
+        The content of metrics.json.
     """
     folder, p = Path(folder), predictions
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,13 +146,13 @@ def write_report(
     write_predictions(folder / PREDICTIONS_FILE, p)
     write_text(folder / MARKDOWN_FILE, to_markdown(blocks))
     write_text(folder / HTML_FILE, html.render(report_title(metrics["data"]), blocks, folder, html.players(p, audio)))
-    # Last, since it is what other programs look for.
+    # Written last, because other programs wait for this file.
     write_json(folder / METRICS_FILE, metrics)
     return metrics
 
 
 def remove_report(folder):
-    """Remove what `write_report` writes to a folder, and nothing else."""
+    """Remove only the files that `write_report` writes to a folder."""
     pictures_of_it = (f"{name}.png" for name in (*_PICTURES, *_PICTURES_OF_SOME))
     for name in (METRICS_FILE, PREDICTIONS_FILE, MARKDOWN_FILE, HTML_FILE, *pictures_of_it):
         (Path(folder) / name).unlink(missing_ok=True)
@@ -163,7 +163,7 @@ def _speakers(p):
 
 
 def _band(clean, degraded, draws, seed):
-    """Evaluate the same clips degraded, and what that costs."""
+    """Evaluate degraded clips, and the difference from the clean ones."""
     clip = evaluate(degraded, draws=draws, seed=seed)["clip"]
     difference = compare_models(clean, degraded, draws=draws, seed=seed)["clip"]["unweighted_average_recall"][
         "difference"
@@ -172,7 +172,7 @@ def _band(clean, degraded, draws, seed):
 
 
 def _draw(folder, p, metrics, rows, curves, selected_epoch):
-    """Draw every picture and return their file names."""
+    """Draw all figures and return their file names."""
     images = {name: f"{name}.png" for name in _PICTURES}
     counts = metrics["confusion"]
     matrices = {"by clip": counts["clips"], "by speaker": counts["speakers"]}
@@ -185,7 +185,7 @@ def _draw(folder, p, metrics, rows, curves, selected_epoch):
         if wanted:
             images[name] = f"{name}.png"
         else:
-            (folder / f"{name}.png").unlink(missing_ok=True)  # an older report's
+            (folder / f"{name}.png").unlink(missing_ok=True)  # left by an older report
     if rows:
         figures.speakers(folder / images["speakers"], rows, p.labels)
     if curves:

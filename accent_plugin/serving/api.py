@@ -1,4 +1,4 @@
-"""The HTTP API of a served classifier: one answer for each file, as ``accent-plugin classify`` writes it."""
+"""The HTTP API of a served classifier: one answer per file, in the format of ``accent-plugin classify``."""
 
 import errno
 
@@ -19,7 +19,7 @@ _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
 class Window(BaseModel):
-    """A stretch of a recording."""
+    """A window of a recording."""
 
     start: float = Field(description="in seconds")
     end: float = Field(description="in seconds")
@@ -27,7 +27,7 @@ class Window(BaseModel):
 
 
 class Answer(BaseModel):
-    """One file; all but `source`, `model` and `error` are null where it could not be classified."""
+    """The answer for one file; on an error, all fields except `source`, `model` and `error` are null."""
 
     source: str = Field(description="what the client calls the file")
     model: str = Field(description="twelve digits that stand for the weights")
@@ -50,7 +50,7 @@ class Answer(BaseModel):
 
 
 class Answers(BaseModel):
-    """What became of a request's files, in their order."""
+    """The answers for the files of a request, in order."""
 
     answers: list[Answer]
     error: str | None = Field(None, description="the first file's error, where there is one")
@@ -63,7 +63,7 @@ class Refusal(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the server answers."""
+    """The status of the server."""
 
     status: str = "ok"
     busy: int = Field(description="requests that are being answered, or wait")
@@ -95,7 +95,7 @@ _REFUSALS = {
 
 
 def make_app(service):
-    """Make the API, without its guard.
+    """Make the API, without the `Guard` middleware.
 
     Arguments
     ---------
@@ -105,7 +105,7 @@ def make_app(service):
     -------
     fastapi.FastAPI
     """
-    # Its own pages of documentation would load scripts from elsewhere.
+    # FastAPI's own documentation pages would load external scripts.
     app = FastAPI(
         title="accent-plugin",
         version=accent_plugin.__version__,
@@ -119,17 +119,17 @@ def make_app(service):
 
     @app.get(f"{API}/health", response_model=Health)
     async def health():
-        """Whether the server answers; needs no token."""
+        """Report that the server is running; needs no token."""
         return {"status": "ok", "busy": service.busy}
 
     @app.get(f"{API}/model")
     async def model() -> dict:
-        """What is served: labels, model, limits."""
+        """Return the labels, the model and the limits."""
         return service.about()
 
     @app.post(f"{API}/classify", response_model=Answers, responses=refusals, openapi_extra={"requestBody": _BODY})
     async def classify(request: Request):
-        """Classify one file or several: a form with `files`, or a body that is the file."""
+        """Classify one or more files: send a form with `files`, or one file as the body."""
         async with service.place():
             answers = await service.classify(await _read_files(request, service.limits))
         records = [service.record(answer) for answer in answers]
@@ -140,7 +140,7 @@ def make_app(service):
         status = STATUS["seconds"] if too_long else UNUSABLE
         return respond(status, {"answers": records, "error": str(failures[0])})
 
-    # Or else whatever is mounted beside it would answer for it, in its own words.
+    # Otherwise another mounted app would answer unknown API paths in its own format.
     @app.api_route(API + "/{rest:path}", methods=_METHODS, include_in_schema=False)
     async def nothing(rest: str):
         known = f"{API}/{rest}" in app.openapi()["paths"]
@@ -164,7 +164,7 @@ def make_app(service):
 
 
 async def _read_files(request, limits):
-    """Names and contents of a request's files."""
+    """Read the names and contents of a request's files."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind != "multipart/form-data":

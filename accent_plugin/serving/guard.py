@@ -1,7 +1,8 @@
-"""The guard in front of everything that is served: who may come in, how much they may send, how they are refused.
+"""Middleware that checks every request: host, token, path and size.
 
-Every refusal is a 4xx with an "error" in words, at once: before the body is read where the headers suffice. The rest of
-a body is then read and thrown away for a few seconds, or the client, still sending, would never see the answer.
+Every refusal is an immediate 4xx response with an "error" message. If the headers suffice, it is sent before the body
+is read. The rest of the body is then read and discarded for a few seconds; otherwise a client that is still sending
+would never see the response.
 """
 
 import asyncio
@@ -36,11 +37,11 @@ _LINGER_SECONDS = 5.0
 _LINGER_BYTES = 256_000_000
 
 
-# Boundaries and headers of a form.
+# Bytes for the boundaries and headers of a form.
 _FORM_BYTES = 65_536
 
 
-# What else the page posts: a few names.
+# Bytes of the page's other POST requests, which contain a few names.
 _EVENT_BYTES = 65_536
 
 
@@ -50,7 +51,7 @@ NO_ROOM = "busy: there is no room for more uploads: try again in some minutes"
 _RETRY_SECONDS = "1"
 
 
-# Scripts, styles, fonts and connections of this server alone: the page works without a network, and tells nobody.
+# Scripts, styles, fonts and connections only from this server: the page works offline and sends no data elsewhere.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' blob: data:; "
@@ -68,22 +69,22 @@ _HEADERS = {
 
 
 class Guard:
-    """What comes before everything that is served: host, token, paths, bytes; and headers on the way out.
+    """ASGI middleware that checks host, token, path and size of requests, and adds headers to responses.
 
     Arguments
     ---------
     app : ASGI application
     service : accent_plugin.serving.service.Service
-        Whose limits hold.
+        Its limits apply.
     token : str, or None
-        Asked of everybody, as a bearer token, or as `?token=` once, which becomes a cookie.
+        Required in every request as a bearer token. `?token=` in a URL is stored as a cookie.
     is_served : function
-        Method and path -> whether there is such a thing; the rest is a 404, whatever the application could do.
+        Method and path -> whether the request is allowed; all others give a 404.
     local : bool
-        Whether only this machine is served: then the Host header must name it, or a page of somebody else's, whose
-        name was made to mean this machine, could ask in a browser's name.
+        Whether to serve only this machine. The Host header must then name it, which prevents DNS rebinding: another
+        website whose name resolves to this machine could otherwise send requests from a browser.
     has_room : function
-        Whether there is room on the disk for one more upload of the page's.
+        Whether there is room for another upload of the page.
     """
 
     def __init__(self, app, service, token=None, is_served=None, local=True, has_room=lambda: True):
@@ -106,7 +107,7 @@ class Guard:
             await refused(scope, body.receive, answer.send)
             return
         try:
-            # The API takes its place itself, after its route was found.
+            # The API reserves its own place after routing.
             uploads = scope["path"] == UPLOAD
             async with self.service.place() if uploads else contextlib.nullcontext():
                 await self.app(scope, body.receive, answer.send)
@@ -119,12 +120,12 @@ class Guard:
             await answer.send({"type": "http.response.body", "body": b""})
 
     def stop(self):
-        """Let go of streams that never end by themselves, such as a browser's page keeps open while it is shown."""
+        """End streams that would never end by themselves, such as those of an open browser page."""
         self._stopping.set()
 
     def _refusal(self, request):
-        """The response to a request that does not come in, or None."""
-        # As the application sees it: `request.url` leaves characters out.
+        """Return the response to a refused request; None if it is allowed."""
+        # The path as the application sees it: `request.url` drops some characters.
         method, path = request.method, request.scope["path"]
         if self.local and not _is_local(request.headers.get("host", "")):
             return refuse(421, "this server answers to localhost; start it with --host to be reached by other names")
@@ -151,7 +152,7 @@ class Guard:
     def _refusal_of_body(self, request, path):
         length = request.headers.get("content-length")
         if length is None:
-            # The API counts while it reads; the page's own library would write to disk what comes without end.
+            # The API limits the bytes while it reads. Gradio would write an unlimited body to disk.
             return None if path.startswith(f"{API}/") else refuse(411, "Content-Length is needed")
         most = self.limits.max_bytes if path.startswith(f"{API}/") or path == UPLOAD else _EVENT_BYTES
         if not length.isascii() or not length.isdigit() or int(length) > most + _FORM_BYTES:
@@ -168,23 +169,23 @@ class Guard:
 
 
 class Connection(H11Protocol):
-    """uvicorn's, closed where a request's headers do not come: it would wait for them for ever."""
+    """uvicorn's connection with a timeout for headers; uvicorn would wait for them forever."""
 
     _too_late = None
 
     def connection_made(self, transport):
-        """As asyncio's."""
+        """Called by asyncio."""
         super().connection_made(transport)
         self._wait_for_headers()
 
     def data_received(self, data):
-        """As asyncio's."""
+        """Called by asyncio."""
         super().data_received(data)
         self._wait_for_headers()
 
     def _wait_for_headers(self):
         if self.cycle is None or self.cycle.response_complete:
-            # Once for all that comes of them, or a client that drips would never be late.
+            # One timer for all headers: otherwise a client that sends them slowly would never time out.
             if self._too_late is None:
                 self._too_late = self.loop.call_later(_HEADER_SECONDS, self._give_up)
         elif self._too_late is not None:
@@ -192,7 +193,7 @@ class Connection(H11Protocol):
             self._too_late = None
 
     def _give_up(self):
-        # A browser also opens connections before it knows what to ask; those are closed without a word.
+        # Browsers also open connections in advance; those are closed without a response.
         begun, _ = self.conn.trailing_data
         if begun and not self.transport.is_closing():
             text = dumps({"error": f"time: the headers took longer than {_HEADER_SECONDS:g} seconds"})
@@ -202,19 +203,19 @@ class Connection(H11Protocol):
 
 
 class _Body:
-    """A request's body, counted; once the server ends, and the body was read, its client seems to have left."""
+    """A request's body with a byte limit; when the server stops, it reports a disconnect after the body."""
 
     def __init__(self, receive, most, stopping):
         self._receive, self._most, self._stopping = receive, most, stopping
         self._read, self.ended = 0, False
 
     async def receive(self):
-        """As ASGI's.
+        """Implements ASGI's interface.
 
         Raises
         ------
         LimitError
-            "bytes" when there are more than were allowed.
+            "bytes" if the body exceeds the limit.
         """
         message = await (self._receive_or_stop() if self.ended else self._receive())
         if message["type"] != "http.request":
@@ -236,7 +237,7 @@ class _Body:
         return tasks[0].result() if tasks[0].done() and not tasks[0].cancelled() else {"type": "http.disconnect"}
 
     async def drain(self):
-        """Read and forget the rest, for a while."""
+        """Read and discard the rest, for a limited time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LINGER_SECONDS):
                 while not self.ended and self._read < self._most + _LINGER_BYTES:
@@ -246,17 +247,17 @@ class _Body:
 
 
 class _Lingering:
-    """A response whose end waits until the request's body was read; its bytes are sent before."""
+    """A response that ends only after the request's body was read; its bytes are sent before."""
 
     def __init__(self, send, body):
         self._send, self._body = send, body
         self.started = self.ended = False
 
     async def send(self, message):
-        """As ASGI's."""
+        """Implements ASGI's interface."""
         if message["type"] == "http.response.start":
             self.started = True
-            # Gradio would let pages of other servers on this machine read.
+            # Gradio would allow pages of other servers on this machine to read responses.
             given = [(name, value) for name, value in message["headers"] if not name.startswith(b"access-control-")]
             names = {name for name, _ in given}
             more = ((name.encode(), value.encode()) for name, value in _HEADERS.items() if name.encode() not in names)
@@ -281,12 +282,12 @@ def _is_local(host):
 
 
 def _digest(text):
-    # Of the same length, whatever is given, and of ASCII, as the comparison wants it.
+    # The comparison needs ASCII texts of equal length.
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
 def respond(status, content, headers=None):
-    """Make a response of JSON."""
+    """Make a JSON response."""
     return Response(dumps(content), status, headers, "application/json")
 
 

@@ -1,7 +1,7 @@
-"""The page to speak to: what it shows, as HTML, and the Gradio app around it.
+"""The web page: the answer as HTML, and the Gradio app around it.
 
-The page is one column: record or choose a file, then the answer, then what the model knows. The answer is text and
-tables first; colours repeat what is said in words. Nothing is loaded from elsewhere.
+The page has one column: record or choose a file, then the answer, then the model card. The answer consists of text and
+tables; colours only repeat the text. The page loads no external resources.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from accent_plugin.report.figures import COLOURS
 from accent_plugin.report.text import count_in_words
 from accent_plugin.serving.service import UPLOAD
 
-# Without a threshold of its own, a classifier is unsure where it is more likely wrong than right.
+# Used for classifiers without a threshold: below this probability, an answer is more likely wrong than right.
 UNSURE = 0.5
 
 
-# How long an upload is kept, so that it can be played.
+# Time for which an upload is kept for playback.
 KEEP_SECONDS = 600
 
 
@@ -37,7 +37,7 @@ _COLUMNS = 500
 _MOST_ROWS = 4
 
 
-_LETTERS = 9  # pixels of a picture that a letter takes
+_LETTERS = 9  # width of a letter, in pixels of the figure
 
 
 CSS = """
@@ -61,7 +61,7 @@ CSS = """
 """
 
 
-# Read out when it changes. Gradio has no way to say so of a component.
+# Screen readers read the answer when it changes. Gradio has no option for this.
 _ON_LOAD = """() => {
     const answer = document.getElementById("answer");
     answer.setAttribute("role", "status");
@@ -70,13 +70,13 @@ _ON_LOAD = """() => {
 
 
 def render(answer, classifier):
-    """One answer as HTML.
+    """Render one answer as HTML.
 
     Arguments
     ---------
     answer : accent_plugin.serving.service.ServiceAnswer
     classifier : accent_plugin.inference.base.RecordingClassifier
-        Whose labels, threshold and calibration are told.
+        Its labels, threshold and calibration are shown.
 
     Returns
     -------
@@ -96,12 +96,12 @@ def render(answer, classifier):
 
 
 def failure(message):
-    """A message in place of an answer, as HTML."""
+    """Render an error message as HTML."""
     return f'<section class="answer"><h2>No answer</h2><p class="failure" role="alert">{_e(message)}</p></section>'
 
 
 def is_unsure(outcome):
-    """Whether a prediction is shown as a doubtful one."""
+    """Whether a prediction is shown as uncertain."""
     return outcome.decision is None or not outcome.reliable or outcome.probability < UNSURE
 
 
@@ -153,7 +153,7 @@ def _heard(answer):
 
 
 def _timeline(answer, labels):
-    """The waveform, each window's accent under it, and the same as a table."""
+    """Render the waveform, the accent of each window below it, and the same as a table."""
     outcome = answer.outcome
     rows = _rows_of(outcome.windows)
     scale = _WIDTH / outcome.seconds
@@ -196,7 +196,7 @@ def _timeline(answer, labels):
 
 
 def _rows_of(windows):
-    """Row of each window, so that windows that overlap lie below one another, as far as there is room."""
+    """Assign a row to each window, so that overlapping windows are in different rows as far as possible."""
     ends, rows = [], []
     for window in windows:
         free = next((row for row, end in enumerate(ends) if end <= window.start), None)
@@ -210,7 +210,7 @@ def _rows_of(windows):
 
 
 def _wave(peaks):
-    """An SVG path of the outline, as high as the loudest peak allows."""
+    """Make an SVG path of the waveform, scaled to its highest peak."""
     parts = np.array_split(peaks, min(_COLUMNS, len(peaks)))
     heights = np.array([part.max() for part in parts])
     heights = heights / max(float(heights.max()), 1e-6) * (_WAVE / 2 - 2)
@@ -230,13 +230,13 @@ def _colour(number):
 
 
 def _ink(number):
-    """Black or white, whichever is easier to read on a colour."""
+    """Return black or white, whichever has more contrast with a colour."""
     red, green, blue = (int(_colour(number)[at : at + 2], 16) for at in (1, 3, 5))
     return "#000" if 0.3 * red + 0.59 * green + 0.11 * blue > 120 else "#fff"
 
 
 def _percent(p):
-    """A probability for people, who take 100 % for certainty."""
+    """Format a probability as a percentage, without rounding it to 100 %."""
     return "over 99 %" if p > 0.99 else f"{100 * p:.0f} %"
 
 
@@ -245,7 +245,7 @@ def _e(text):
 
 
 def read_card(folder):
-    """A model's card without the metadata on top; a sentence where it has none."""
+    """Read a model card without its metadata; a sentence if there is no card."""
     try:
         text = Path(folder, CARD_FILE).read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -254,14 +254,14 @@ def read_card(folder):
 
 
 def is_served(method, path, folder):
-    """Whether the page needs what a browser asks for; Gradio's other doors stay shut.
+    """Whether the page needs a request; Gradio's other routes are blocked.
 
     Arguments
     ---------
     method, path : str
-        Of the request, the path decoded.
+        Method and decoded path of the request.
     folder : str or Path
-        Of uploads, the only files that are given back.
+        Folder of uploads, the only files that are served.
     """
     if method == "POST":
         return path in _POSTS
@@ -302,7 +302,8 @@ def _is_inside(path, folder):
 def has_room(folder, limits):
     """Whether there is room for another upload.
 
-    On the disk, for as many bytes as may ask and wait, and in number for ten times those.
+    The disk needs space for an upload of the largest size. For each request that may run or wait, the folder may
+    contain `max_bytes` of uploads and ten files.
     """
     if shutil.disk_usage(folder).free < limits.max_bytes:
         return False
@@ -310,16 +311,16 @@ def has_room(folder, limits):
     held = 0
     for number, path in enumerate(_files(folder), 1):
         held += _size(path)
-        # Not counted to the end, which might take long.
+        # Stop early, because counting all files may take long.
         if held >= places * limits.max_bytes or number >= 10 * places:
             return False
     return True
 
 
 def sweep(folder, keep_seconds):
-    """Delete every file that has not been written to for so long, and folders that have become empty.
+    """Delete all files that were not modified for `keep_seconds`, and empty folders.
 
-    Gradio's own would forget what came in a form of another kind, or was broken off.
+    Gradio's own clean-up misses uploads from other forms and interrupted uploads.
     """
     before = time.time() - keep_seconds
     for path in _files(folder):
@@ -349,9 +350,9 @@ def make_page(service, card, folder):
     ---------
     service : accent_plugin.serving.service.Service
     card : str
-        Markdown: what the model says of itself.
+        The model card as Markdown.
     folder : str or Path
-        Private, for uploads; Gradio's own setting, GRADIO_TEMP_DIR, names it too.
+        Private folder for uploads, also set as Gradio's GRADIO_TEMP_DIR.
 
     Returns
     -------
@@ -401,7 +402,7 @@ def make_page(service, card, folder):
 
 
 def _sound(gradio, folder, tab, source, elem_id):
-    """A tab with a component for a recording, which takes uploads alone."""
+    """Make a tab with an audio component that accepts only uploads."""
 
     def uploaded(path):
         if path is None or not _is_inside(path, folder) or not os.path.isfile(path):
@@ -415,14 +416,14 @@ def _sound(gradio, folder, tab, source, elem_id):
         sound = gradio.Audio(
             sources=[source], type="filepath", label="Your recording", editable=False, buttons=[], elem_id=elem_id
         )
-    # Gradio's own would fetch an address, or open a path, that a client names. In place of a subclass, for which Gradio
-    # writes a stub into this package's folder.
+    # Gradio's own methods would fetch any URL or open any path that a request names. They are replaced without a
+    # subclass, for which Gradio would write a stub into this package's folder.
     sound.move_resource_to_block_cache, sound.async_move_resource_to_block_cache = uploaded, uploaded_later
     return sound
 
 
 def mount(app, page, limits):
-    """Put the page at the root of an app, with nothing of Gradio's that tells others or loads from elsewhere."""
+    """Mount the page at the root of an app, without Gradio's monitoring, footer links and external fonts."""
     import gradio
 
     theme = gradio.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))

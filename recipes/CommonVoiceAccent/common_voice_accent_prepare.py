@@ -1,6 +1,6 @@
-"""Prepares a DatasetDict of accented English, such as one made from Common Voice, for this recipe.
+"""Prepare a DatasetDict of accented English, such as one made from Common Voice, for this recipe.
 
-The work is done by ``accent_plugin.data.prepare``, whose ``Choices`` document every argument.
+``accent_plugin.data.prepare`` does the work; its ``PreparationChoices`` document every argument.
 """
 
 from pathlib import Path
@@ -14,18 +14,19 @@ PROJECT = Path(__file__).resolve().parents[2]
 def prepare_common_voice_accent(
     data_folder, prepared_folder=None, skip_prep=False, workers=None, progress=True, **choices
 ):
-    """Make 16 kHz clips and the CSV manifests of train, valid and test, unless they are there.
+    """Make 16 kHz clips and the CSV manifests of train, valid and test, unless they exist.
 
     Arguments
     ---------
     data_folder : str or Path
-        A DatasetDict saved with ``save_to_disk``. Only read.
+        A DatasetDict saved with ``save_to_disk``. It is not modified.
     prepared_folder : str or Path, optional
-        Where clips and manifests go; None takes ``data/prepared/<fingerprint of source and arguments>`` of the project.
+        Folder for clips and manifests. None uses ``data/prepared/<fingerprint of source and arguments>`` in the
+        project.
     skip_prep : bool
-        Take ``prepared_folder`` as it is, whatever the other arguments say.
+        Use ``prepared_folder`` unchanged and ignore the other arguments.
     workers : int, optional
-        Processes that decode; None takes one per core.
+        Number of decoding processes; None uses one per core.
     progress : bool
         Whether to draw a progress bar on stderr.
     **choices
@@ -38,7 +39,7 @@ def prepare_common_voice_accent(
     Raises
     ------
     accent_plugin.errors.DataError
-        When the data cannot be used, or ``prepared_folder`` was made from something else.
+        If the data cannot be used, or ``prepared_folder`` was made from other data or arguments.
     """
     if skip_prep:
         return load_prepared(prepared_folder)

@@ -3,10 +3,11 @@
 
     python train.py hparams/wav2vec2_base.yaml --data_folder DATASET
 
-prepares the data (a DatasetDict on disk), trains, and writes a report on the test split. Every hyperparameter of the
-YAML can be changed on the command line; `--test_only True` evaluates a finished run again, `--n_folds 5` tests every
-speaker once, `--seeds 1,2,3` trains three times, `--split both` shows what shared speakers would add. Interrupted, the
-same command goes on; `torchrun --nproc_per_node=4 train.py ...` trains on four GPUs.
+The script prepares the data (a DatasetDict on disk), trains, and writes a report on the test split. Every
+hyperparameter of the YAML can be changed on the command line. `--test_only True` evaluates a finished run again,
+`--n_folds 5` tests every speaker once, `--seeds 1,2,3` trains with three seeds, and `--split both` measures the effect
+of speakers shared by train and test. The same command resumes an interrupted run. `torchrun --nproc_per_node=4 train.py
+...` trains on four GPUs.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from accent_plugin.training.brain import AccentBrain
 from accent_plugin.training.loaders import make_class_weights, training_clips
 
 PROJECT = Path(__file__).resolve().parents[2]
-# SpeechBrain's tests want every key of a YAML in its script. Those of the overlays are read in accent_plugin:
+# SpeechBrain's tests require every key of a YAML in its script. accent_plugin reads those of the overlays:
 # ["base"] ["name"] ["wav2vec2_hub"] ["batch_seconds"] ["data_folder"]
 
 
@@ -40,7 +41,7 @@ def train(settings, fold, command):
         sb.create_experiment_directory(
             experiment_directory=values["output_folder"],
             hyperparams_to_save=settings.hparams_file,
-            # If the saved file is run again, it should resume.
+            # If the saved file is run again, it resumes.
             overrides=run.settings.but(overwrite=False).overrides,
         )
         run.prepare(prepare_common_voice_accent, values["preparation"], outsiders=values["evaluation"]["out_of_set"])
