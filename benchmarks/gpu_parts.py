@@ -590,10 +590,10 @@ def convolve_channels_last(conv, inputs):
 
 
 def channels_last(brain):
-    stem = brain._model().wav2vec2.stem
-    # On a processor they would be matrix products.
-    stem._has_products = False
-    for layer in stem.conv_layers:
+    convolutions = brain._model().wav2vec2.feature_encoder
+    # Otherwise they would be matrix products.
+    convolutions.as_products = False
+    for layer in convolutions.conv_layers:
         layer.conv.forward = functools.partial(convolve_channels_last, layer.conv)
 
 
@@ -967,7 +967,7 @@ def serving(job):
                 name: AccentClassifier.from_bundle(bundle, device=DEVICE, precision=precision, **how)
                 for name, how in ways.items()
             }
-            sharing = {name: classifier.share() for name, classifier in ways.items()}
+            sharing = {name: classifier.enable_batching() for name, classifier in ways.items()}
             speeds, answers = {name: [] for name in ways}, {}
             for turn in range(1 + (3 if DEVICE == "cuda" else 1)):
                 for name, classifier in ways.items():
