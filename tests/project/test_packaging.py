@@ -187,7 +187,8 @@ def built(tmp_path_factory):
     tree = folder / "checkout"
     # Of a copy: setuptools writes beside its sources.
     for name in ("accent_plugin", "tests", "recipes", "hparams"):
-        copytree(ROOT / name, tree / name, symlinks=True, ignore=ignore_patterns("__pycache__", "data", "results"))
+        made_by_runs = ("data", "results") if name == "recipes" else ()
+        copytree(ROOT / name, tree / name, symlinks=True, ignore=ignore_patterns("__pycache__", *made_by_runs))
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         copy(ROOT / name, tree / name)
     build = [sys.executable, "-m", "build", "--no-isolation", tree]
