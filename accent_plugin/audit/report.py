@@ -96,7 +96,7 @@ def _blocks(audit, shown):
     yield "table", ["accent", *(f"{split} {c}" for split in audit.counts for c in columns)], rows
     c = audit.confound
     if c:
-        yield "heading", 2, "What the recording alone gives away"
+        yield "heading", 2, "Recording conditions"
         yield "text", f"{_tested(c)[0].upper()}{_tested(c)[1:]}." if c.possible else f"Not tested: {c.reason}."
     if medians := medians_by_accent(audit.measured):
         units = (f"{_spaced(name)}{f' ({unit})' if unit else ''}" for name, unit in confounds.UNITS.items())

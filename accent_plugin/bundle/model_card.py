@@ -217,9 +217,9 @@ def _contents(config, metrics):
     yield "code", _USE
     yield "code", "accent-plugin classify FILES --model FOLDER"
 
-    yield "heading", 2, "How good it is"
+    yield "heading", 2, "Evaluation"
     yield from _figures(metrics) if metrics else [("text", NOT_EVALUATED)]
-    yield "heading", 2, "How far to trust a probability"
+    yield "heading", 2, "Calibration"
     yield "text", _calibration(config.get("calibration"))
     yield "heading", 2, "Limits"
     yield "list", list(_limits(config, metrics))
@@ -229,7 +229,7 @@ def _contents(config, metrics):
             for name, v in metrics["bands"].items()
         ]  # fmt: skip
 
-    yield "heading", 2, "What it is for, and what not"
+    yield "heading", 2, "Intended use"
     yield (
         "text",
         "For statistics over many recordings, such as how well speech recognition serves the speakers of an accent, "
@@ -247,7 +247,7 @@ def _contents(config, metrics):
         yield "table", ["data", ""], list(table_rows({**data, "seconds": round(data["seconds"], 1)}))
     versions = config.get("versions") or (metrics or {}).get("versions")
     if versions:
-        yield "heading", 2, "Made with"
+        yield "heading", 2, "Versions"
         yield "table", ["", "version"], list(table_rows(versions))
 
 

@@ -206,7 +206,7 @@ def recall(path, metrics):
         ylim=(y + 0.7, 0.6),
         xlabel="recall by clip (groups: averaged over their accents), 95 % interval",
     )
-    key = f"Line: unweighted average recall {overall:.3f}.  Hollow: fewer than {SMALL} speakers, too few to read."
+    key = f"Line: unweighted average recall {overall:.3f}.  Hollow: fewer than {SMALL} speakers."
     ax.set_title(key, fontsize=9, loc="left", color=GREY)
     strip_axes(ax, "x")
     ax.tick_params(axis="y", length=0)

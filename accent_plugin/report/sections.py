@@ -30,7 +30,7 @@ def report_blocks(metrics, rows, images):
     yield (
         "text",
         (
-            f"Unweighted average recall {average}; guessing gives {1 / present:.2f}. Tested on {', '.join(amount)} of "
+            f"Unweighted average recall {average}; chance level {1 / present:.2f}. Tested on {', '.join(amount)} of "
             f"{', '.join(metrics['per_accent'])}."
         ),
     )
@@ -43,7 +43,7 @@ def report_blocks(metrics, rows, images):
         yield "heading", 2, "Notes"
         yield "list", metrics["notes"]
 
-    yield "heading", 2, "What is taken for what"
+    yield "heading", 2, "Confusion matrix"
     yield "picture", images["confusion"], "Confusion matrices by clip and by speaker; rows are the true accent"
     yield "table", ["accent", "recall", "precision", "F1", "clips", "speakers"], [
         [label, *(format_figure(v[k]) for k in ("recall", "precision", "f1")), count_cell(v["clips"]),
@@ -51,17 +51,17 @@ def report_blocks(metrics, rows, images):
         for label, v in metrics["per_accent"].items()
     ]  # fmt: skip
 
-    yield "heading", 2, "Who is recognised how well"
+    yield "heading", 2, "Recall by accent and group"
     yield "picture", images["recall"], "Recall of each accent and group with its interval"
     cells = [
         [kind, name, format_figure(v["unweighted_average_recall"]), f"{v['clips']:,}", count_cell(v["speakers"]),
-         "too few to read" if v["small"] else ""]
+         "too few speakers" if v["small"] else ""]
         for kind, group in metrics["groups"].items() for name, v in group.items()
     ]  # fmt: skip
     yield "table", ["group", "", "unweighted average recall by clip", "clips", "speakers", ""], cells
 
     if rows:
-        yield "heading", 2, "Speakers at a glance"
+        yield "heading", 2, "Results by speaker"
         yield "text", _few_or_many(rows)
         yield "picture", images["speakers"], "Each test speaker's clips by answer, grouped by true accent"
         ordered = sorted(rows, key=lambda r: (r["right"], r["share_right"], r["accent"], r["client_id"]))
@@ -76,19 +76,19 @@ def report_blocks(metrics, rows, images):
                 f"The {MOST_ROWS} worst of {len(ordered):,} speakers; {PREDICTIONS_FILE} has the clips of all.",
             )
 
-    yield "heading", 2, "How far to trust a probability"
-    yield "picture", images["reliability"], "Share of right answers against their probability, and number of clips"
+    yield "heading", 2, "Calibration"
+    yield "picture", images["reliability"], "Fraction of correct answers against the probability, and number of clips"
     yield "picture", images["scores"], "Probability given to the true accent, by accent"
 
-    yield "heading", 2, "Answering only when sure"
+    yield "heading", 2, "Selective classification"
     yield "text", _surest(metrics["risk_coverage"], clip["accuracy"])
-    yield "picture", images["coverage"], "Share of wrong answers against the share of clips answered, the surest first"
+    yield "picture", images["coverage"], "Error rate against the fraction of clips answered, the most confident first"
     yield ("errors",)
 
     if "bands" in metrics:
-        yield "heading", 2, "Worse recordings"
-        yield "text", "The same clips, degraded; the cost is paired, resampling speakers."
-        yield "table", ["band", "unweighted average recall by clip", "cost", "accuracy by clip"], [
+        yield "heading", 2, "Degraded audio"
+        yield "text", "The same clips, degraded. The cost is a paired difference; its interval resamples speakers."
+        yield "table", ["degradation", "unweighted average recall by clip", "cost", "accuracy by clip"], [
             ["as recorded", format_figure(clip["unweighted_average_recall"]), "", format_figure(clip["accuracy"])],
             *([name, format_figure(v["unweighted_average_recall"]), format_figure(v["difference"], True),
                format_figure(v["accuracy"])] for name, v in metrics["bands"].items()),
@@ -99,7 +99,7 @@ def report_blocks(metrics, rows, images):
         yield "heading", 2, "Training"
         yield "picture", images["curves"], "Loss and scores by epoch"
 
-    yield "heading", 2, "Where this comes from"
+    yield "heading", 2, "Provenance"
     facts = {**data, "seconds": round(data["seconds"], 1)}
     for name, table in (("data", facts), ("model", metrics["model"]), ("versions", metrics["versions"])):
         if table:
@@ -127,8 +127,9 @@ def _surest(part, accuracy):
     points = {sure["threshold"]: sure for sure in reversed(part["surest"].values())}  # ties make some thresholds equal
     return " ".join([
         f"Answering all clips: accuracy {format_figure(accuracy)}.",
-        *(f"Answering only the surest {percent(sure['coverage'])} of clips (probability at least {threshold:.3f}): "
-          f"accuracy {format_figure(sure['accuracy'])}." for threshold, sure in points.items()),
+        *(f"Answering only the most confident {percent(sure['coverage'])} of clips "
+          f"(probability at least {threshold:.3f}): accuracy {format_figure(sure['accuracy'])}."
+          for threshold, sure in points.items()),
         f"Area under the curve of risk and coverage (lower is better, 0 without an error): "
         f"{format_figure(part['area'])}.",
         "These thresholds were chosen on the clips they are tested on.",
@@ -136,12 +137,12 @@ def _surest(part, accuracy):
 
 
 def _out_of_set(result):
-    yield "heading", 2, "Other accents"
+    yield "heading", 2, "Out-of-set accents"
     yield (
         "text",
         (
-            "Speech of accents that are not among the classes: the model answers all the same. AUROC: how often a clip "
-            "of a known accent gets a larger probability than one of these (0.5: no difference seen)."
+            "Clips with accents outside the label set; the model still gives one of its labels. AUROC is the "
+            "probability that a clip with a known accent gets a larger probability than one of these (0.5: chance)."
         ),
     )
     known = {"in_set": "(known accents)", "overall": "all others"}

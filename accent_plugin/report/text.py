@@ -3,7 +3,7 @@
 MOST_ROWS = 250  # rows in the table of speakers; predictions.csv has all speakers
 
 
-SYNTHETIC = "Synthetic speech: proves the machinery, says nothing about accuracy on people."
+SYNTHETIC = "Synthetic speech: this shows that the pipeline works, and says nothing about accuracy on real speech."
 
 
 LEAKY = (

@@ -408,7 +408,7 @@ def test_the_card_is_for_transformers(exported):
     assert meta["library_name"] == "transformers" and meta["pipeline_tag"] == "audio-classification"
     assert "transformers" in meta["tags"] and "speechbrain" not in meta["tags"]
     assert 'pipeline("audio-classification", "FOLDER")' in text and "EncoderClassifier" not in text
-    assert "## How good it is" in text and "## Limits" in text
+    assert "## Evaluation" in text and "## Limits" in text
 
 
 @pytest.mark.parametrize(

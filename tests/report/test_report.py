@@ -218,9 +218,20 @@ def test_markdown_says_what_it_must(whole):
         assert (folder / picture).is_file()
     assert len(re.findall(r"!\[", text)) == 7
     sure = metrics["risk_coverage"]["surest"]["0.8"]
-    words = f"the surest {sure['coverage']:.0%} of clips (probability at least {sure['threshold']:.3f}): accuracy "
+    words = (
+        f"the most confident {sure['coverage']:.0%} of clips (probability at least {sure['threshold']:.3f}): accuracy "
+    )
     assert words + f"{sure['accuracy']['value']:.3f} (" in text
-    for words in ("Wrong clips", "too few to read", "telephone", "AUROC", "torch", "2.11.0", "12,345", "second <line>"):
+    for words in (
+        "Wrong clips",
+        "too few speakers",
+        "telephone",
+        "AUROC",
+        "torch",
+        "2.11.0",
+        "12,345",
+        "second <line>",
+    ):
         assert words in text
     assert "3 clips were &lt;left&gt; out." in text
     assert "````\ntrain.py" in text  # a fence longer than the one inside
@@ -248,7 +259,7 @@ def test_html_is_one_file_without_scripts(whole):
     assert 'alert("x")' in page.text  # shown, not run
     assert page.tags.count("img") == 7
     assert "prefers-color-scheme: dark" in text
-    for words in ("Most confident errors", "Speakers at a glance", "telephone", "second <line>", "corpus <b>"):
+    for words in ("Most confident errors", "Results by speaker", "telephone", "second <line>", "corpus <b>"):
         assert words in page.text
 
 
@@ -280,7 +291,7 @@ def test_players_are_few_and_leave_out_what_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("data", "title", "sentence"),
     [
-        ({"synthetic": True}, "(synthetic speech)", "says nothing about accuracy on people"),
+        ({"synthetic": True}, "(synthetic speech)", "says nothing about accuracy on real speech"),
         ({"split": "random", "speakers_disjoint": False}, "(LEAKY split: speakers shared)", "do not compare the two"),
         ({"split": "random", "speakers_disjoint": None}, "(LEAKY split: speakers shared)", "do not compare the two"),
         ({"speakers_disjoint": None}, "(may share speakers)", "the data do not say who speaks"),
@@ -307,7 +318,7 @@ def test_a_leaky_synthetic_report_says_both_in_every_file(tmp_path):
     assert metrics["data"]["synthetic"] is True and metrics["data"]["split"] == "random"
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text()
-        assert "LEAKY split" in text[:500] and "says nothing about accuracy on people" in text
+        assert "LEAKY split" in text[:500] and "says nothing about accuracy on real speech" in text
 
 
 def test_honest_data_have_a_plain_title():
@@ -369,7 +380,7 @@ def test_equal_probabilities_make_one_line_of_text():
     p = build([[0.9, 0.1]] * 10, [0] * 9 + [1], labels=("us", "england"))
     metrics = evaluate(p, draws=5)
     text = _surest(metrics["risk_coverage"], metrics["clip"]["accuracy"])
-    assert text.count("Answering only") == 1 and "the surest 100% of clips (probability at least 0.900)" in text
+    assert text.count("Answering only") == 1 and "the most confident 100% of clips (probability at least 0.900)" in text
 
 
 @pytest.mark.parametrize(
