@@ -91,7 +91,7 @@ def render(answer, classifier):
     parts.append(f"<p>{_e(_calibrated(classifier.calibration))}</p>")
     if len(outcome.windows) > 1:
         parts += ["<h3>Over time</h3>", _timeline(answer, classifier.labels)]
-    parts += ["<h3>What was heard</h3>", f"<p>{_e(_heard(answer))}</p>"]
+    parts += ["<h3>Recording</h3>", f"<p>{_e(_heard(answer))}</p>"]
     return f'<section class="answer">{"".join(parts)}</section>'
 
 
@@ -112,11 +112,11 @@ def _headline(outcome):
 
 def _doubt(outcome, classifier):
     if outcome.decision is None:
-        return f"It abstains below a probability of {classifier.threshold:.3f}, as it was told to."
+        return f"The model is set to abstain below a probability of {classifier.threshold:.3f}."
     if not outcome.reliable:
-        return "There is too little speech for more than a guess."
+        return "There is too little speech for a reliable answer."
     if outcome.probability < UNSURE:
-        return "It is more likely wrong than right."
+        return "The answer is more likely wrong than right."
     return "An accent is neither a nationality nor a person; do not decide about people by it."
 
 
@@ -135,7 +135,7 @@ def _bars(outcome, labels):
 
 def _calibrated(calibration):
     if not calibration:
-        return "Not calibrated: such probabilities are mostly too sure."
+        return "Not calibrated: uncalibrated probabilities are usually too high."
     return (
         f"Calibrated on {count_in_words(calibration['clips'], 'validation clip')}: probabilities and frequencies "
         f"differed by {calibration['expected_calibration_error']['after']:.3f} on average there."
@@ -144,7 +144,7 @@ def _calibrated(calibration):
 
 def _heard(answer):
     outcome, header = answer.outcome, answer.header
-    channels = "mono" if header.channels == 1 else f"{header.channels} channels, of which the mean was taken"
+    channels = "mono" if header.channels == 1 else f"{header.channels} channels, averaged to mono"
     return (
         f"{outcome.seconds:.1f} s, {outcome.speech_seconds:.1f} s of them speech, by its energy. {header.codec}, "
         f"{header.sample_rate:,} Hz, {channels}. Loud parts at {answer.heard.speech_db:.0f} dB of full scale, quiet "

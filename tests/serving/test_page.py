@@ -98,9 +98,9 @@ def test_every_accent_has_its_number_in_the_models_order():
 @pytest.mark.parametrize(
     ("outcome", "classifier", "why"),
     [
-        (prediction(0.8, decided=False), ABSTAINS, "It abstains below a probability of 0.900, as it was told to."),
-        (prediction(0.8, reliable=False), CALIBRATED, "There is too little speech for more than a guess."),
-        (prediction(0.49), CALIBRATED, "It is more likely wrong than right."),
+        (prediction(0.8, decided=False), ABSTAINS, "The model is set to abstain below a probability of 0.900."),
+        (prediction(0.8, reliable=False), CALIBRATED, "There is too little speech for a reliable answer."),
+        (prediction(0.49), CALIBRATED, "The answer is more likely wrong than right."),
     ],
 )
 def test_an_unsure_answer_says_so_and_why(outcome, classifier, why):
@@ -113,7 +113,7 @@ def test_nobody_reads_100_percent():
 
 
 def test_a_model_that_is_not_calibrated_says_so():
-    assert "Not calibrated: such probabilities are mostly too sure." in page.render(answer(), Classifier())
+    assert "Not calibrated: uncalibrated probabilities are usually too high." in page.render(answer(), Classifier())
 
 
 def test_warnings_are_shown():
@@ -123,7 +123,7 @@ def test_warnings_are_shown():
 
 
 def test_channels_are_told():
-    assert "2 channels, of which the mean was taken" in page.render(answer(channels=2), CALIBRATED)
+    assert "2 channels, averaged to mono" in page.render(answer(channels=2), CALIBRATED)
 
 
 def window(start, accent, p=0.7):
