@@ -34,7 +34,7 @@ def returns_exit_code(function):
             with signals.raise_on_signal():
                 function(*arguments)
         except signals.Interrupted as error:
-            _print_error(f"stopped by {error}: what is finished is kept; run the same command again, and it goes on")
+            _print_error(f"stopped by {error}: finished work is kept; run the same command again to resume")
             return error.exit_code
         except AccentPluginError as error:
             # Before the processes join, all processes of a machine find the same error.

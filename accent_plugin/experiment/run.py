@@ -315,7 +315,7 @@ def _prepare(prepare, arguments):
     prepared = distributed.broadcast_from_main(prepare, **arguments)
     if not prepared.folder.is_dir():
         raise DataError(
-            f"{prepared.folder} was prepared on another machine and is not to be seen here: "
+            f"{prepared.folder} was prepared on another machine and cannot be read here: "
             "give a prepared_folder that all machines share"
         )
     return prepared
@@ -331,7 +331,7 @@ def require_checkpoint(save_folder):
     """
     if not any(Path(save_folder).glob("CKPT*/CKPT.yaml")):
         raise ConfigError(
-            f"test_only was asked for, but there is no checkpoint in {save_folder}: "
+            f"test_only is True, but there is no checkpoint in {save_folder}: "
             "train first, or give the output_folder (and seed) of a finished run"
         )
 
@@ -392,7 +392,7 @@ def export(folder, out=None, device="cpu"):
     words = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
     settings = read_settings([str(hparams_file), *words], folder, look_at_data=False)
     if settings.values["method"] != "fine_tuning":
-        raise ConfigError(f"{folder} was made with method {settings.values['method']}, of which there are no bundles")
+        raise ConfigError(f"{folder} was made with method {settings.values['method']}, which has no bundle")
     require_checkpoint(save_folder)
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, settings.overrides, overrides_must_match=False)

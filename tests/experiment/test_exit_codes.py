@@ -46,7 +46,7 @@ def test_a_signal_ends_it_as_a_shell_would_say(capsys, number):
     before = signal.getsignal(number)
     assert main([]) == 128 + number
     assert capsys.readouterr().err == (
-        f"stopped by {number.name}: what is finished is kept; run the same command again, and it goes on\n"
+        f"stopped by {number.name}: finished work is kept; run the same command again to resume\n"
     )
     assert signal.getsignal(number) == before
 

@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import ROOT
 
 from accent_plugin.errors import ConfigError, DataError
-from accent_plugin.experiment.run import Run
+from accent_plugin.experiment.run import Run, _fit_whitening
 from accent_plugin.experiment.settings import read_settings
+from accent_plugin.training.batches import Batch
 
 
 @pytest.fixture
@@ -79,3 +81,38 @@ def test_data_that_this_machine_cannot_see_are_an_error(settings, tmp_path):
     elsewhere = SimpleNamespace(folder=tmp_path / "elsewhere")
     with pytest.raises(DataError, match="give a prepared_folder that all machines share"):
         Run(settings()).prepare(lambda **_: elsewhere, {})
+
+
+@pytest.fixture
+def tf32():
+    """PyTorch's switches of matrix products, with TF32 allowed."""
+    switches = torch.backends.cuda.matmul
+    before, switches.allow_tf32 = switches.allow_tf32, True
+    yield switches
+    switches.allow_tf32 = before
+
+
+def test_whitening_is_fitted_without_tf32(tf32):
+    """On a GPU, TF32 would round the vectors that the whitening is fitted on; SpeechBrain turns it on."""
+    allowed, fitted = [], []
+
+    def embed(*_):
+        allowed.append(tf32.allow_tf32)
+        return torch.zeros(1, 2)
+
+    whitening = SimpleNamespace(fitted=False, fit=lambda vectors, labels, shrinkage: fitted.append(len(vectors)))
+    model = SimpleNamespace(whitening=whitening, eval=lambda: None, embed=embed)
+    brain = SimpleNamespace(
+        modules=SimpleNamespace(model=model),
+        checkpointer=SimpleNamespace(find_checkpoint=lambda: None),
+        hparams=SimpleNamespace(epoch_counter=SimpleNamespace(limit=1)),
+        device="cpu",
+        noprogressbar=True,
+    )
+
+    class Loader(list):
+        batch_sampler = SimpleNamespace(set_epoch=lambda epoch: None)
+
+    _fit_whitening(brain, Loader([Batch(("a",), torch.zeros(1, 400), None, torch.tensor([0]))]), 2, 0.1)
+    assert allowed == [False, False] and fitted == [2]
+    assert tf32.allow_tf32
