@@ -51,7 +51,9 @@ class AuditOutcome:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Results for all rows: arrays, features of the drawn clips, and the first few problems of each reason."""
+    """Results for all rows: arrays, features of the drawn clips, the first few problems of each reason, and the paths
+    of files that do not exist.
+    """
 
     seconds: np.ndarray
     content: np.ndarray
@@ -60,6 +62,7 @@ class Measurements:
     features: dict
     reasons: Counter
     problems: dict
+    missing: list
 
 
 def _measure_clip(job):
@@ -103,13 +106,17 @@ def measure_clips(table, data_folder, drawn, workers, progress):
         features={},
         reasons=Counter(),
         problems={reason: [] for reason in _BAD},
+        missing=[],
     )
+
+    def sound_of(row):
+        split, number = table.place(row)
+        sound = dataset_dict.audio_bytes_or_path(table.loaded[split], table.columns[split], number)
+        return sound if isinstance(sound, bytes) else str(data_folder / sound)
 
     def jobs():
         for row in range(total):
-            split, number = table.place(row)
-            sound = dataset_dict.audio_bytes_or_path(table.loaded[split], table.columns[split], number)
-            yield AuditJob(row, sound if isinstance(sound, bytes) else str(data_folder / sound), bool(measure[row]))
+            yield AuditJob(row, sound_of(row), bool(measure[row]))
 
     outcomes = map_in_workers(_measure_clip, jobs(), worker_count(workers, total), died=_died)
     with contextlib.closing(outcomes), tqdm(total=total, desc="decoding", unit="clip", disable=not progress) as bar:
@@ -118,6 +125,9 @@ def measure_clips(table, data_folder, drawn, workers, progress):
             row = outcome.id
             if outcome.reason:
                 measurements.reasons[outcome.reason] += 1
+                sound = sound_of(row)
+                if isinstance(sound, str) and not Path(sound).exists():
+                    measurements.missing.append(sound)
                 # Outcomes arrive in any order: the first rows are only known at the end.
                 first = measurements.problems[outcome.reason]
                 first.append((row, outcome.message))
@@ -142,10 +152,11 @@ def unusable_clips(table, measurements):
             examples.append(Example(f"{reason}: {clip}: {message}", (clip,)))
     total = sum(measurements.reasons.values())
     counts = ", ".join(f"{reason} {measurements.reasons[reason]:,}" for reason in _BAD if measurements.reasons[reason])
+    moved = dataset_dict.moved_audio(measurements.missing)
     yield Finding(
         UNDECODABLE_CLIP,
         ERROR,
-        f"{count_in_words(total, 'unusable file')}: {counts}",
+        f"{count_in_words(total, 'unusable file')}: {counts}" + (moved and f"\n{moved}"),
         total,
         tuple(examples),
     )

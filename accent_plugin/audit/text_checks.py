@@ -19,7 +19,7 @@ from accent_plugin.audit.findings import (
     Example,
     Finding,
 )
-from accent_plugin.data import dataset_dict, labels, splits
+from accent_plugin.data import dataset_dict, labels, naming, splits
 from accent_plugin.report.text import count_in_words
 
 MOST_UNBALANCED = 3.0
@@ -119,10 +119,33 @@ class ClipTable:
                 f"{count_in_words(total, 'row')} with more than one accent in the cell, such as '{cell}': "
                 "counted as unlabelled"
             )
+        made += self._unused_columns()
         nameless = int((self.client < 0).sum())
         if self.clients and nameless:
             made.append(f"{nameless:,} of {count_in_words(len(self.client), 'row')} without a client id")
         return made
+
+    def _unused_columns(self):
+        """Notes on checks that lack a column in some split, and on columns that look as if they could serve."""
+        for role, unchecked in _UNCHECKED.items():
+            without = [split for split in self.names if not self.columns[split][role]]
+            if not without:
+                continue
+            where = "" if len(without) == len(self.names) else f" in {', '.join(without)}"
+            noun = naming.ROLE_NOUNS[role]
+            yield f"no {noun} column{where}: {unchecked}"
+            columns = {column for split in without for column in self.loaded[split].column_names}
+            if likely := naming.likely_columns(role, sorted(columns)):
+                yield f"columns that may hold the {noun}: {', '.join(likely)}; name one with {role}_column"
+        if len(self.names) == 1:
+            yield f"the only split is {self.names[0]}: nothing can be in several splits"
+
+
+# Role -> what is not checked without its column.
+_UNCHECKED = {
+    "client": "speakers in several splits and speakers with several accents were not looked for",
+    "sentence": "sentences in several splits were not looked for",
+}
 
 
 class _SingleRow:
@@ -173,7 +196,7 @@ def _changes(values):
 def shared_speakers(table):
     """Yield a finding about speakers in more than one split."""
     if not table.clients:
-        message = "no client ids: cannot check whether splits share speakers (client_column names the column)"
+        message = "no speaker column: cannot check whether splits share speakers (client_column names the column)"
         yield Finding(CLIENT, WARNING, message)
         return
     found = _in_several(table.client, table.split, np.flatnonzero(table.client >= 0))
@@ -221,7 +244,7 @@ def imbalance(table):
         message = f"{count_in_words(accents, 'accent')} without a clip in some split"
         yield Finding(MISSING, ERROR, message, len(absent), examples)
     # A single split is training data, whatever its name.
-    for split in (name for name in table.names if dataset_dict.canonical(name) == splits.TRAIN or len(counts) == 1):
+    for split in (name for name in table.names if naming.split_kind(name) == naming.TRAIN or len(counts) == 1):
         clips = {accent: cell["clips"] for accent, cell in counts[split].items()}
         if clips and (ratio := max(clips.values()) / min(clips.values())) > MOST_UNBALANCED:
             large, small = max(clips, key=clips.__getitem__), min(clips, key=clips.__getitem__)

@@ -76,16 +76,18 @@ def run_evaluate(arguments):
         raise AccentPluginError(f"--model is given {len(arguments.model)} times: give one model, or two to compare")
     _require_use_of_labels(arguments, arguments.model)
     classifiers = [_classifier(arguments, model, **WHOLE_CLIPS) for model in arguments.model]
-    rows, skipped = _read_rows(arguments, classifiers)
+    labelled = _read_rows(arguments, classifiers)
     out, command, found, failed = Path(arguments.out), shlex.join(["accent-plugin", *arguments.argv]), [], 0
     with files.writable_folder(out, "--out"):
         pass
     for number, (model, classifier) in enumerate(zip(arguments.model, classifiers, strict=True), 1):
-        predictions, failures = evaluate_model(classifier, rows, sys.stderr.isatty(), workers=arguments.workers)
+        predictions, failures = evaluate_model(
+            classifier, labelled.rows, sys.stderr.isatty(), workers=arguments.workers
+        )
         if number == 1:
             remove_earlier(out)
         folder = out if len(classifiers) == 1 else folder_of(out, number)
-        metrics = write_evaluation(folder, classifier, predictions, arguments.data, skipped + failures, command)
+        metrics = write_evaluation(folder, classifier, predictions, arguments.data, labelled, failures, command)
         found.append(predictions)
         failed += failures.total()
         print(f"{model}: {folder / MARKDOWN_FILE}")
@@ -133,7 +135,7 @@ def _export_onnx(arguments):
     folder = _bundle_of(arguments.run)
     name = "onnx" if arguments.precision == "fp32" else f"onnx_{arguments.precision}"
     out = arguments.out or folder.absolute().parent / name
-    return onnx_export.export(folder, out, arguments.precision, arguments.data, arguments.unchecked)
+    return onnx_export.export(folder, out, arguments.precision, arguments.data, arguments.unchecked, arguments.split)
 
 
 # Format -> function that writes it and returns its path.

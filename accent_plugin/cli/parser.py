@@ -81,7 +81,10 @@ def make_parser():
         metavar="DATASETDICT_OR_MANIFEST",
         help="labelled speech: the test split of a DatasetDict, or a whole manifest",
     )
-    command.add_argument("--split", help="split of the DatasetDict (default: test)")
+    command.add_argument(
+        "--split",
+        help="splits of the DatasetDict, separated by commas (default: the test split, also if it is called eval)",
+    )
     command.add_argument(
         "--mapping", metavar="YAML", help="more accent names, one per line, such as 'Geordie: england'"
     )
@@ -117,6 +120,7 @@ def make_parser():
     command.add_argument(
         "--data", metavar="DATASETDICT_OR_MANIFEST", help="labelled speech to compare a lower precision with fp32"
     )
+    command.add_argument("--split", help="splits of that DatasetDict, separated by commas (default: validation)")
     command.add_argument(
         "--unchecked", action="store_true", help="keep a lower precision, however much accuracy it loses"
     )

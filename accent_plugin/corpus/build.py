@@ -26,7 +26,7 @@ from accent_plugin.audio.workers import core_count
 from accent_plugin.corpus import arrow_shards, readers
 from accent_plugin.corpus.card import REASON_NAMES, corpus_card_to_markdown, make_corpus_card
 from accent_plugin.corpus.choices import CorpusChoices
-from accent_plugin.data import dataset_dict, labels, provenance, selection, splits
+from accent_plugin.data import dataset_dict, labels, naming, provenance, selection, splits
 from accent_plugin.errors import ConfigError, DataError, ManifestError
 
 logger = logging.getLogger(__name__)
@@ -309,7 +309,7 @@ def _each_file_once(rows, notes):
 def _require_official(rows):
     """Refuse clips whose split in the source is not train, validation or test."""
     for split in sorted({row.split for row in rows}):
-        if splits.canonical(split) not in splits.SPLITS:
+        if naming.split_kind(split) is None:
             raise DataError(
                 f"split official needs splits called train, validation and test; the source has '{split}'"
                 if split

@@ -18,16 +18,11 @@ import numpy as np
 
 from accent_plugin.audio import codecs
 from accent_plugin.corpus import common_voice
-from accent_plugin.data import dataset_dict, selection
+from accent_plugin.data import dataset_dict, naming, selection
 from accent_plugin.errors import ConfigError, DataError
 
-_TABLE_COLUMNS = {
+_TABLE_COLUMNS = {role: usual for role, usual in naming.COLUMN_NAMES.items() if role != "audio"} | {
     "path": ("path", "file", "filename", "file_name", "wav", "audio"),
-    "accent": dataset_dict.COLUMN_NAMES["accent"],
-    "client": (*dataset_dict.COLUMN_NAMES["client"], "speaker", "client"),
-    "sentence": ("sentence", "text", "transcript"),
-    "gender": ("gender", "sex"),
-    "age": ("age",),
     "split": ("split",),
     "seconds": ("seconds", "duration"),
 }
@@ -150,8 +145,8 @@ class Table:
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path} is not UTF-8: {error}; save it as UTF-8") from None
         self._delimiter = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
-        names = next(csv.reader([header], delimiter=self._delimiter), [])
-        self._columns = _find_columns(self.path, names, _TABLE_COLUMNS, columns, ("path", "accent"))
+        header = next(csv.reader([header], delimiter=self._delimiter), [])
+        self._columns = _find_columns(self.path, header, _TABLE_COLUMNS, columns, ("path", "accent"))
         self.has_clients = self._columns["client"] is not None
 
     def fingerprint(self):
@@ -363,16 +358,16 @@ def _undecoded(data):
     return data.with_format("arrow")
 
 
-def _find_columns(where, names, known, given, required):
+def _find_columns(where, header, known, given, required):
     found = {}
-    for role, candidates in known.items():
-        if role in given and given[role] not in names:
+    for role in known:
+        if role in given and given[role] not in header:
             raise DataError(
-                f"{role}_column is '{given[role]}', which {where} does not have: columns are {', '.join(names)}"
+                f"{role}_column is '{given[role]}', which {where} does not have: columns are {', '.join(header)}"
             )
-        found[role] = given.get(role) or next((name for name in candidates if name in names), None)
+        found[role] = given.get(role) or naming.find_column(role, header, known)
         if role in required and not found[role]:
-            raise DataError(f"no {role} column in {where}: columns are {', '.join(names)}\npass --{role}_column NAME")
+            raise DataError(f"no {role} column in {where}: columns are {', '.join(header)}\npass --{role}_column NAME")
     return found
 
 

@@ -5,24 +5,16 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
-from accent_plugin.data.splits import SPLITS, TRAIN, canonical
+from accent_plugin.data import naming
+from accent_plugin.data.naming import COLUMN_NAMES
 from accent_plugin.errors import DataError, ManifestError
 
 CARD_JSON = "accent_plugin.json"
 _LISTING = "dataset_dict.json"
 _STATE = "state.json"
-
-
-COLUMN_NAMES = {
-    "audio": ("audio",),
-    "accent": ("accent", "accents", "label"),
-    "client": ("client_id", "speaker_id"),
-    "sentence": ("sentence",),
-    "gender": ("gender",),
-    "age": ("age",),
-    "path": ("path",),
-}
 
 
 def read_json(path, error=ManifestError, first_line=False):
@@ -37,6 +29,16 @@ def read_json(path, error=ManifestError, first_line=False):
         raise error(f"{path} cannot be read: {problem.strerror}") from None
     except ValueError as problem:
         raise error(f"{path} is damaged ({problem}): remove it, or make it again") from None
+
+
+def content_digests(data_folder):
+    """Digest of every Arrow file of a DatasetDict, by its path in the folder; reads all of them."""
+    found = {}
+    for path in sorted(data_folder.glob("*/*.arrow")):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        found[path.relative_to(data_folder).as_posix()] = digest.hexdigest()
+    return found
 
 
 def fingerprint(data_folder):
@@ -83,28 +85,41 @@ def card(data_folder):
     return read_json(path, DataError) if path.is_file() else {}
 
 
-def open_splits(data_folder, source_splits=None):
+def open_splits(data_folder, source_splits=None, option=None):
     """Open the splits to use: name in the source -> Dataset in Arrow format, which decodes nothing; and warnings.
+
+    Arguments
+    ---------
+    data_folder : Path
+    source_splits : sequence of str, optional
+        Splits to use, by name or by kind; None uses those whose names say that they are train, validation or test.
+    option : str, optional
+        Name of the option that gives `source_splits`, for messages; None where there is none.
 
     Raises
     ------
     DataError
         When it cannot be read, or its splits are not train, validation and test.
     """
-    loaded, asked = _load(data_folder), source_splits
-    if missing := [name for name in asked or () if name not in loaded and name not in map(canonical, loaded)]:
-        raise DataError(f"source_splits names {', '.join(missing)}; {data_folder} has {', '.join(loaded)}")
-    used = {name: data for name, data in loaded.items() if not asked or name in asked or canonical(name) in asked}
-    if len(used) > 1:
-        used = {name: data for name, data in used.items() if canonical(name) in SPLITS}
-        if len({canonical(name) for name in used}) < len(used) or TRAIN not in map(canonical, used):
-            raise DataError(
-                f"{data_folder} has the splits {', '.join(loaded)}: which of them are train, validation and test?\n"
-                "rename them, or name those to use in source_splits"
-            )
-    unused = [f"split '{name}' of the source was not used ({len(loaded[name])} clips)" for name in loaded.keys() - used]
+    loaded = _load(data_folder)
+    found = list(loaded)
+    remedy = f"name those to use in {option}, or rename them" if option else "rename them"
+    if source_splits:
+        found = naming.asked_splits(found, source_splits, option)
+    elif len(found) > 1:
+        found = [name for members in naming.splits_by_kind(found, remedy).values() for name in members]
+    kinds = {name: naming.split_kind(name) for name in found}
+    # A split that is alone, or asked for alone, may have any name.
+    alone = len(found) == 1 and (source_splits or len(loaded) == 1)
+    if not alone and (None in kinds.values() or naming.TRAIN not in kinds.values()):
+        raise DataError(
+            f"{data_folder} has the splits {', '.join(loaded)}: which of them are train, validation and test?\n{remedy}"
+        )
+    unused = [
+        f"split '{name}' of the source was not used ({len(loaded[name])} clips)" for name in loaded.keys() - kinds
+    ]
     # Once, not per clip, because it copies the features.
-    return {name: data.with_format("arrow") for name, data in used.items()}, sorted(unused)
+    return {name: loaded[name].with_format("arrow") for name in loaded if name in kinds}, sorted(unused)
 
 
 def open_all(data_folder):
@@ -128,7 +143,7 @@ def _load(data_folder):
 
 
 def find_columns(split, data, data_folder, given):
-    """Role -> name of the column, None where there is none; ``given`` holds those that the user names.
+    """Role -> name of the column, None where there is none; `given` holds those that the user names.
 
     Raises
     ------
@@ -137,10 +152,10 @@ def find_columns(split, data, data_folder, given):
     """
     where, listed = data_folder / split, f"columns are {', '.join(data.column_names)}"
     found = {}
-    for role, names in COLUMN_NAMES.items():
+    for role in COLUMN_NAMES:
         if given.get(role) and given[role] not in data.column_names:
             raise ManifestError(f"{role}_column is '{given[role]}', which {where} does not have: {listed}")
-        found[role] = given.get(role) or next((name for name in names if name in data.column_names), None)
+        found[role] = given.get(role) or naming.find_column(role, data.column_names)
     if not found["audio"]:
         sounds = [name for name, kind in data.features.items() if type(kind).__name__ == "Audio"]
         found["audio"] = sounds[0] if len(sounds) == 1 else None
@@ -167,11 +182,11 @@ def read_cells(data, columns):
     """Yield the text of one row at a time, without its audio."""
     import pyarrow.compute
 
-    names = {role: getattr(data.features[name], "names", None) for role, name in columns.items() if name}
+    classes = {role: getattr(data.features[name], "names", None) for role, name in columns.items() if name}
     for start in range(0, len(data), 1000):
         table = data[start : start + 1000]
-        texts = {role: table[columns[role]].to_pylist() for role in names if role != "audio"}
-        cells = {role: [_text(value, names[role]) for value in column] for role, column in texts.items()}
+        texts = {role: table[columns[role]].to_pylist() for role in classes if role != "audio"}
+        cells = {role: [_text(value, classes[role]) for value in column] for role, column in texts.items()}
         if "path" not in cells:
             sounds = table[columns["audio"]]
             if "string" not in str(sounds.type)[:12]:
@@ -181,11 +196,11 @@ def read_cells(data, columns):
             yield {role: cells[role][i] if role in cells else "" for role in COLUMN_NAMES if role != "audio"}
 
 
-def _text(value, names=None):
-    if value is None or value != value or (names and value == -1):
+def _text(value, classes=None):
+    if value is None or value != value or (classes and value == -1):
         return ""
-    if names:
-        return names[value]
+    if classes:
+        return classes[value]
     return "|".join(map(_text, value)) if isinstance(value, list) else str(value).strip()
 
 
@@ -194,6 +209,28 @@ def audio_bytes_or_path(data, columns, number):
     cell = data[number : number + 1][columns["audio"]][0].as_py()
     cell = cell if isinstance(cell, dict) else {"bytes": None, "path": cell}
     return cell["bytes"] if cell["bytes"] is not None else cell["path"] or b""
+
+
+def moved_audio(sounds):
+    """Advice where files are not there because the folder that held them is gone; "" otherwise.
+
+    Arguments
+    ---------
+    sounds : iterable of bytes or str
+        As from ``audio_bytes_or_path``, absolute.
+    """
+    gone = [os.path.dirname(sound) for sound in sounds if isinstance(sound, str) and not os.path.exists(sound)]
+    if not gone:
+        return ""
+    folder = Path(os.path.commonpath(gone))
+    if folder.exists():
+        return ""
+    while not folder.parent.exists():
+        folder = folder.parent
+    return (
+        f"the folder {folder} is gone: the data refer to audio there and do not embed it\n"
+        f"move it back, or link its new place to the old one: ln -s NEW_FOLDER {folder}"
+    )
 
 
 def content_digest(data, columns, number):

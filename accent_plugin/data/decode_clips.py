@@ -68,8 +68,7 @@ def decode_clips(wanted, loaded, columns, data_folder, folder, choices, journal,
 
     def jobs():
         for row in waiting:
-            sound = dataset_dict.audio_bytes_or_path(loaded[row.split], columns[row.split], row.row)
-            sound = sound if isinstance(sound, bytes) else str(data_folder / sound)
+            sound = _sound(row, loaded, columns, data_folder)
             yield ConversionJob(row.id, sound, str(folder / wav_cell(row.id)), choices.min_seconds, choices.max_seconds)
 
     allowed, unreadable = choices.max_unreadable_share * len(wanted), []
@@ -85,12 +84,20 @@ def decode_clips(wanted, loaded, columns, data_folder, folder, choices, journal,
                 break
     if len(unreadable) > allowed:
         shown = "\n".join(f"  {o.id}: {o.reason}: {o.message}" for o in unreadable[:5])
+        moved = dataset_dict.moved_audio(_sound(wanted[o.id], loaded, columns, data_folder) for o in unreadable)
         raise DataError(
             f"{len(unreadable)} of {len(wanted)} clips cannot be read: more than max_unreadable_fraction"
             f" {choices.max_unreadable_share:g} allows\n{shown}\n"
-            "check the data; to go on without them, prepare into another folder with a larger max_unreadable_fraction"
+            + (moved and f"{moved}\n")
+            + "check the data; to go on without them, prepare into another folder with a larger max_unreadable_fraction"
         )
     return outcomes
+
+
+def _sound(row, loaded, columns, data_folder):
+    """A clip's bytes, or its absolute path."""
+    sound = dataset_dict.audio_bytes_or_path(loaded[row.split], columns[row.split], row.row)
+    return sound if isinstance(sound, bytes) else str(data_folder / sound)
 
 
 def _still_there(folder, outcome):

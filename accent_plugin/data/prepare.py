@@ -22,7 +22,7 @@ from pathlib import Path
 
 from accent_plugin import files
 from accent_plugin.audio.samples import SAMPLE_RATE
-from accent_plugin.data import dataset_dict, provenance, selection, splits
+from accent_plugin.data import dataset_dict, naming, provenance, selection, splits
 from accent_plugin.data.decode_clips import JOURNAL_FILE, Journal, decode_clips
 from accent_plugin.data.manifests import (
     AUDIO_FOLDER,
@@ -173,10 +173,9 @@ def _begin(data_folder, prepared_folder, choices):
 
 
 def preparation_fingerprint(data_folder, **choices):
-    """Digest of a source and the arguments, from the names, sizes and times of files, not their contents."""
-    return selection.digest(
-        {"arguments": PreparationChoices(**choices).as_json(), "source": dataset_dict.fingerprint(Path(data_folder))}
-    )
+    """Digest of a source and the arguments, from the names and sizes of files: a copy of the source has the same."""
+    source = provenance.without_times(dataset_dict.fingerprint(Path(data_folder)))
+    return selection.digest({"arguments": PreparationChoices(**choices).as_json(), "source": source})
 
 
 def default_prepared_folder(data_folder, root="data/prepared", **choices):
@@ -195,6 +194,7 @@ def _prepare(data_folder, folder, choices, header, workers, progress):
     for warning in notes.warnings:
         logger.warning(warning)
 
+    header = header | {"contents": dataset_dict.content_digests(data_folder)}
     journal = Journal(folder / JOURNAL_FILE, header)
     wanted = {row.id: row for layout in layouts for items in layout.values() for row in items}
     with journal:
@@ -206,7 +206,7 @@ def _prepare(data_folder, folder, choices, header, workers, progress):
 
 def _plan(data_folder, choices, notes):
     """Select and split clips by their metadata, and refuse what can be refused before a file is read or written."""
-    loaded, unused = dataset_dict.open_splits(data_folder, choices.source_splits)
+    loaded, unused = dataset_dict.open_splits(data_folder, choices.source_splits, "source_splits")
     notes.warnings += unused
     given = {role: getattr(choices, f"{role}_column") for role in ("audio", "accent", "client", "sentence")}
     columns = {split: dataset_dict.find_columns(split, data, data_folder, given) for split, data in loaded.items()}
@@ -226,9 +226,9 @@ def _plan(data_folder, choices, notes):
     return loaded, columns, layouts, knows_speakers
 
 
-def _lay_out(rows, names, choices, notes):
+def _lay_out(rows, source_splits, choices, notes):
     """One dictionary of splits, or one per fold, with train balanced."""
-    found = set(map(splits.canonical, names))
+    found = set(map(naming.split_kind, source_splits))
     keep_given = len(found) > 1 and choices.split == "speaker" and not choices.n_folds
     if keep_given:
         # Before the cap, which might hide a speaker in two of them.
@@ -344,7 +344,14 @@ def _finished(folder, header):
         raise ManifestError(f"{folder} holds audio or manifests made by something else: choose another prepared_folder")
     else:
         return None
-    provenance.require_same(folder, made, header, option="prepared_folder", in_part=not finished.is_file())
+    provenance.require_same(
+        folder,
+        made,
+        header,
+        option="prepared_folder",
+        in_part=not finished.is_file(),
+        contents=lambda: dataset_dict.content_digests(Path(header["data_folder"])),
+    )
     if not finished.is_file():
         return None
     try:
@@ -374,7 +381,7 @@ def _in_words(layouts):
 
 
 def _precedence(row):
-    return _PLACES.get(splits.canonical(row.split), 0), row.accent, row.gender, row.age, row.split, row.row
+    return _PLACES.get(naming.split_kind(row.split), 0), row.accent, row.gender, row.age, row.split, row.row
 
 
-_PLACES = {splits.TEST: 0, splits.VALID: 1, splits.TRAIN: 2, "": 0}
+_PLACES = {splits.TEST: 0, splits.VALID: 1, splits.TRAIN: 2}

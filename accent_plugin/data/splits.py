@@ -11,13 +11,8 @@ import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from accent_plugin.data.naming import SPLITS, TEST, TRAIN, VALID, split_kind
 from accent_plugin.errors import DataError
-
-TRAIN, VALID, TEST = SPLITS = ("train", "valid", "test")
-
-
-# What sources call them.
-_NAMES = {"train": TRAIN, "validation": VALID, "valid": VALID, "dev": VALID, "test": TEST}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +106,7 @@ def given(items, *, valid_fraction, test_fraction, seed, missing=()):
     dict
         Split -> items, for all three.
     """
-    parts = {split: [item for item in items if canonical(item.split) == split] for split in SPLITS}
+    parts = {split: [item for item in items if split_kind(item.split) == split] for split in SPLITS}
     if missing:
         fractions = {
             "valid_fraction": valid_fraction if VALID in missing else 0,
@@ -255,11 +250,6 @@ def require_disjoint(parts):
             f"{len(shared)} speaker(s) are in more than one split: {named}\n"
             "scores would not be on unseen speakers: join the splits into one, which is then split by speaker here"
         )
-
-
-def canonical(name):
-    """The name that a split of a source has here."""
-    return _NAMES.get(name.lower(), name)
 
 
 def normalise_sentence(text):

@@ -29,7 +29,7 @@ from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.bundle import config as bundle_config
 from accent_plugin.bundle import model_card
 from accent_plugin.bundle.load import load_bundle
-from accent_plugin.data.splits import VALID
+from accent_plugin.data.naming import VALID
 from accent_plugin.encoder.factory import FAMILIES
 from accent_plugin.errors import BundleError, ExchangeError
 from accent_plugin.evaluation.scores import confusion_matrix, unweighted_average_recall
@@ -59,7 +59,7 @@ _LEAST_VALUES = 1024
 _LARGEST_GRAPH = (1 << 31) - 1
 
 
-def export(folder, out, precision="fp32", data=None, unchecked=False):
+def export(folder, out, precision="fp32", data=None, unchecked=False, split=None):
     """Export a bundle to ONNX and compare the result with the bundle.
 
     Arguments
@@ -71,10 +71,12 @@ def export(folder, out, precision="fp32", data=None, unchecked=False):
     precision : str
         One of `PRECISIONS`.
     data : str or Path
-        Labelled speech (see `accent_plugin.inference.labelled.read_labelled`): its validation split, or all of it if it
-        has none. A lower precision is refused if its unweighted average recall on it is more than 0.01 lower.
+        Labelled speech (see `accent_plugin.inference.labelled.read_labelled`). A lower precision is refused if its
+        unweighted average recall on it is more than 0.01 lower.
     unchecked : bool
         Keep a lower precision even without data or with a larger loss.
+    split : str
+        Split of `data`; None uses its validation split.
 
     Returns
     -------
@@ -110,7 +112,7 @@ def export(folder, out, precision="fp32", data=None, unchecked=False):
             graph = lower_precision(exact / bundle_config.ONNX_FILE, precision)
             _write(temporary, loaded, precision, graph, folder)
             if data is not None:
-                _keep_comparison(temporary, compare(exact, temporary, data), unchecked)
+                _keep_comparison(temporary, compare(exact, temporary, data, split), unchecked)
             shutil.rmtree(exact)
     return out
 
@@ -231,7 +233,7 @@ def compare(exact, smaller, data, split=None):
     data : str or Path
         Labelled speech.
     split : str
-        None for validation, or all data if there is no such split.
+        None for validation.
 
     Returns
     -------
@@ -240,14 +242,15 @@ def compare(exact, smaller, data, split=None):
     found = []
     for folder in (exact, smaller):
         classifier = OnnxAccentClassifier.from_bundle(folder, **WHOLE_CLIPS)
-        rows, _ = read_labelled(data, classifier.labels, split=split, preferred=VALID)
-        found.append(evaluate_model(classifier, rows, progress=False)[0])
+        clips = read_labelled(data, classifier.labels, split=split, preferred=VALID)
+        found.append(evaluate_model(classifier, clips.rows, progress=False)[0])
     labels = [each.log_probabilities.argmax(axis=1) for each in found]
     confusions = [
         confusion_matrix(each.truth, predicted, len(each.labels)) for each, predicted in zip(found, labels, strict=True)
     ]
     recalls = [float(unweighted_average_recall(confusion)) for confusion in confusions]
-    return Comparison(Path(data).name, len(labels[0]), *recalls, float(np.mean(labels[0] == labels[1])))
+    name = f"{Path(data).name} ({', '.join(clips.splits)})" if clips.splits else Path(data).name
+    return Comparison(name, len(labels[0]), *recalls, float(np.mean(labels[0] == labels[1])))
 
 
 def _keep_comparison(folder, found, unchecked):

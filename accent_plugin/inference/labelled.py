@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from accent_plugin.data import dataset_dict, labels, splits
+from accent_plugin.data import dataset_dict, labels, naming
 from accent_plugin.data.manifests import Clip, read_manifest
 from accent_plugin.errors import DataError
 from accent_plugin.evaluation.predictions import FLOOR, ScoredClips
@@ -44,7 +44,29 @@ class Labelled:
     sound: Callable
 
 
-def read_labelled(data, accents, *, mapping=None, split=None, preferred=splits.TEST, columns=None):
+@dataclass(frozen=True)
+class LabelledClips:
+    """Clips to evaluate a model on.
+
+    Arguments
+    ---------
+    rows : list of Labelled
+        Their audio is read on demand.
+    left_out : collections.Counter
+        Reason -> number of skipped clips.
+    unknown : collections.Counter
+        Spelling of an accent that no label is known for -> number of skipped clips.
+    splits : tuple of str
+        Names of the splits of the DatasetDict that were read; empty for a manifest.
+    """
+
+    rows: list
+    left_out: Counter
+    unknown: Counter
+    splits: tuple
+
+
+def read_labelled(data, accents, *, mapping=None, split=None, preferred=naming.TEST, columns=None):
     """Read labelled clips from a DatasetDict or a manifest.
 
     Arguments
@@ -56,38 +78,53 @@ def read_labelled(data, accents, *, mapping=None, split=None, preferred=splits.T
     mapping : dict
         Additional spellings, ``{spelling: label}``.
     split : str
-        Split of a DatasetDict; None uses the preferred split, or all splits if that is missing.
+        Split of a DatasetDict, by name or by kind, or several, separated by commas; None uses the splits of the
+        preferred kind. A split that is alone is used, whatever its name.
     preferred : str
-        One of `accent_plugin.data.splits.SPLITS`.
+        One of `accent_plugin.data.naming.SPLITS`.
     columns : dict
         For a DatasetDict: one of `ROLES` -> column. None, or a value of None, detects the column.
 
     Returns
     -------
-    rows : list of Labelled
-        Their audio is read on demand.
-    left_out : collections.Counter
-        Reason -> number of skipped clips.
+    LabelledClips
 
     Raises
     ------
     DataError
-        If there are no clips to evaluate, or a column is missing.
+        If there are no clips to evaluate, a column is missing, or no split is of the preferred kind.
     """
     columns = {role: name for role, name in (columns or {}).items() if name}
     data, extra = Path(data), {accent: accent for accent in accents} | (mapping or {})
-    rows, left_out = [], Counter()
-    found = _of_manifest(data, columns) if data.is_file() else _of_dataset(data, split, preferred, columns)
+    if data.is_file():
+        chosen, found = {}, _of_manifest(data, columns)
+    else:
+        chosen = _open_splits(data, split, preferred)
+        found = _of_splits(data, chosen, columns)
+    rows, left_out, unknown = [], Counter(), Counter()
     for clip, sound in found:
         parsed = labels.parse(clip.accent, extra)
         if parsed.label not in accents:
             left_out[parsed.reason or "other accent"] += 1
+            if parsed.reason == labels.UNKNOWN_ACCENT:
+                unknown[clip.accent] += 1
             continue
         rows.append(Labelled(clip, parsed.label, sound))
+    if unknown:
+        logger.warning("accents that no label is known for, skipped: %s; a mapping can name them", _most(unknown))
     if not rows:
         reasons = ", ".join(f"{reason} {n}" for reason, n in left_out.most_common()) or "it has no clips"
-        raise DataError(f"no clip of {data} has one of the accents {', '.join(accents)}: {reasons}")
-    return rows, left_out
+        spelled = f"\nits unknown spellings: {_most(unknown)}; give a mapping for them" if unknown else ""
+        raise DataError(f"no clip of {data} has one of the accents {', '.join(accents)}: {reasons}{spelled}")
+    if chosen:
+        logger.info("splits of %s that are used: %s", data, ", ".join(chosen))
+    return LabelledClips(rows, left_out, unknown, tuple(chosen))
+
+
+def _most(counts, listed=10):
+    """The most frequent spellings and their counts, on one line."""
+    shown = ", ".join(f"'{printable(name)}' {count}" for name, count in counts.most_common(listed))
+    return shown + (f" and {len(counts) - listed} more" if len(counts) > listed else "")
 
 
 def evaluate_model(classifier, rows, progress=True, **reading):
@@ -172,8 +209,23 @@ def _is_ours(folder):
         return False
 
 
-def write_evaluation(folder, classifier, predictions, data, left_out, command=_COMMAND):
-    """Write the report of a bundle on labelled data; returns the content of metrics.json."""
+def write_evaluation(folder, classifier, predictions, data, labelled, failures, command=_COMMAND):
+    """Write the report of a bundle on labelled data; returns the content of metrics.json.
+
+    Arguments
+    ---------
+    folder : str or Path
+    classifier : accent_plugin.inference.base.RecordingClassifier
+    predictions : accent_plugin.evaluation.predictions.ScoredClips
+    data : str or Path
+        Where the clips are from.
+    labelled : LabelledClips
+        The clips.
+    failures : collections.Counter
+        From `evaluate_model`.
+    command : str
+        The command line.
+    """
     card = dataset_dict.card(Path(data)) if Path(data).is_dir() else {}
     encoder = classifier.config["model"]["encoder"]
     return write_report(
@@ -184,12 +236,18 @@ def write_evaluation(folder, classifier, predictions, data, left_out, command=_C
             "synthetic": bool(card.get("synthetic", False)),
             # Unknown: the training speakers of the model are not known here.
             "speakers_disjoint": None,
-            "left_out": dict(left_out),
+            "left_out": dict(labelled.left_out + failures),
+            **({"splits": list(labelled.splits)} if labelled.splits else {}),
+            **({"unknown_accents": dict(labelled.unknown.most_common())} if labelled.unknown else {}),
         },
         model={"bundle": classifier.identity, "encoder": encoder["name"], "family": encoder["family"]},
         versions=installed_versions(),
         command=command,
-        notes=["whether the model has heard these speakers in training is not known to the evaluation"],
+        notes=[
+            *([f"Splits: {', '.join(labelled.splits)}."] if labelled.splits else []),
+            *([f"Accents that no label is known for, skipped: {_most(labelled.unknown)}."] if labelled.unknown else []),
+            "whether the model has heard these speakers in training is not known to the evaluation",
+        ],
     )
 
 
@@ -201,14 +259,23 @@ def _of_manifest(path, columns):
         yield clip, functools.partial(str, clip.wav)
 
 
-def _of_dataset(folder, split, preferred, given):
+def _open_splits(folder, asked, preferred):
+    """The splits to read: name -> Dataset."""
     dataset_dict.fingerprint(folder)
     loaded = dataset_dict.open_all(folder)
-    if split is not None and split not in loaded:
-        raise DataError(f"{folder} has no split '{split}'; it has {', '.join(loaded)}")
-    chosen = [name for name in loaded if name == split or (split is None and dataset_dict.canonical(name) == preferred)]
-    for name in chosen or loaded:
-        data = loaded[name]
+    if asked:
+        chosen = naming.asked_splits(loaded, [name.strip() for name in asked.split(",")], "split")
+    else:
+        remedy = "choose one or several with split"
+        chosen = naming.splits_of_kind(loaded, preferred, remedy) or (list(loaded) if len(loaded) == 1 else [])
+        if not chosen:
+            kind = "validation" if preferred == naming.VALID else preferred
+            raise DataError(f"{folder} has no {kind} split: its splits are {', '.join(loaded)}\n{remedy}")
+    return {name: loaded[name] for name in chosen}
+
+
+def _of_splits(folder, chosen, given):
+    for name, data in chosen.items():
         columns = dataset_dict.find_columns(name, data, folder, given)
         for number, cells in enumerate(dataset_dict.read_cells(data, columns)):
             clip = Clip(

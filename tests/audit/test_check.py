@@ -174,7 +174,7 @@ def test_more_than_three_times_as_many_clips_is_a_warning(tmp_path, split, clien
 def test_missing_client_ids_are_a_warning(clean, tmp_path):
     result = of_text(changed(tmp_path, clean[0], without=("client_id",)))
     assert found(result) == [("client", "warning", 1)]
-    assert "no client ids" in result.findings[0].message
+    assert "no speaker column: cannot check whether splits share speakers" in result.findings[0].message
     assert result.counts["test"]["us"]["clients"] is None
 
 
@@ -183,6 +183,51 @@ def test_some_client_ids_missing_is_noted(clean, tmp_path):
     result = of_text(changed(tmp_path, clean[0], *edits))
     assert found(result) == []
     assert result.notes[0] == "3 of 32 rows without a client id"
+
+
+@pytest.mark.parametrize(("role", "kind", "columns"), [
+    ("client_id", "client", ("speaker", "Speaker ID", "spk_id")),
+    ("sentence", "sentence", ("text", "transcription", "transcript")),
+])  # fmt: skip
+def test_leaks_are_found_under_every_usual_column_name(tmp_path, role, kind, columns):
+    for column in columns:
+        first = [row | {column: row[role]} for row in rows("us", 1)]
+        tables = {"train": first, "test": [row | {"sentence": "Else.", "client_id": "other"} for row in first]}
+        folder = save(tmp_path / column, without=(role,), **tables)
+        assert kind in [each.kind for each in of_text(folder).findings if each.severity == "error"]
+
+
+def test_audio_in_a_folder_that_is_gone_is_said_to_be_so(tmp_path):
+    sounds = tmp_path / "sounds" / "clips"
+    sounds.mkdir(parents=True)
+    from datasets import Value
+
+    table = rows("us", 2)
+    for row in table:
+        (sounds / row["path"]).write_bytes(row["audio"]["bytes"])
+        row["audio"] = str(sounds / row["path"])
+    folder = save(tmp_path / "data", types={"audio": Value("string")}, train=table)
+    (tmp_path / "sounds").rename(tmp_path / "moved")
+    options = {"progress": False, "workers": 1, "permutations": 100}
+    (finding,) = [each for each in check_dataset(folder, **options).findings if each.kind == "undecodable"]
+    assert f"the folder {tmp_path / 'sounds'} is gone" in finding.message
+    assert f"ln -s NEW_FOLDER {tmp_path / 'sounds'}" in finding.message
+    (tmp_path / "sounds").symlink_to(tmp_path / "moved")
+    assert "undecodable" not in [each.kind for each in check_dataset(folder, **options).findings]
+
+
+def test_checks_that_did_not_run_are_notes(tmp_path):
+    first = [row | {"reader_name": row["client_id"], "words": row["sentence"]} for row in rows("us", 1)]
+    result = of_text(save(tmp_path / "data", without=("client_id", "sentence"), train=first))
+    assert result.notes[:4] == (
+        "no speaker column: speakers in several splits and speakers with several accents were not looked for",
+        "columns that may hold the speaker: reader_name; name one with client_column",
+        "no sentence column: sentences in several splits were not looked for",
+        "the only split is train: nothing can be in several splits",
+    )
+    parts = {"train": first, "test": [row | {"text": "Else."} for row in first]}
+    parts["train"] = [row | {"text": None} for row in first]
+    assert not any("sentence" in note for note in of_text(save(tmp_path / "other", **parts)).notes)
 
 
 def test_splits_and_columns_can_have_any_name(tmp_path):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,8 +187,55 @@ def test_folds_pool_the_splits_that_are_named(corpus, tmp_path):
     ids = {clip.client_id for fold in (1, 2, 3) for clip in read_manifest(made.paths(fold)["test"])}
     assert ids == {f"{accent}-{k}" for accent in ("us", "england") for k in range(5)}
     assert "split 'test' of the source was not used (8 clips)" in made.warnings
-    with pytest.raises(DataError, match="source_splits names tests; .* has train, validation, test"):
+    with pytest.raises(DataError, match="source_splits names 'tests'; the splits are train, validation, test"):
         prepare(corpus, tmp_path / "none", source_splits=["tests"])
+
+
+@pytest.mark.parametrize("names", [
+    ("train", "dev", "eval"),
+    ("train_clean", "validation_clean", "test_clean"),
+    ("training", "val", "held-out"),
+])  # fmt: skip
+def test_splits_of_other_names_are_kept(tmp_path, names):
+    tables = dict(zip(names, three_splits(clients=(2, 1, 1)).values(), strict=True))
+    made = prepare(save(tmp_path / "data", **tables), tmp_path / "out")
+    found = {split: {clip.client_id for clip in clips} for split, clips in clips_of(made).items()}
+    assert found["valid"] == {"us-2", "england-2"} and found["test"] == {"us-3", "england-3"}
+    assert not made.warnings
+
+
+def test_parts_of_a_split_are_joined(tmp_path):
+    tables = three_splits(clients=(2, 1, 1))
+    tables["train_other"] = rows("us", 1, first=7) + rows("england", 1, first=7)
+    tables["train_clean"] = tables.pop("train")
+    made = prepare(save(tmp_path / "data", **tables), tmp_path / "out")
+    assert {clip.client_id for clip in clips_of(made)["train"]} == {
+        f"{accent}-{k}" for accent in ("us", "england") for k in (0, 1, 7)
+    }
+
+
+def test_two_words_for_one_split_have_to_be_chosen_between(tmp_path):
+    tables = three_splits(clients=(2, 1, 1))
+    tables["eval"] = rows("us", 1, first=7) + rows("england", 1, first=7)
+    data = save(tmp_path / "data", **tables)
+    with pytest.raises(
+        DataError, match="test and eval could each be the test split(.|\n)*name those to use in source_sp"
+    ):
+        prepare(data, tmp_path / "out")
+    made = prepare(data, tmp_path / "out", source_splits=["train", "valid", "eval"])
+    assert {clip.client_id for clip in clips_of(made)["test"]} == {"us-7", "england-7"}
+    with pytest.raises(DataError, match="which of them are train, validation and test?"):
+        prepare(data, tmp_path / "none", source_splits=["test", "eval"])
+
+
+@pytest.mark.parametrize("column", ["text", "transcription", "Transcript"])
+def test_sentences_are_found_under_their_usual_names(tmp_path, column):
+    tables = three_splits()
+    shared = tables["test"][0]["sentence"]
+    tables["train"][0]["sentence"] = shared
+    tables = {split: [row | {column: row["sentence"]} for row in table] for split, table in tables.items()}
+    made = prepare(save(tmp_path / "data", without=("sentence",), **tables), tmp_path / "out")
+    assert made.dropped["sentence in test"] == 1
 
 
 def test_random_split_is_flagged(pool, tmp_path):
@@ -397,10 +445,26 @@ def test_other_arguments_are_refused(corpus, pool, tmp_path):
     assert everything(tmp_path / "out") == before
 
 
+def test_a_copy_without_its_times_is_the_same_data(tmp_path):
+    data = save(tmp_path / "data", **three_splits(clients=(1, 1, 1)))
+    prepare(data, tmp_path / "out")
+    before = everything(tmp_path / "out")
+    shutil.copytree(data, tmp_path / "copy", copy_function=shutil.copyfile)
+    for path in (tmp_path / "copy").rglob("*.arrow"):
+        os.utime(path, (1, 1))
+    choices = {"accents": ["us", "england"], "seed": 7}
+    assert default_prepared_folder(tmp_path / "copy", **choices) == default_prepared_folder(data, **choices)
+    prepare(tmp_path / "copy", tmp_path / "out")
+    assert everything(tmp_path / "out") == before
+
+
 def test_changed_data_are_refused(tmp_path):
     data = save(tmp_path / "data", **three_splits(clients=(1, 1, 1)))
     prepare(data, tmp_path / "out")
-    os.utime(next((data / "test").glob("*.arrow")), (1, 1))
+    arrow = next((data / "test").glob("*.arrow"))
+    content = bytearray(arrow.read_bytes())
+    content[len(content) // 2] ^= 1
+    arrow.write_bytes(content)
     with pytest.raises(ManifestError, match=r"contents of .*data: changed since \(test\)"):
         prepare(data, tmp_path / "out")
 
@@ -520,7 +584,7 @@ def test_splits_that_cannot_be_told(tmp_path):
     with pytest.raises(DataError, match="has the splits one, two: which of them are train"):
         prepare(data, tmp_path / "out")
     data = save(tmp_path / "both", train=table, valid=table, dev=table)
-    with pytest.raises(DataError, match="has the splits train, valid, dev"):
+    with pytest.raises(DataError, match="valid and dev could each be the validation split"):
         prepare(data, tmp_path / "out")
 
 

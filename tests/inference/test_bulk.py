@@ -334,15 +334,47 @@ def test_a_report_of_a_bundle_on_a_dataset(tiny_bundle, classifier, tmp_path, ca
     with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
         first = next(csv.DictReader(file))
     number = int(first["ID"].partition(":")[2])
-    rows, _ = read_labelled(data, LABELS)
+    rows = read_labelled(data, LABELS).rows
     sound = next(row.sound() for row in rows if row.clip.id == f"test:{number}")
     expected = classifier.predict_file(sound).probabilities
     assert {label: float(first[f"p_{label}"]) for label in LABELS} == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["eval", "test_clean", "heldout"])
+def test_only_the_test_split_is_evaluated_whatever_its_name(tiny_bundle, tmp_path, capsys, name):
+    tables = three_splits(("us", "england", "Kentish"), clients=(2, 1, 1))
+    tables[name] = tables.pop("test")
+    data, out = save(tmp_path / "data", **tables), tmp_path / "report"
+    assert main.main(["evaluate", "--model", str(tiny_bundle), "--data", str(data), "--out", str(out)]) == 0
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["data"]["splits"], metrics["data"]["clips"]) == ([name], 4)
+    assert metrics["data"]["unknown_accents"] == {"Kentish": 2}
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert f"Splits: {name}." in text and "skipped: 'Kentish' 2." in text
+
+
+def test_without_a_test_split_one_has_to_be_chosen(tmp_path):
+    tables = three_splits(LABELS, clients=(1, 1, 1))
+    data = save(tmp_path / "data", train=tables["train"], dev=tables["validation"])
+    with pytest.raises(
+        DataError, match="has no test split: its splits are train, dev\nchoose one or several with split"
+    ):
+        read_labelled(data, LABELS)
+    assert read_labelled(data, LABELS, split="valid").splits == ("dev",)
+    assert read_labelled(data, LABELS, split="train, dev").splits == ("train", "dev")
+    assert read_labelled(save(tmp_path / "one", all=tables["test"]), LABELS).splits == ("all",)
+
+
+def test_unknown_accents_are_named_where_nothing_is_left(tmp_path):
+    data = save(tmp_path / "data", **three_splits(("Kentish",), clients=(1, 1, 1)))
+    with pytest.raises(DataError, match="its unknown spellings: 'Kentish' 2; give a mapping for them"):
+        read_labelled(data, LABELS)
+
+
 def test_a_mapping_brings_clips_back(tmp_path):
     data = save(tmp_path / "data", **three_splits(("us", "Kentish"), clients=(1, 1, 2)))
-    rows, left_out = read_labelled(data, LABELS, mapping={"Kentish": "england"})
+    found = read_labelled(data, LABELS, mapping={"Kentish": "england"})
+    rows, left_out = found.rows, found.left_out
     assert [row.accent for row in rows].count("england") == 4
     assert not left_out
 
@@ -350,7 +382,7 @@ def test_a_mapping_brings_clips_back(tmp_path):
 def test_a_manifest_is_evaluated_too(tiny_bundle, classifier, tmp_path):
     data = save(tmp_path / "data", **three_splits(LABELS, clients=(2, 1, 2)))
     prepared = prepare_data(data, tmp_path / "prepared", accents=LABELS, seed=1, progress=False)
-    rows, _ = read_labelled(prepared.splits["test"], LABELS)
+    rows = read_labelled(prepared.splits["test"], LABELS).rows
     predictions, failures = evaluate_model(classifier, rows, progress=False)
     assert len(predictions.ids) == 12 and not failures
     assert np.exp(predictions.log_probabilities).sum(axis=1) == pytest.approx(np.ones(12), abs=1e-5)
@@ -367,7 +399,7 @@ def test_two_bundles_are_compared(tiny_bundle, tmp_path, capsys):
 def test_clips_that_cannot_be_heard_are_counted(classifier, tmp_path):
     tables = three_splits(LABELS, clients=(1, 1, 1))
     tables["test"][0]["audio"] = {"bytes": encode(np.zeros(16_000, np.float32)), "path": "silent.flac"}
-    rows, _ = read_labelled(save(tmp_path / "data", **tables), LABELS)
+    rows = read_labelled(save(tmp_path / "data", **tables), LABELS).rows
     predictions, failures = evaluate_model(classifier, rows, progress=False)
     assert (len(predictions.ids), dict(failures)) == (5, {"silent": 1})
 
@@ -379,7 +411,7 @@ def test_a_clip_that_is_too_long_for_the_encoder_is_counted(tmp_path, tiny_encod
     tables = three_splits(LABELS, clients=(1, 1, 1))
     tables["test"][0]["audio"] = {"bytes": encode(noise(30.2)), "path": "long.flac"}
     tables["test"][1]["audio"] = {"bytes": encode(noise(29.8)), "path": "just.flac"}
-    rows, _ = read_labelled(save(tmp_path / "data", **tables), LABELS)
+    rows = read_labelled(save(tmp_path / "data", **tables), LABELS).rows
     predictions, failures = evaluate_model(classifier, rows, progress=False)
     assert (len(predictions.ids), dict(failures)) == (5, {"too long": 1})
 

@@ -61,7 +61,7 @@ def test_a_run_leaves_a_bundle_with_the_scores_of_its_report(train, words, tmp_p
     assert train(*words, "--test_speeds", speeds, "--pooling", "statistics", *head).code == 0
     out = tmp_path / "out"
     classifier = AccentClassifier.from_bundle(out / "bundle", device="cpu", **WHOLE_CLIPS)
-    rows, _ = read_labelled(next(tmp_path.glob("prepared/test.csv")), ACCENTS)
+    rows = read_labelled(next(tmp_path.glob("prepared/test.csv")), ACCENTS).rows
     again, _ = evaluate_model(classifier, rows, progress=False)
     reported = read_predictions(out / "report")
     assert again.ids == reported.ids
