@@ -14,7 +14,6 @@ from accent_plugin.errors import ConfigError
 # Linux's status of this process, including its peak memory.
 _STATUS = Path("/proc/self/status")
 
-
 # Tests set it to False, so that a CPU runs the code for accelerators.
 cpu_paths = True
 

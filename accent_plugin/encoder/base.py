@@ -27,10 +27,8 @@ from accent_plugin.errors import EncoderError
 
 logger = logging.getLogger(__name__)
 
-
 # The value in Hugging Face's Wav2Vec2FeatureExtractor, so that clips are normalised identically.
 _NORMALISATION_FLOOR = 1e-7
-
 
 # Prefix of the encoder's tensors in a bundle, as AccentModel names them.
 PREFIX = "wav2vec2.model."

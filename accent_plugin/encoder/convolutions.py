@@ -23,7 +23,6 @@ from accent_plugin.encoder.masking import MaskedGroupNorm, valid_frames
 # Output frames per block (2 s). Larger blocks do not fit the cache; smaller ones make inefficient products.
 _BLOCK_FRAMES = 100
 
-
 # Numbers of 16 bits in 16 bytes.
 _ALIGNED = 8
 

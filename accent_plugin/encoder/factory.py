@@ -40,7 +40,6 @@ class Family:
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
-
 # Hugging Face's model_type -> family. For each listed family, a test shows that a clip has the same frames alone and in
 # any batch.
 FAMILIES = {

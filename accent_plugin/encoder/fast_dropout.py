@@ -21,9 +21,7 @@ from accent_plugin import devices
 # Name of the attention below in an encoder's configuration.
 ATTENTION = "accent_plugin"
 
-
 _LEVELS = 2**16
-
 
 # In frames, about ten seconds.
 _SHORT = 512
@@ -109,7 +107,6 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
 # Without cuDNN's kernel, which PyTorch prefers on an H100: preparing it takes about 30 ms for each new batch shape.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-
 # Fused kernels need a multiple of this many features. Moonshine tiny has 36 features.
 _FEATURES = 8
 
@@ -152,7 +149,6 @@ def make_mask(*, attention_mask=None, allow_is_bidirectional_skip=False, **keywo
 
 
 AttentionInterface.register(ATTENTION, attend)
-
 
 AttentionMaskInterface.register(ATTENTION, make_mask)
 

@@ -28,7 +28,6 @@ CONFIG = {
     "mask_time_prob": 0.0,
 }
 
-
 _LOWEST, _HIGHEST = 100.0, 7000.0  # hertz
 
 

@@ -37,9 +37,7 @@ from accent_plugin.model import AccentModel
 
 logger = logging.getLogger(__name__)
 
-
 LAYER_WEIGHTS = "wav2vec2.layer_weights"
-
 
 # Name in an AccentModel -> name in a transformers classifier, for all tensors outside the encoder.
 _HEAD = {
@@ -50,25 +48,20 @@ _HEAD = {
     "classifier.bias": "classifier.bias",
 }
 
-
 # Keys of a classifier's configuration that do not concern its encoder.
 _NOT_ENCODER = {
     *NOT_ARCHITECTURE,
     *("id2label", "label2id", "problem_type", "classifier_proj_size", "use_weighted_layer_sum"),
 }
 
-
 # Files with weights, in the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
 
 # All files of a folder written for transformers.
 _FILES = (bundle_config.CONFIG_FILE, "preprocessor_config.json", _WEIGHTS[0], bundle_config.CARD_FILE)
 
-
 # A softmax gives this exactly 0 if any other number is 0 or more.
 _NEVER = -1e4
-
 
 _TOLERANCE = 1e-5
 

@@ -38,22 +38,13 @@ from accent_plugin.inference.labelled import WHOLE_CLIPS, evaluate_model, read_l
 
 logger = logging.getLogger(__name__)
 
-
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-
-
 _LONGEST_SECONDS = 600
-
-
 _TOLERANCE = 1e-4
-
-
 _WORST_LOSS = 0.01
-
 
 # Smaller tensors are not worth converting.
 _LEAST_VALUES = 1024
-
 
 # Limit of protobuf, the format of the graph.
 _LARGEST_GRAPH = (1 << 31) - 1

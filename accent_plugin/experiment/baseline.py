@@ -17,7 +17,6 @@ from accent_plugin.training import feature_cache
 
 logger = logging.getLogger(__name__)
 
-
 # Inverse strengths of the L2 penalty, at most scikit-learn's default because there are more features than speakers.
 STRENGTHS = (1.0, 0.1, 0.01, 0.001)
 

@@ -16,7 +16,6 @@ FOLDER_ERRORS = {
     *(errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE),
 }
 
-
 # Words in PyTorch's errors about a connection that another process has closed.
 _CONNECTION_LOST = ("onnection", "roken pipe")
 

@@ -18,10 +18,8 @@ from accent_plugin.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
-
 # Most clips that a note names.
 _NAMED = 10
-
 
 # Fields of a DatasetDict's card that a report repeats.
 _CARD_REPEATED = ("made_by", "source", "arguments", "counts", "dropped", "lost_sentences", "labels", "warnings")

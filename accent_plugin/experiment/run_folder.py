@@ -22,49 +22,32 @@ from accent_plugin.experiment.hyperparameters import RENAMED, TABLE
 
 logger = logging.getLogger(__name__)
 
-
 IDENTITY_FILE = "run.json"
-
-
 LOCK_FILE = ".run.lock"
-
 
 # A file besides the lock: on Windows, other processes cannot read a locked file.
 HOLDER_FILE = ".run.holder.json"
 
 _NOT_COUNTED = {one.name for one in TABLE.values() if one.free}
-
-
 _OF_DATA = {one.name for one in TABLE.values() if one.data}
-
 
 # Hyperparameters that are compared only in some configurations, see `run_identity`.
 _SOMETIMES = {*_OF_DATA, "number_of_epochs", "wav2vec2_hub"}
 
-
 # Hyperparameters that may change with test_only: they affect memory and numerical precision.
 _FREE_IN_TESTS = {"eval_precision", "batch_seconds", "batches_per_step"}
 
-
 _WEIGHTS = (".safetensors", ".bin", ".ckpt")
-
-
 _WAYS_OUT = "choose another --output_folder, or delete that run and begin anew with --overwrite True"
-
-
 _WAYS_OUT_OF_A_TEST = "give what it was trained with, or the --output_folder of the run that you mean"
-
 
 # Checkpoints, which mark a folder as containing trained weights.
 _CHECKPOINTS = "CKPT*/CKPT.yaml"
 
-
 _TRAINED = ("history.json", "trials.json")
-
 
 # Complete checkpoints, damaged ones, and partial ones of a killed process.
 _CHECKPOINT_FOLDERS = ("CKPT*", "damaged+CKPT*", ".CKPT*", ".writing*", ".deleted+*")
-
 
 # First words of the hyperparams.yaml that SpeechBrain writes into a run folder.
 _GENERATED = "# Generated "

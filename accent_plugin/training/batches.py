@@ -28,10 +28,8 @@ from accent_plugin.training import signals
 
 logger = logging.getLogger(__name__)
 
-
 # PyTorch's default `ignore_index` of losses.
 NO_LABEL = -100
-
 
 # Seconds within which a worker whose connections are closed must have ended.
 EXIT_GRACE_SECONDS = 5.0

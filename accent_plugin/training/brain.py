@@ -31,7 +31,6 @@ from accent_plugin.training.unread import PREPARE_AGAIN, UnreadClips
 
 logger = logging.getLogger(__name__)
 
-
 # Steps between two reads of the counters on the device: each read synchronises with the GPU.
 CHECK_EVERY = 20
 

@@ -32,26 +32,16 @@ from accent_plugin.training import distributed
 
 logger = logging.getLogger(__name__)
 
-
 # Newest checkpoints that are kept beside the best: a second one in case the newest is damaged.
 NEWEST = 2
-
 
 # The best, the newest, the one being written, and a damaged one.
 AT_MOST = NEWEST + 3
 
-
 _WRITING = ".writing"
-
-
 _DELETED = ".deleted"
-
-
 _DAMAGED = "damaged"
-
-
 _BLOCK = 1 << 22
-
 
 # Errors from a CKPT.yaml that is missing, truncated or overwritten.
 _UNREADABLE = (
@@ -59,14 +49,11 @@ _UNREADABLE = (
     *(KeyError, TypeError, AttributeError, RecursionError, OverflowError),
 )
 
-
 # Errors from loading a checkpoint of another model, or a damaged one written by SpeechBrain's own class.
 _UNLOADABLE = (*_UNREADABLE, RuntimeError, EOFError, pickle.UnpicklingError, IndexError)
 
-
 # Start of a CKPT.yaml, followed by the digest of the rest of the file.
 _SEAL = "# sha256 of what follows: "
-
 
 # Words in the RuntimeErrors that torch raises for a full disk or a missing folder.
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "Parent directory")

@@ -22,14 +22,11 @@ from accent_plugin.training import signals
 # The other processes wait this long for the first to prepare the data. A dead process closes its connections at once.
 TIMEOUT = datetime.timedelta(days=7)
 
-
 # SpeechBrain's value.
 JOIN_TIMEOUT = datetime.timedelta(hours=2)
 
-
 # Seconds between two checks by the first process for processes that have joined.
 POLL_SECONDS = 0.05
-
 
 _control = None
 

@@ -28,17 +28,12 @@ from accent_plugin.training.loaders import evaluation_batch_seconds, make_loader
 
 logger = logging.getLogger(__name__)
 
-
 FEATURES_FILE, INDEX_FILE, VALUES_FILE = "features.json", "index.csv", "means.f32"
-
 
 # Version of the folder's content.
 _FORMAT = 1
 
-
 _KIND = np.dtype("<f4")
-
-
 _REMEDY = "choose another features_folder, or delete this one: features can always be recomputed"
 
 

@@ -14,7 +14,6 @@ from accent_plugin.training.batches import BucketBatchSampler, ClipDataset, inve
 # Evaluation keeps no activations for a backward pass, so that more audio fits.
 _EVALUATION_BATCHES = 2
 
-
 _LARGEST_BATCH = 120.0
 
 

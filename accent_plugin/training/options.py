@@ -17,7 +17,6 @@ from accent_plugin.training import distributed
 
 logger = logging.getLogger(__name__)
 
-
 # Selection of the epoch -> arguments of the checkpointer.
 SELECTIONS = {
     "macro_f1": {"max_key": "macro_f1"},

@@ -8,7 +8,6 @@ import threading
 
 logger = logging.getLogger(__name__)
 
-
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 

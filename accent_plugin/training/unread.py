@@ -9,7 +9,6 @@ from accent_plugin.training import distributed
 
 logger = logging.getLogger(__name__)
 
-
 # The remedy for unreadable data.
 PREPARE_AGAIN = "prepare the data again and rerun the same command: it resumes from the last checkpoint"
 
