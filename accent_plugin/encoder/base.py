@@ -35,13 +35,50 @@ PREFIX = "wav2vec2.model."
 
 
 class InvariantEncoder:
-    """Base class of all encoders; a family adds the frame counts, its parts and the forward pass.
+    """Base class of all encoders, a mix-in for a SpeechBrain lobe that returns frames and their mask.
 
-    A family names the configuration key of its layer count in `_DEPTH` and changes the loaded model in `_adapt`.
+    A family adds the frame counts, its parts and the forward pass. It names the configuration key of its layer count in
+    `_DEPTH` and changes the loaded model in `_adapt`. While `detached` is set, no gradient flows into the pretrained
+    model. Unlike freezing, this can be undone.
 
-    This is a mix-in for a SpeechBrain lobe. The forward pass returns frames and a mask instead of frames alone. While
-    `detached` is set, no gradient flows into the pretrained model, so it does not train. Unlike freezing, this can be
-    undone.
+    Arguments
+    ---------
+    source, save_path : str
+        A local folder (config.json, weights, preprocessor_config.json); the second is for the lobe.
+    freeze : bool
+        Freeze the encoder, except the weights of `weighted_layers`.
+    freeze_feature_extractor : bool
+        Freeze the convolutions on the waveform and skip their backward pass.
+    freeze_layers : int
+        Number of lowest transformer blocks to freeze, together with all layers before them.
+    num_layers : int
+        Number of lowest transformer blocks to keep; None keeps all.
+    weighted_layers : list of int, or "all"
+        Return a learned weighted sum of these hidden states instead of the last one. State 0 is the input of the first
+        block.
+    standardise_layers : bool
+        Normalise each frame of each summed state to zero mean and unit variance first (layer norm without parameters).
+    config_overrides : dict
+        Values of the Hugging Face configuration to change, such as `layerdrop` or `attention_dropout`.
+    attn_implementation : str
+        "sdpa", "eager" or "flash_attention_2", as in Hugging Face. None uses
+        `accent_plugin.encoder.fast_dropout.attend`: "sdpa", with a faster replacement where that is slow.
+    lora_rank : int
+        Freeze the encoder's own weights and train low-rank adapters of this rank in its transformer blocks (Hu et al.
+        2021), except in the `freeze_layers` lowest blocks. None for no adapters.
+    lora_alpha : float
+        The adapters are scaled by lora_alpha / lora_rank; None for twice the rank.
+    lora_dropout : float
+        Dropout probability of the adapters' input in training.
+    lora_targets : sequence of str
+        Names of the linear layers that get an adapter.
+    gradient_checkpointing : bool
+        Store only the input of each transformer block and recompute the activations in the backward pass (Chen et al.
+        2016). This needs less memory, gives the same gradients, and makes a step slower.
+    weights : bool
+        False builds the model from its configuration alone, with random weights.
+    weights_file : Path
+        Load the weights from this file of a bundle.
     """
 
     detached = False
@@ -59,28 +96,30 @@ class InvariantEncoder:
         weighted_layers=None,
         standardise_layers=False,
         config_overrides=None,
-        weights=True,
-        weights_file=None,
+        attn_implementation=None,
         lora_rank=None,
         lora_alpha=None,
         lora_dropout=0.0,
         lora_targets=(),
         gradient_checkpointing=False,
-        **kwargs,
+        weights=True,
+        weights_file=None,
     ):
         if freeze and lora_rank is not None:
-            raise EncoderError("freeze trains nothing of the encoder, lora_rank adapters in it: give one of them")
+            raise EncoderError(
+                "freeze and lora_rank are both given: freeze trains nothing in the encoder; give one of them"
+            )
         # The parent's constructor calls override_config, which needs these.
         self._num_layers, self._config_overrides = num_layers, config_overrides or {}
         self._weights = weights
         with quiet_transformers():
-            super().__init__(source, save_path, **kwargs)
-        use_cpu_kernels(self.model, attention=kwargs.get("attn_implementation") is None)
+            super().__init__(source, save_path, attn_implementation=attn_implementation)
+        use_cpu_kernels(self.model, attention=attn_implementation is None)
         self._adapt(source)
         if weights_file is not None:
             # Adapters rename weights, so load the weights first.
-            self._take_weights(weights_file)
-        self._freeze_for_good(freeze, freeze_feature_extractor, freeze_layers, adapted=lora_rank is not None)
+            self._load_weights(weights_file)
+        self._freeze_parts(freeze, freeze_feature_extractor, freeze_layers, adapted=lora_rank is not None)
         if lora_rank is not None:
             blocks = self.layers[freeze_layers:]
             self._adapted = lora.inject(blocks, lora_targets, lora_rank, lora_alpha, lora_dropout)
@@ -94,7 +133,7 @@ class InvariantEncoder:
         """Apply the overrides before the model is built, because dropout modules read their probability only then."""
         return _overridden(config, self._config_overrides, self._num_layers, self._DEPTH)
 
-    def _freeze_for_good(self, freeze, freeze_feature_extractor, freeze_layers, adapted):
+    def _freeze_parts(self, freeze, freeze_feature_extractor, freeze_layers, adapted):
         depth = len(self.layers)
         if not 0 <= freeze_layers <= depth:
             raise EncoderError(f"freeze_layers is {freeze_layers}, but this encoder has {depth} layers")
@@ -165,27 +204,8 @@ class InvariantEncoder:
         valid : (batch, frames) torch.Tensor
             True where a frame belongs to the clip.
         """
-        states, valid = self.used_states(wavs, wav_lens)
+        states, valid = self.hidden_states(wavs, wav_lens, used_only=True)
         return self.combine(states), valid
-
-    def used_states(self, wavs, wav_lens=None):
-        """Encode waveforms, but do not compute the learned weighted sum of layers.
-
-        Returns
-        -------
-        states : list of (batch, frames, features) torch.Tensor
-            The input of `combine`: the states to sum, standardised with `standardise_layers`. Without a weighted sum,
-            only the last state.
-        valid : (batch, frames) torch.Tensor
-        """
-        if self.weighted_layers is None:
-            state, valid = self._run(wavs, wav_lens, all_states=False)
-            return [state], valid
-        states, valid = self._run(wavs, wav_lens, all_states=True)
-        chosen = [states[layer] for layer in self.weighted_layers]
-        if self.standardise_layers:
-            chosen = [nn.functional.layer_norm(state, state.shape[-1:]) for state in chosen]
-        return chosen, valid
 
     def combine(self, states):
         """Sum a list of (batch, frames, features) torch.Tensor with the learned weights; returns the same shape."""
@@ -194,20 +214,20 @@ class InvariantEncoder:
         weights = torch.softmax(self.layer_weights, dim=0)
         return sum(weight * state for weight, state in zip(weights, states, strict=True))
 
-    def hidden_states(self, wavs, wav_lens=None):
-        """Encode waveforms and return the hidden states of all layers.
+    def hidden_states(self, wavs, wav_lens=None, used_only=False):
+        """Encode waveforms and return the hidden states of all layers; arguments as in `forward`.
+
+        With ``used_only``, return only the input of `combine`: the states of `weighted_layers`, standardised with
+        `standardise_layers`, or the last state if there is no weighted sum.
 
         Returns
         -------
-        states : tuple of (batch, frames, features) torch.Tensor
+        states : sequence of (batch, frames, features) torch.Tensor
             State 0 is the input of the first layer; state k is the output of layer k.
         valid : (batch, frames) torch.Tensor
         """
-        return self._run(wavs, wav_lens, all_states=True)
-
-    def _run(self, wavs, wav_lens, all_states):
         counts = sample_counts(wavs, wav_lens)
-        wavs = self._own_scale(wavs, counts)
+        wavs = self._normalise(wavs, counts)
         short = self.minimum_samples - wavs.shape[1]
         if short > 0:
             wavs = nn.functional.pad(wavs, (0, short))
@@ -215,10 +235,18 @@ class InvariantEncoder:
         counts = counts.clamp(min=self.minimum_samples)
         # Without padding, the model runs without a mask, so that the result equals Hugging Face's to the last bit.
         padded = wav_lens is not None
+        last_only = used_only and self.weighted_layers is None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.freeze or self.detached)):
-            output = self._encode(wavs, counts, padded, all_states)
+            output = self._encode(wavs, counts, padded, all_states=not last_only)
         valid = valid_frames(self.frame_counts(counts), output.last_hidden_state.shape[1])
-        return output.hidden_states if all_states else output.last_hidden_state, valid
+        if last_only:
+            return [output.last_hidden_state], valid
+        if not used_only:
+            return output.hidden_states, valid
+        chosen = [output.hidden_states[layer] for layer in self.weighted_layers]
+        if self.standardise_layers:
+            chosen = [nn.functional.layer_norm(state, state.shape[-1:]) for state in chosen]
+        return chosen, valid
 
     def _checkpointed(self, forward, *arguments, **keywords):
         """Run a block; in training keep only its input, and recompute the activations in the backward pass.
@@ -230,7 +258,7 @@ class InvariantEncoder:
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
         return forward(*arguments, **keywords)
 
-    def _own_scale(self, wavs, counts):
+    def _normalise(self, wavs, counts):
         """Zero the padding, and normalise each clip to zero mean and unit variance if the encoder expects that."""
         with torch.autocast(wavs.device.type, enabled=False):
             mask = valid_frames(counts, wavs.shape[1])
@@ -257,8 +285,8 @@ class InvariantEncoder:
         missing = [key for key in info["missing_keys"] if not self._may_be_missing(key)]
         if missing:
             raise EncoderError(
-                f"the weights in {source} lack {len(missing)} tensors of the encoder, {missing[0]} for one; "
-                "the folder holds another model or a damaged file"
+                f"the weights in {source} lack {len(missing)} tensors of the encoder, such as {missing[0]}; "
+                "the folder contains another model or a damaged file"
             )
         self.model = model
 
@@ -266,7 +294,7 @@ class InvariantEncoder:
         """Build the model from its configuration; its weights are loaded later."""
         return AutoModel.from_config(self.config, **kwargs)
 
-    def _take_weights(self, path):
+    def _load_weights(self, path):
         """Load all encoder weights of a bundle, except blocks that `num_layers` drops."""
         state = self.model.state_dict()
         try:
@@ -277,19 +305,19 @@ class InvariantEncoder:
                     if name in names:
                         value.copy_(file.get_tensor(names[name]))
                         if not torch.isfinite(value).all():
-                            raise EncoderError(f"{path} has NaN or infinity in {names[name]}: nothing can come of it")
+                            raise EncoderError(f"{path} has NaN or infinity in {names[name]}")
         except (OSError, RuntimeError, SafetensorError) as error:
             problem = str(error).splitlines()[0]
-            raise EncoderError(f"the encoder's weights in {path} cannot be taken: {problem}") from error
+            raise EncoderError(f"the encoder's weights in {path} cannot be loaded: {problem}") from error
 
     def _require_keys(self, path, expected, found):
         # The mask_time_prob of the configuration, which may be overridden, decides whether SpecAugment's vector exists.
         differing = {key for key in expected ^ found if not key.endswith("masked_spec_embed")}
         if missing := sorted(differing & expected):
-            raise EncoderError(f"{path} lacks {len(missing)} tensors of the encoder, {missing[0]} for one")
+            raise EncoderError(f"{path} lacks {len(missing)} tensors of the encoder, such as {missing[0]}")
         blocks = {key: int(match[1]) for key in differing if (match := re.match(r"(?:encoder\.)?layers\.(\d+)\.", key))}
         if extra := sorted(key for key in differing if blocks.get(key, -1) < len(self.layers)):
-            raise EncoderError(f"{path} has {len(extra)} tensors that the encoder has not, {extra[0]} for one")
+            raise EncoderError(f"{path} has {len(extra)} tensors that the encoder does not have, such as {extra[0]}")
 
     def describe(self):
         """Return what `build_encoder` needs to rebuild this encoder, as plain JSON without paths."""

@@ -100,7 +100,7 @@ class WaveformConvolutions(nn.Module):
         hidden = self._convolve_first(wavs, counts, kind)
         for layer, (products, bias) in zip([first, *later], [(None, None), *self._later_kernels(kind)], strict=True):
             if products is not None:
-                hidden = _slide_batch(hidden, products, bias, layer.conv.stride[0])
+                hidden = _slide(hidden, products, bias, layer.conv.stride[0])
             norm = getattr(layer, "layer_norm", None)
             if isinstance(norm, nn.LayerNorm):
                 own = norm.normalized_shape, norm.weight.to(kind), norm.bias.to(kind), norm.eps
@@ -224,42 +224,24 @@ def _products(conv, kind):
 
 
 def _slide(frames, products, bias, stride):
-    """Convolve (frames, channels) with matrices of `_products`."""
-    channels = frames.shape[1]
-    width = sum(part.shape[1] for part in products)
-    count = (frames.numel() - width) // (stride * channels) + 1
+    """Convolve contiguous (frames, channels) or (batch, frames, channels) with matrices of `_products`."""
+    *batch, length, channels = frames.shape
+    kernel = sum(part.shape[1] for part in products) // channels
+    count = (length - kernel) // stride + 1
+    multiply, add_product = (torch.bmm, torch.baddbmm) if batch else (torch.mm, torch.addmm)
     output = None
     for number, part in enumerate(products):
         # Rows start one stride apart and do not overlap, except in the first layer.
         rows = frames.as_strided(
-            (count, part.shape[1]), (stride * channels, 1), frames.storage_offset() + number * stride * channels
-        )
-        if output is not None:
-            output.addmm_(rows, part.T)
-        elif bias is None:
-            output = rows @ part.T
-        else:
-            output = torch.addmm(bias, rows, part.T)
-    return output
-
-
-def _slide_batch(frames, products, bias, stride):
-    """Convolve contiguous (batch, frames, channels) with matrices of `_products`."""
-    batch, length, channels = frames.shape
-    kernel = sum(part.shape[1] for part in products) // channels
-    count = (length - kernel) // stride + 1
-    output = None
-    for number, part in enumerate(products):
-        rows = frames.as_strided(
-            (batch, count, part.shape[1]),
-            (length * channels, stride * channels, 1),
+            (*batch, count, part.shape[1]),
+            (*frames.stride()[:-2], stride * channels, 1),
             frames.storage_offset() + number * stride * channels,
         )
-        kernels = part.T.expand(batch, -1, -1)
+        matrices = part.T.expand(*batch, -1, -1)
         if output is not None:
-            output.baddbmm_(rows, kernels)
+            add_product(output, rows, matrices, out=output)
         elif bias is None:
-            output = torch.bmm(rows, kernels)
+            output = multiply(rows, matrices)
         else:
-            output = torch.baddbmm(bias, rows, kernels)
+            output = add_product(bias, rows, matrices)
     return output

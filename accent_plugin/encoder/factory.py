@@ -65,22 +65,7 @@ FAMILIES = {
 }
 
 
-def make_encoder(
-    source,
-    save_path=None,
-    freeze=False,
-    freeze_feature_extractor=True,
-    freeze_layers=0,
-    num_layers=None,
-    weighted_layers=None,
-    standardise_layers=False,
-    config_overrides=None,
-    attn_implementation=None,
-    lora_rank=None,
-    lora_alpha=None,
-    lora_dropout=0.0,
-    gradient_checkpointing=False,
-):
+def make_encoder(source, save_path=None, **options):
     """Load a pretrained encoder from the Hub or a local folder.
 
     Arguments
@@ -89,34 +74,8 @@ def make_encoder(
         A local folder (config.json, weights, preprocessor_config.json) or a name on the Hub.
     save_path : str
         Folder for downloads; None uses Hugging Face's cache.
-    freeze : bool
-        Freeze the encoder, except the weights of `weighted_layers`.
-    freeze_feature_extractor : bool
-        Freeze the convolutions on the waveform and skip their backward pass.
-    freeze_layers : int
-        Number of lowest transformer blocks to freeze, together with all layers before them.
-    num_layers : int
-        Number of lowest transformer blocks to keep; None keeps all.
-    weighted_layers : list of int, or "all"
-        Return a learned weighted sum of these hidden states instead of the last one. State 0 is the input of the first
-        block.
-    standardise_layers : bool
-        Normalise each frame of each summed state to zero mean and unit variance first (layer norm without parameters).
-    config_overrides : dict
-        Values of the Hugging Face configuration to change, such as `layerdrop` or `attention_dropout`.
-    attn_implementation : str
-        "sdpa", "eager" or "flash_attention_2", as in Hugging Face. None uses
-        `accent_plugin.encoder.fast_dropout.attend`: "sdpa", with a faster replacement where that is slow.
-    lora_rank : int
-        Freeze the encoder's own weights and train low-rank adapters of this rank in its transformer blocks (Hu et al.
-        2021), except in the `freeze_layers` lowest blocks. None for no adapters.
-    lora_alpha : float
-        The adapters are scaled by lora_alpha / lora_rank; None for twice the rank.
-    lora_dropout : float
-        Dropout probability of the adapters' input in training.
-    gradient_checkpointing : bool
-        Store only the input of each transformer block and recompute the activations in the backward pass (Chen et al.
-        2016). This needs less memory, gives the same gradients, and makes a step slower.
+    **options
+        As in `accent_plugin.encoder.base.InvariantEncoder`: freeze, num_layers, weighted_layers, lora_rank, ...
 
     Returns
     -------
@@ -129,20 +88,6 @@ def make_encoder(
         If the folder is missing or incomplete, the Hub cannot be reached, the family is not supported, or adapters are
         requested without PEFT installed.
     """
-    options = {
-        "freeze": freeze,
-        "freeze_feature_extractor": freeze_feature_extractor,
-        "freeze_layers": freeze_layers,
-        "num_layers": num_layers,
-        "weighted_layers": weighted_layers,
-        "standardise_layers": standardise_layers,
-        "config_overrides": config_overrides,
-        "attn_implementation": attn_implementation,
-        "lora_rank": lora_rank,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": lora_dropout,
-        "gradient_checkpointing": gradient_checkpointing,
-    }
     folder = local_folder(source, save_path)
     config = read_config(folder)
     if config.model_type not in FAMILIES:
@@ -178,7 +123,7 @@ def build_encoder(description):
 
 
 def build_from_description(description, **options):
-    """Build an encoder without weights; ``options`` as in `make_encoder`."""
+    """Build an encoder without pretrained weights; ``options`` as in `InvariantEncoder`."""
     family = description["family"]
     if family not in FAMILIES:
         raise EncoderError(f"the encoder's family {family!r} is unknown; known are {', '.join(FAMILIES)}")
@@ -189,7 +134,7 @@ def build_from_description(description, **options):
     if strange := sorted(description["config"].keys() - known):
         # Quoted, because the names are untrusted.
         names = ", ".join(map(repr, strange[:5]))
-        raise EncoderError(f"the encoder's configuration has keys that a {family} has not: {names}")
+        raise EncoderError(f"the encoder's configuration has keys that a {family} does not have: {names}")
     with tempfile.TemporaryDirectory() as folder:
         for name, content in (("config", description["config"]), ("preprocessor_config", description["preprocessor"])):
             text = json.dumps(content | ({"model_type": family} if name == "config" else {}))

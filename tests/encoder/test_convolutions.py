@@ -42,18 +42,18 @@ def make(kernels=(10, 3, 3, 2), strides=(5, 2, 2, 2), frozen=True, width=16, **o
     return ours.requires_grad_(not frozen), theirs
 
 
-@pytest.fixture(params=["_slide", "_slide_batch"], ids=["cpu", "accelerator"])
+@pytest.fixture(params=["_convolve", "_convolve_batch"], ids=["cpu", "accelerator"])
 def path(request, monkeypatch):
-    """The code for CPUs, and the code for all other devices, here on a CPU too; the name of its product."""
-    monkeypatch.setattr(devices, "cpu_paths", request.param == "_slide")
+    """The code for CPUs, and the code for all other devices, here on a CPU too; the name of its method."""
+    monkeypatch.setattr(devices, "cpu_paths", request.param == "_convolve")
     return request.param
 
 
-def spied(monkeypatch, path="_slide"):
-    """Count the calls of the product."""
+def spied(monkeypatch, path="_convolve"):
+    """Count the calls of the method that convolves with matrix products."""
     calls = []
-    slide = getattr(convolutions, path)
-    monkeypatch.setattr(convolutions, path, lambda *arguments: calls.append(1) or slide(*arguments))
+    convolve = getattr(WaveformConvolutions, path)
+    monkeypatch.setattr(WaveformConvolutions, path, lambda *arguments: calls.append(1) or convolve(*arguments))
     return calls
 
 
