@@ -9,20 +9,8 @@ from torch import nn
 
 from accent_plugin.errors import ConfigError
 
-
-def _masked_mean(frames, weights):
-    """Compute the weighted sum over frames; weights (batch, frames, 1) sum to one over the valid frames."""
-    return (frames * weights).sum(dim=1)
-
-
-def _uniform_weights(valid):
-    valid = valid.unsqueeze(-1).to(torch.float32)
-    return valid / valid.sum(dim=1, keepdim=True).clamp(min=1.0)
-
-
-def _clear_padding(frames, valid):
-    """Zero the padded frames; zero weights would not remove NaN, because 0 * nan is nan."""
-    return frames.float().masked_fill(~valid.unsqueeze(-1), 0.0)
+# Keeps the gradient of the square root finite if a feature is constant, as with one frame.
+_VARIANCE_FLOOR = 1e-6
 
 
 class MeanPooling(nn.Module):
@@ -58,40 +46,35 @@ class MeanPooling(nn.Module):
         (batch, out_features) torch.Tensor
             In float32.
         """
+        valid = valid.unsqueeze(-1)
         with torch.autocast(frames.device.type, enabled=False):
-            return _masked_mean(_clear_padding(frames, valid), _uniform_weights(valid))
+            # Padding is zeroed, because zero weights would not remove NaN: 0 * nan is nan.
+            frames = frames.float().masked_fill(~valid, 0.0)
+            return self._pool(frames, self._weights(frames, valid))
+
+    def _weights(self, frames, valid):
+        """Weight each frame: (batch, frames, 1), which sum to one over the valid frames."""
+        valid = valid.to(torch.float32)
+        return valid / valid.sum(dim=1, keepdim=True).clamp(min=1.0)
+
+    def _pool(self, frames, weights):
+        return (frames * weights).sum(dim=1)
 
 
-# Keeps the gradient of the square root finite if a feature is constant, as with one frame.
-_VARIANCE_FLOOR = 1e-6
+class StatisticsPooling(MeanPooling):
+    """Mean and standard deviation over the valid frames, concatenated: twice as wide as a frame.
 
-
-def _statistics(frames, weights):
-    """Compute the weighted mean and standard deviation over frames, concatenated."""
-    mean = _masked_mean(frames, weights)
-    variance = _masked_mean((frames - mean.unsqueeze(1)).square(), weights)
-    return torch.cat([mean, variance.clamp(min=_VARIANCE_FLOOR).sqrt()], dim=-1)
-
-
-class StatisticsPooling(nn.Module):
-    """Mean and standard deviation over the valid frames, concatenated.
-
-    Snyder et al., "X-vectors: robust DNN embeddings for speaker recognition" (2018).
-
-    Arguments
-    ---------
-    features : int
-        Width of a frame; the result is twice as wide.
+    Snyder et al., "X-vectors: robust DNN embeddings for speaker recognition" (2018). Arguments as in `MeanPooling`.
     """
 
     def __init__(self, features):
-        super().__init__()
+        super().__init__(features)
         self.out_features = 2 * features
 
-    def forward(self, frames, valid):
-        """Pool; shapes as in `MeanPooling.forward`."""
-        with torch.autocast(frames.device.type, enabled=False):
-            return _statistics(_clear_padding(frames, valid), _uniform_weights(valid))
+    def _pool(self, frames, weights):
+        mean = super()._pool(frames, weights)
+        variance = super()._pool((frames - mean.unsqueeze(1)).square(), weights)
+        return torch.cat([mean, variance.clamp(min=_VARIANCE_FLOOR).sqrt()], dim=-1)
 
 
 class _FrameAttention(nn.Module):
@@ -104,11 +87,10 @@ class _FrameAttention(nn.Module):
 
     def forward(self, frames, valid):
         scores = self.score(torch.tanh(self.hidden(frames)))
-        scores = scores.masked_fill(~valid.unsqueeze(-1), torch.finfo(scores.dtype).min)
-        return torch.softmax(scores, dim=1)
+        return torch.softmax(scores.masked_fill(~valid, torch.finfo(scores.dtype).min), dim=1)
 
 
-class AttentivePooling(nn.Module):
+class AttentivePooling(MeanPooling):
     """Mean over the valid frames weighted by a learned attention.
 
     The self-attentive pooling of Lin et al., "A structured self-attentive sentence embedding" (2017), with one head.
@@ -122,40 +104,18 @@ class AttentivePooling(nn.Module):
     """
 
     def __init__(self, features, attention_features=128):
-        super().__init__()
-        self.out_features = features
+        super().__init__(features)
         self.attention = _FrameAttention(features, attention_features)
 
-    def forward(self, frames, valid):
-        """Pool; shapes as in `MeanPooling.forward`."""
-        with torch.autocast(frames.device.type, enabled=False):
-            frames = _clear_padding(frames, valid)
-            return _masked_mean(frames, self.attention(frames, valid))
+    def _weights(self, frames, valid):
+        return self.attention(frames, valid)
 
 
-class AttentiveStatisticsPooling(nn.Module):
-    """Attention-weighted mean and standard deviation over the valid frames, concatenated.
+class AttentiveStatisticsPooling(AttentivePooling, StatisticsPooling):
+    """Attention-weighted mean and standard deviation over the valid frames, concatenated: twice as wide as a frame.
 
-    Okabe et al., "Attentive statistics pooling for deep speaker embedding" (2018).
-
-    Arguments
-    ---------
-    features : int
-        Width of a frame; the result is twice as wide.
-    attention_features : int
-        Width of the attention's hidden layer.
+    Okabe et al., "Attentive statistics pooling for deep speaker embedding" (2018). Arguments as in `AttentivePooling`.
     """
-
-    def __init__(self, features, attention_features=128):
-        super().__init__()
-        self.out_features = 2 * features
-        self.attention = _FrameAttention(features, attention_features)
-
-    def forward(self, frames, valid):
-        """Pool; shapes as in `MeanPooling.forward`."""
-        with torch.autocast(frames.device.type, enabled=False):
-            frames = _clear_padding(frames, valid)
-            return _statistics(frames, self.attention(frames, valid))
 
 
 POOLINGS = {
