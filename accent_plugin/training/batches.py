@@ -86,10 +86,15 @@ class Lost:
     why: str
 
 
+def split_lost(items):
+    """Separate the readable items of a batch from the id and reason of each `Lost` one."""
+    lost = tuple((item.id, item.why) for item in items if isinstance(item, Lost))
+    return [item for item in items if not isinstance(item, Lost)], lost
+
+
 def collate(items):
     """Pad a list of (id, samples, label), or `Lost` for unreadable clips, to a `Batch`."""
-    lost = tuple((item.id, item.why) for item in items if isinstance(item, Lost))
-    items = [item for item in items if not isinstance(item, Lost)]
+    items, lost = split_lost(items)
     if not items:
         return Batch((), torch.zeros(0, 0), None, torch.zeros(0, dtype=torch.int64), lost)
     ids, waves, labels = zip(*items, strict=True)
@@ -115,8 +120,8 @@ class ClipDataset(Dataset):
         None for none.
     seed : int
     degrade : callable
-        (samples, generator) -> as many samples, such as a function of
-        `accent_plugin.audio.degradations.DEGRADATIONS`; applied before the augmentation. None for none.
+        (samples, generator) -> as many samples, applied before the augmentation, such as a function of
+        `accent_plugin.audio.degradations.DEGRADATIONS`; None for none.
     """
 
     def __init__(self, clips, accents, crop_seconds=None, augmentation=None, seed=0, degrade=None):
@@ -357,16 +362,12 @@ def make_loader(dataset, sampler, num_workers=0, pin_memory=False, collate_fn=co
 
 
 def inverse_frequency(labels, classes):
-    """Weight each class inversely to its frequency, with a mean over clips of one.
+    """Weight each class inversely to its frequency, with a mean over clips of one; returns (classes,) np.ndarray.
 
     Arguments
     ---------
     labels : (clips,) np.ndarray of int
     classes : int
-
-    Returns
-    -------
-    (classes,) np.ndarray
 
     Example
     -------

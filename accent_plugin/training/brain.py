@@ -20,11 +20,10 @@ from accent_plugin.training.checkpoints import NEWEST
 from accent_plugin.training.options import (
     SELECTIONS,
     add_to_history,
-    decayed_parameters,
     learning_rate_factor,
     mix_seed,
     own_sums,
-    undecayed_parameters,
+    parameter_groups,
 )
 from accent_plugin.training.state import TrainingState
 from accent_plugin.training.unread import PREPARE_AGAIN, UnreadClips
@@ -170,14 +169,8 @@ class AccentBrain(sb.Brain):
     def init_optimizers(self):
         """Make one AdamW with parameter groups for the pretrained encoder, and for the head and adapters."""
         model = self._model()
-        groups = []
-        for parameters, peak in (
-            (list(model.encoder_parameters()), self.options.lr_encoder),
-            (list(model.head_parameters()), self.options.lr_head),
-        ):
-            groups.append({"params": decayed_parameters(parameters), "peak": peak})
-            groups.append({"params": undecayed_parameters(parameters), "peak": peak, "weight_decay": 0.0})
-        groups = [group for group in groups if group["params"]]
+        groups = parameter_groups(model.encoder_parameters(), self.options.lr_encoder)
+        groups += parameter_groups(model.head_parameters(), self.options.lr_head)
         # The fused AdamW can skip a step on the device, without a synchronisation to check the gradient.
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=self.options.weight_decay, fused=True)
         self.optimizers_dict = {"optimizer": self.optimizer}

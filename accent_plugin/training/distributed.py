@@ -52,7 +52,7 @@ def is_main():
 
 
 def is_local_main():
-    """Whether this process is the first of its machine, which prints messages that would be the same in all."""
+    """Whether this process is the first on its machine; it prints messages that would be the same in all."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
@@ -73,7 +73,7 @@ def start(run_opts):
     Raises
     ------
     ConfigError
-        When there are fewer GPUs than processes on this machine.
+        If there are fewer GPUs than processes on this machine.
     """
     global _control
     if not is_launched():
@@ -133,17 +133,7 @@ def stop():
 
 
 def all_reduce_sum(values):
-    """Sums over all processes.
-
-    Arguments
-    ---------
-    values : sequence of float
-
-    Returns
-    -------
-    list of float
-        Equal in all processes.
-    """
+    """Sum each of several floats over all processes; returns a list that is equal in all of them."""
     if world_size() == 1:
         return [float(value) for value in values]
     sums = torch.tensor(values, dtype=torch.float64)
@@ -152,7 +142,7 @@ def all_reduce_sum(values):
 
 
 def all_gather(value):
-    """Gather a value from every process into a list by rank; with one process the list has one entry."""
+    """Gather a value from every process into a list, in order of rank."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()

@@ -23,7 +23,7 @@ from accent_plugin import devices, files
 from accent_plugin.errors import FeatureError
 from accent_plugin.pooling import MeanPooling
 from accent_plugin.training import distributed
-from accent_plugin.training.batches import Batch, BucketBatchSampler, ClipDataset, Lost, make_loader
+from accent_plugin.training.batches import Batch, BucketBatchSampler, ClipDataset, Lost, make_loader, split_lost
 from accent_plugin.training.loaders import evaluation_batch_seconds, make_loader_of
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _REMEDY = "choose another features_folder, or delete this one: features can alwa
 
 
 def identify(encoder, precision, every_state=False):
-    """Describe everything that a clip's features depend on, apart from the clip.
+    """Describe everything that a clip's features depend on, apart from the clip, as JSON values.
 
     Arguments
     ---------
@@ -47,11 +47,6 @@ def identify(encoder, precision, every_state=False):
         Precision of the encoder: "fp32", "bf16" or "fp16".
     every_state : bool
         Whether all hidden states are kept, or only those that the encoder's forward pass uses.
-
-    Returns
-    -------
-    dict
-        JSON values.
     """
     digest = hashlib.blake2b(digest_size=20)
     for name, tensor in sorted(encoder.model.state_dict().items()):
@@ -75,8 +70,7 @@ def encode(encoder, loader, device="cpu", precision="fp32", every_state=False, p
     loader : torch.utils.data.DataLoader
         Loader of a `ClipDataset` without crops or augmentation.
     device : str or torch.device
-    precision : str
-    every_state : bool
+    precision, every_state
         As in `identify`.
     progress : bool
         Whether to draw a progress bar on stderr.
@@ -95,9 +89,7 @@ def encode(encoder, loader, device="cpu", precision="fp32", every_state=False, p
             autocast = torch.autocast(torch.device(device).type, kind, enabled=kind is not None)
             with devices.exact_fp32(), torch.inference_mode(), autocast:
                 there = batch.to(device)
-                states, valid = (encoder.hidden_states if every_state else encoder.used_states)(
-                    there.wavs, there.wav_lens
-                )
+                states, valid = encoder.hidden_states(there.wavs, there.wav_lens, used_only=not every_state)
                 pooled_states = torch.stack([pooling(state, valid) for state in states], dim=1).cpu().numpy()
         else:
             pooled_states = np.zeros((0, 0, 0), dtype=np.float32)
@@ -183,7 +175,7 @@ class Store:
         return key in self._rows
 
     def row(self, key):
-        """Row of the features with this key."""
+        """Return the row of the features with this key."""
         return self._rows[key]
 
     def __getitem__(self, row):
@@ -240,7 +232,7 @@ def key(clip):
 
 
 def fill(store, encoder, clips, load, device="cpu", progress=True):
-    """Add the clips that a store lacks.
+    """Add the clips that a store lacks, and return the unreadable ones: {id: reason}.
 
     Arguments
     ---------
@@ -250,13 +242,8 @@ def fill(store, encoder, clips, load, device="cpu", progress=True):
     clips : sequence of accent_plugin.data.manifests.Clip
     load : callable
         (clips) -> loader of whole clips, in any order.
-    device : str or torch.device
-    progress : bool
-
-    Returns
-    -------
-    dict
-        Id of an unreadable clip -> reason.
+    device, progress
+        As in `encode`.
     """
     keys = {clip.id: key(clip) for clip in clips}
     if all(one in store for one in keys.values()):
@@ -282,20 +269,17 @@ def fill_store(folder, encoder, clips, options, device="cpu", precision="fp32", 
     Arguments
     ---------
     folder : str or Path
-        Of all stores.
-    encoder : accent_plugin.encoder.base.InvariantEncoder
+        Folder of all stores.
+    encoder, device, precision, every_state
+        As in `encode`.
     clips : sequence of accent_plugin.data.manifests.Clip
     options : accent_plugin.training.loaders.LoadingOptions
-    device : str or torch.device
-    precision : str
-    every_state : bool
-        As in `encode`.
 
     Returns
     -------
     Store
     dict
-        As `fill` returns it.
+        Id of an unreadable clip -> reason.
     """
     identity = identify(encoder, precision, every_state)
 
@@ -310,7 +294,7 @@ def fill_store(folder, encoder, clips, options, device="cpu", precision="fp32", 
 
 
 def cached(loader, folder, encoder, options, device="cpu", precision="fp32"):
-    """A loader with the batches of `loader`, as `Batch.pooled_states` instead of audio; arguments of `fill_store`."""
+    """Make a loader of the same batches with `Batch.pooled_states` instead of audio; arguments as in `fill_store`."""
     store, lost = fill_store(folder, encoder, loader.dataset.clips, options, device, precision)
     return make_loader(PooledStatesDataset(loader.dataset, store, lost), loader.batch_sampler, collate_fn=collate)
 
@@ -341,8 +325,7 @@ class PooledStatesDataset(ClipDataset):
 
 def collate(items):
     """Stack a list of (id, pooled_states, label), or `Lost` for unreadable clips, to a `Batch` without audio."""
-    lost = tuple((item.id, item.why) for item in items if isinstance(item, Lost))
-    items = [item for item in items if not isinstance(item, Lost)]
+    items, lost = split_lost(items)
     nothing = torch.zeros(len(items), 0)
     if not items:
         return Batch((), nothing, None, torch.zeros(0, dtype=torch.int64), lost)

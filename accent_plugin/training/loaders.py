@@ -19,24 +19,24 @@ _LARGEST_BATCH = 120.0
 
 @dataclass(frozen=True)
 class LoadingOptions:
-    """How clips come to be batches.
+    """Options for loading clips in batches.
 
     Arguments
     ---------
     accents : list of str
         Classes, in the order of the output.
     seed : int
-        Of batches, crops and augmentation.
+        For batches, crops and augmentation.
     balance : str
-        "sampler" draws training clips so that all accents come equally often.
+        "sampler" draws training clips so that all accents are equally frequent.
     batch_seconds : float
-        Audio in a batch, padding included.
+        Audio in a batch, including padding.
     crop_seconds : float
-        Train on random stretches of this length; None takes clips whole.
+        Length of random crops of training clips; None for whole clips.
     augmentation : accent_plugin.audio.augment.Augmentation
-        Of training clips; None for none.
+        For training clips; None for none.
     num_workers : int
-        Processes that read audio.
+        Number of processes that read audio.
     """
 
     accents: list
@@ -49,24 +49,19 @@ class LoadingOptions:
 
 
 def read_clips(paths, accents):
-    """The clips of each split.
+    """Read the manifests of all splits.
 
     Arguments
     ---------
     paths : dict
-        Split -> manifest, as `accent_plugin.data.manifests.Prepared.paths` gives it.
+        Split -> manifest, from `accent_plugin.data.manifests.Prepared.paths`.
     accents : list of str
-        Classes.
+        Classes; a clip with another accent raises a ManifestError.
 
     Returns
     -------
     dict
         Split -> accent_plugin.data.manifests.Clips.
-
-    Raises
-    ------
-    ManifestError
-        When a clip has another accent.
     """
     splits = {}
     for split, path in paths.items():
@@ -78,7 +73,7 @@ def read_clips(paths, accents):
 
 
 def training_clips(clips, options):
-    """A loader of clips in random batches, cropped and augmented as `options`, a `LoadingOptions`, says."""
+    """Make a loader of clips in random batches, with the crops and augmentation of `options`, a `LoadingOptions`."""
     dataset = ClipDataset(clips, options.accents, options.crop_seconds, options.augmentation, options.seed)
     weights = _clip_weights(dataset, options)
     sampler = _sampler(dataset, options.batch_seconds, seed=options.seed, weights=weights)
@@ -86,19 +81,19 @@ def training_clips(clips, options):
 
 
 def whole_clips(clips, options, degrade=None):
-    """A loader of clips as they are, or as `degrade` leaves them, for evaluation; `options` is a `LoadingOptions`."""
+    """Make a loader of whole clips for evaluation, optionally degraded; `options` is a `LoadingOptions`."""
     dataset = ClipDataset(clips, options.accents, degrade=degrade)
     return make_loader_of(dataset, _sampler(dataset, evaluation_batch_seconds(options), shuffle=False), options)
 
 
 def evaluation_batch_seconds(options):
-    """Seconds of audio in a batch of evaluation."""
+    """Seconds of audio in a batch for evaluation."""
     # Larger batches than these are for heads on features that are kept, and gain nothing where an encoder runs.
     return _EVALUATION_BATCHES * min(options.batch_seconds, _LARGEST_BATCH)
 
 
 def _sampler(dataset, batch_seconds, **keywords):
-    """Batches for this one of the processes."""
+    """Make the batches of this process."""
     share = {"rank": distributed.rank(), "processes": distributed.world_size()}
     return BucketBatchSampler(dataset.seconds(), batch_seconds, **keywords, **share)
 
@@ -109,7 +104,7 @@ def make_loader_of(dataset, sampler, options):
 
 
 def _clip_weights(dataset, options):
-    """Weights for drawing clips so that all accents come equally often; None where `balance` is not sampler."""
+    """Sampling weights that make all accents equally frequent; None unless `balance` is "sampler"."""
     if options.balance != "sampler":
         return None
     labels = dataset.labels()
@@ -117,18 +112,7 @@ def _clip_weights(dataset, options):
 
 
 def make_class_weights(choice, dataset):
-    """Weights of the classes in the loss.
-
-    Arguments
-    ---------
-    choice : None, "balanced" or list of float
-    dataset : ClipDataset
-        Of the training split.
-
-    Returns
-    -------
-    (classes,) torch.Tensor, or None
-    """
+    """Weights of the classes in the loss, (classes,) torch.Tensor; `choice` is a list, "balanced", or None for None."""
     if choice is None:
         return None
     if choice == "balanced":
@@ -137,12 +121,12 @@ def make_class_weights(choice, dataset):
 
 
 def change_clip_speed(samples, rng, speed):
-    """Change a clip's speed; in the form that data sets call."""
+    """Change a clip's speed, with the interface of a degradation."""
     return change_speed(samples, speed)
 
 
 class ChainedChanges:
-    """Degradations one after the other; a class, as the loader's workers may have to pickle it."""
+    """Several degradations in sequence; a class, because workers may have to pickle it."""
 
     def __init__(self, changes):
         self.changes = changes

@@ -26,20 +26,10 @@ SELECTIONS = {
 
 
 def learning_rate_factor(progress, warmup, decay):
-    """Learning rate at a point of training, as a fraction of its peak.
+    """Learning rate as a fraction of its peak, `progress` (0 to 1) through training.
 
-    Arguments
-    ---------
-    progress : float
-        Fraction of training done, 0 to 1.
-    warmup : float
-        Fraction of training in which the rate rises linearly.
-    decay : str
-        "linear" or "cosine" to zero, or "none".
-
-    Returns
-    -------
-    float
+    It rises linearly for a fraction `warmup` of training. Then it falls to zero with `decay` "linear" or "cosine", or
+    stays constant with "none".
 
     Example
     -------
@@ -108,14 +98,14 @@ def read_history(path):
 
 
 def add_to_history(path, row):
-    """Add the figures of an epoch to those before it; a resumed run replaces the epochs that it trains again."""
+    """Append the metrics of an epoch; a resumed run replaces the epochs that it trains again."""
     history = [earlier for earlier in read_history(path) if earlier["epoch"] < row["epoch"]]
     with files.atomic_write(path) as file:
         json.dump([*history, row], file, indent=1)
 
 
 def make_epoch_counter(number_of_epochs, patience):
-    """SpeechBrain's epoch counter, which stops after `patience` epochs without improvement; 0 for never."""
+    """SpeechBrain's epoch counter, which stops after `patience` epochs without improvement; 0 never stops early."""
     if not patience:
         return EpochCounter(number_of_epochs)
     # It minimises an error, because SpeechBrain's "max" counts an equal value as an improvement and never stops.
@@ -136,13 +126,7 @@ class _EarlyStopper(EpochCounterWithStopper):
 
 
 def make_tensorboard_logger(enabled, folder):
-    """SpeechBrain's TensorBoard logger, or None.
-
-    Raises
-    ------
-    ConfigError
-        If TensorBoard is not installed.
-    """
+    """SpeechBrain's TensorBoard logger, or None; raises ConfigError if TensorBoard is not installed."""
     if not enabled or not distributed.is_main():
         return None
     try:
@@ -164,11 +148,11 @@ def mix_seed(seed, rank):
     return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def decayed_parameters(parameters):
-    """Trainable matrices."""
-    return [parameter for parameter in parameters if parameter.requires_grad and parameter.ndim > 1]
-
-
-def undecayed_parameters(parameters):
-    """Trainable biases, norms and layer weights, which weight decay does not regularise."""
-    return [parameter for parameter in parameters if parameter.requires_grad and parameter.ndim <= 1]
+def parameter_groups(parameters, peak):
+    """Make AdamW's groups of trainable parameters: biases, norms and layer weights have no weight decay."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "peak": peak},
+        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "peak": peak, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
