@@ -7,6 +7,7 @@ because SpeechBrain, the benchmarks and the copy in a run folder load that file 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -94,11 +95,11 @@ _SHARE = _number(0, 1)
 _PRECISIONS = ("fp32", "fp16", "bf16")
 
 # Reason why changing a hyperparameter does not make a different run.
-_PLACE = "where things are and what they are called: a run may be moved"
-_RUNS = "which runs one command makes; each is known by its own seed and fold"
-_MACHINE = "how a machine does it"
-_FOUND = "how the data are found; what was found is in their fingerprint"
-_AFTER = "what is done after training"
+_PLACE = "names and locations: a run folder may be moved"
+_RUNS = "selects the runs of one command; each run records its own seed and fold"
+_MACHINE = "affects the machine's work, not its result"
+_FOUND = "selects the source of the data; their fingerprint is compared"
+_AFTER = "affects only what follows training"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,160 +153,136 @@ class Hyperparameter:
 
 
 _H = Hyperparameter
+_path = functools.partial(Hyperparameter, free=_PLACE, path=True)
+_data = functools.partial(Hyperparameter, data=True)
+
+_seed_list = _list_of(_whole(0), "a list of different whole numbers such as 1,2,3")
+_split_list = _list_of(_text, "a list of splits such as [train, validation]")
+_accent_list = _list_of(_text, "a list of accents such as [scotland, ireland]")
+_speed_list = _list_of(_number(0, above=True), "a list of different speed factors such as [0.9, 1.0, 1.1]")
+_attention = _one_of("sdpa", "eager", "flash_attention_2")
 
 # Heading in docs/hyperparameters.md -> its hyperparameters, in the order of the YAML.
 GROUPS = {
     "Names": (
         _H("name", _text, "1e5", "names the results folder", free=_PLACE),
         _H("seed", _whole(0), "3", "for weights, batches, crops, dropout and augmentation"),
-        _H(
-            *("seeds", _or_nothing(_list_of(_whole(0), "a list of different whole numbers such as 1,2,3")), "1,2"),
-            "1,2,3: train with each and summarise",
-            free=_RUNS,
-        ),
+        _H("seeds", _or_nothing(_seed_list), "1,2", "1,2,3: train with each and summarise", free=_RUNS),
     ),
     "Folders": (
-        _H("data_folder", _text, "/x/data", "a DatasetDict on disk; only read", free=_PLACE, path=True),
-        _H(
-            *("prepared_folder", _or_nothing(_text), "/x/prepared", "null: data/prepared/<fingerprint>"),
-            free=_PLACE,
-            path=True,
-        ),
-        _H("output_folder", _text, "/x/out", "of this configuration alone", free=_PLACE, path=True),
-        _H("save_folder", _text, "/x/save", "checkpoints", free=_PLACE, path=True),
-        _H("train_log", _text, "/x/log.txt", "one line per epoch", free=_PLACE, path=True),
+        _path("data_folder", _text, "/x/data", "a DatasetDict on disk; only read"),
+        _path("prepared_folder", _or_nothing(_text), "/x/prepared", "null: data/prepared/<fingerprint>"),
+        _path("output_folder", _text, "/x/out", "used by this configuration only"),
+        _path("save_folder", _text, "/x/save", "checkpoints"),
+        _path("train_log", _text, "/x/log.txt", "one line per epoch"),
         _H("skip_prep", _switch, "True", "True: use prepared_folder as it is", free=_MACHINE),
         _H("overwrite", _switch, "True", "True: delete the run in output_folder and start again", free=_MACHINE),
     ),
     "Data": (
         _H("accents", _list_of(_text, "a list of different accents"), "[wales, us]", "classes, in output order"),
-        _H("data_seed", _whole(0), "3", "for splits, caps and balancing", data=True),
-        _H(
-            *("split", _one_of("speaker", "random", "both"), "random"),
+        _data("data_seed", _whole(0), "3", "for splits, caps and balancing"),
+        _data(
+            "split",
+            _one_of("speaker", "random", "both"),
+            "random",
             "random: leaky, for comparison with others; both: compare",
-            data=True,
         ),
         _H("n_folds", _whole(0), "5", "5: pool all splits and test every speaker once; 0: none"),
         _H("fold", _or_nothing(_whole(1)), "2", "run only this fold, counted from 1", free=_RUNS),
-        _H(
-            *("source_splits", _or_nothing(_list_of(_text, "a list of splits such as [train, validation]")), "[train]"),
-            "splits of data_folder to use; null: all",
-            data=True,
-        ),
-        _H(
-            *("disjoint_sentences", _switch, "False", "False: where all speakers read the same text"),
-            data=True,
-        ),
+        _data("source_splits", _or_nothing(_split_list), "[train]", "splits of data_folder to use; null: all"),
+        _data("disjoint_sentences", _switch, "False", "False: where all speakers read the same text"),
         _H("balance", _one_of(*BALANCES), "none", "how the training set is balanced"),
-        _H(
-            *("max_clips_per_client", _or_nothing(_whole(1)), "null", "so that no speaker dominates; null: no limit"),
-            data=True,
-        ),
-        _H("min_seconds", _number(0), "2", "shorter clips are dropped", data=True),
-        _H("max_seconds", _number(0, above=True), "9.5", "longer clips are dropped", data=True),
+        _data("max_clips_per_client", _or_nothing(_whole(1)), "null", "so that no speaker dominates; null: no limit"),
+        _data("min_seconds", _number(0), "2", "shorter clips are dropped"),
+        _data("max_seconds", _number(0, above=True), "9.5", "longer clips are dropped"),
         _H(
             *("max_unreadable_fraction", _SHARE, "0", "stop if more files are broken"),
             free=_FOUND,
             was="max_unreadable_share",
         ),
-        _H(
-            *("valid_fraction", _number(0, 0.5, above=True), "0.2", "of speakers, if the data have no such split"),
-            data=True,
+        _data(
+            "valid_fraction", _number(0, 0.5, above=True), "0.2", "fraction of speakers, if the data lack this split"
         ),
-        _H(
-            *("test_fraction", _number(0, 0.5, above=True), "0.2", "of speakers, if the data have no such split"),
-            data=True,
-        ),
+        _data("test_fraction", _number(0, 0.5, above=True), "0.2", "fraction of speakers, if the data lack this split"),
         _H("accent_column", _or_nothing(_text), "7", "column of accents; null: found by its name", free=_FOUND),
         _H("client_column", _or_nothing(_text), "who", "column of speakers", free=_FOUND),
-        _H("sentence_column", _or_nothing(_text), "text", "column of what is said", free=_FOUND),
+        _H("sentence_column", _or_nothing(_text), "text", "column of sentences", free=_FOUND),
         _H("audio_column", _or_nothing(_text), "sound", "column of audio, or of {bytes, path}", free=_FOUND),
         _H("prepare_workers", _or_nothing(_whole(1)), "1", "processes; null: one per core", free=_MACHINE),
         _H(
-            *("method", _one_of("fine_tuning", "logistic_regression"), "logistic_regression"),
+            "method",
+            _one_of("fine_tuning", "logistic_regression"),
+            "logistic_regression",
             "logistic_regression: the frozen baseline",
         ),
     ),
     "Evaluation": (
         _H(
-            *("out_of_set", _or_nothing(_list_of(_text, "a list of accents such as [scotland, ireland]"))),
-            *("[scotland]", "other accents, which should be rejected: [scotland]"),
+            "out_of_set",
+            _or_nothing(_accent_list),
+            "[scotland]",
+            "other accents, which should be rejected: [scotland]",
             free=_AFTER,
         ),
-        _H(
-            *("out_of_set_folder", _or_nothing(_text), "/x/others", "a DatasetDict with them; null: data_folder"),
-            free=_PLACE,
-            path=True,
-        ),
+        _path("out_of_set_folder", _or_nothing(_text), "/x/others", "a DatasetDict with them; null: data_folder"),
         _H(
             *("test_degradations", _switch, "True", "True: also test telephone, 8 kHz, MP3 and noise"),
             free=_AFTER,
             was="bands",
         ),
-        _H(
-            "test_speeds",
-            _list_of(_number(0, above=True), "a list of different speed factors such as [0.9, 1.0, 1.1]"),
-            *("[0.9, 1.0]", "average log-probabilities over these speeds"),
-            free=_AFTER,
-        ),
+        _H("test_speeds", _speed_list, "[0.9, 1.0]", "average log-probabilities over these speeds", free=_AFTER),
     ),
     "Encoder": (
         _H("wav2vec2_hub", _text, "facebook/hubert-base-ls960", "name on the Hub, or folder"),
-        _H(
-            *("wav2vec2_folder", _or_nothing(_text), "/x/cache", "for downloads; null: Hugging Face's cache"),
-            free=_PLACE,
-            path=True,
-        ),
+        _path("wav2vec2_folder", _or_nothing(_text), "/x/cache", "for downloads; null: Hugging Face's cache"),
         _H(
             *("from_bundle", _or_nothing(_text), "/x/bundle", "start from the weights of a bundle or HF classifier"),
             path=True,
         ),
         _H("freeze_wav2vec2", _switch, "True", "True: train only the head"),
         _H("cache_features", _switch, "True", "True: run a frozen encoder once per clip", free=_MACHINE),
-        _H("features_folder", _text, "/x/features", "where cache_features keeps features", free=_PLACE, path=True),
+        _path("features_folder", _text, "/x/features", "where cache_features keeps features"),
         _H("freeze_feature_extractor", _switch, "False", "do not train the convolutions"),
         _H("freeze_layers", _whole(0), "2", "number of lowest transformer layers not trained"),
-        _H("freeze_encoder_steps", _whole(0), "10", "do not train the encoder for so many steps"),
+        _H("freeze_encoder_steps", _whole(0), "10", "first steps in which the encoder is not trained"),
         _H("num_layers", _or_nothing(_whole(1)), "2", "number of lowest layers to keep; null: all"),
         _H("weighted_layers", _or_nothing(_layers), "all", "learned weighted sum of these hidden states"),
         _H(
             *("normalize_layers", _switch, "True", "layer norm of each hidden state before the sum"),
             was="standardise_layers",
         ),
-        _H(
-            *("attn_implementation", _or_nothing(_one_of("sdpa", "eager", "flash_attention_2")), "eager"),
-            "null: the fastest here",
-            free=_MACHINE,
-        ),
+        _H("attn_implementation", _or_nothing(_attention), "eager", "null: the fastest here", free=_MACHINE),
         _H("gradient_checkpointing", _switch, "True", "True: less memory, slower steps", free=_MACHINE),
-        _H("config_overrides", _mapping, "{hidden_dropout: 0.0}", "of the encoder's Hugging Face configuration"),
-        _H("lora_rank", _or_nothing(_whole(1)), "2", "of adapters in a frozen encoder; null: none"),
+        _H(
+            "config_overrides", _mapping, "{hidden_dropout: 0.0}", "changes to the encoder's Hugging Face configuration"
+        ),
+        _H("lora_rank", _or_nothing(_whole(1)), "2", "rank of adapters in a frozen encoder; null: none"),
         _H("lora_alpha", _or_nothing(_number(0, above=True)), "8", "adapter scale times rank; null: twice the rank"),
-        _H("lora_dropout", _number(0, 0.95), "0.1", "of the adapters' input"),
+        _H("lora_dropout", _number(0, 0.95), "0.1", "dropout of the adapters' input"),
     ),
     "Head": (
         _H("projector_size", _or_nothing(_whole(1)), "256", "linear layer before pooling; Hugging Face: 256"),
         _H("projector_activation", _switch, "True", "GELU after it; Hugging Face: none"),
-        _H("pooling", _name_in(POOLINGS), "attentive", "of frames over time"),
-        _H("whitening_passes", _whole(0), "2", "over the training clips, to whiten frozen features"),
-        _H("whitening_shrinkage", _SHARE, "0.5", "of the covariance towards a multiple of identity"),
-        _H("dropout", _number(0, 0.95), "0", "of the head's input"),
+        _H("pooling", _name_in(POOLINGS), "attentive", "pooling of frames over time"),
+        _H("whitening_passes", _whole(0), "2", "passes over the training clips to fit whitening; 0: off"),
+        _H("whitening_shrinkage", _SHARE, "0.5", "of its covariance towards a multiple of identity"),
+        _H("dropout", _number(0, 0.95), "0", "dropout of the head's input"),
     ),
     "Training": (
         _H("number_of_epochs", _whole(1), "2", "at most, see early_stopping"),
-        _H("batch_seconds", _number(0, above=True), "30", "audio in a batch, padding included; fits 16 GB"),
+        _H("batch_seconds", _number(0, above=True), "30", "audio in a batch, including padding; fits 16 GB"),
         _H("crop_seconds", _or_nothing(_number(0.1)), "4", "train on random crops of this length; null: no crops"),
         _H("lr_encoder", _number(0, 1), "1e-4", "peak learning rate of the encoder"),
         _H("lr_head", _number(0, 1, above=True), "1e-3", "peak learning rate of the head and of adapters"),
-        _H("weight_decay", _number(0), "0", "of matrices; biases and norms have none"),
-        _H("warmup_fraction", _SHARE, "0", "of training in which learning rates rise", was="warmup"),
+        _H("weight_decay", _number(0), "0", "for matrices; none for biases and norms"),
+        _H("warmup_fraction", _SHARE, "0", "fraction of training in which learning rates rise", was="warmup"),
         _H("lr_schedule", _one_of("linear", "cosine", "none"), "none", "learning rates after warm-up", was="decay"),
-        _H("max_grad_norm", _number(0, above=True), "2.5", "over all parameters together"),
+        _H("max_grad_norm", _number(0, above=True), "2.5", "maximum norm of the gradient of all parameters"),
         _H("grad_accumulation_factor", _whole(1), "2", "batches per step"),
         _H("label_smoothing", _number(0, 0.9), "0.1", "probability given to the other classes"),
         _H("class_weights", _or_nothing(_weights), "[1, 2, 3]", "balanced: inverse to the number of clips"),
         _H("precision", _one_of("auto", *_PRECISIONS), "bf16", "auto: the fastest here; fp16 needs a GPU"),
-        _H("eval_precision", _one_of(*_PRECISIONS), "bf16", "of validation and test"),
+        _H("eval_precision", _one_of(*_PRECISIONS), "bf16", "for validation and test"),
         _H("selection", _one_of("macro_f1", "loss", "last"), "loss", "which epoch is kept, by validation"),
         _H("early_stopping", _whole(0), "0", "epochs without improvement; 0: never stop early"),
         _H("ckpt_interval_minutes", _whole(0), "0", "also save within an epoch; 0: do not", free=_MACHINE),
@@ -314,11 +291,11 @@ GROUPS = {
     ),
     "Augmentation": (
         _H("augment", _switch, "True", "True: change training waveforms at random"),
-        _H("augment_probability", _SHARE, "1", "of each of the four below; null turns one off"),
-        _H("augment_speed", _or_nothing(_range(0)), "null", "factor"),
-        _H("augment_noise_snr", _or_nothing(_range(-100)), "[0, 5]", "dB"),
-        _H("augment_band", _or_nothing(_range(0)), "[1000, 2000]", "upper edge, hertz"),
-        _H("augment_mask_seconds", _or_nothing(_number(0, above=True)), "0.1", "longest silenced stretch"),
+        _H("augment_probability", _SHARE, "1", "probability of each of the four below; null: off"),
+        _H("augment_speed", _or_nothing(_range(0)), "null", "range of speed factors"),
+        _H("augment_noise_snr", _or_nothing(_range(-100)), "[0, 5]", "range of signal-to-noise ratios, dB"),
+        _H("augment_band", _or_nothing(_range(0)), "[1000, 2000]", "range of the upper cut-off frequency, hertz"),
+        _H("augment_mask_seconds", _or_nothing(_number(0, above=True)), "0.1", "maximum length of a silenced part"),
     ),
 }
 
