@@ -118,7 +118,9 @@ def require_device(device):
         torch.ones(1, device=str(device))
     except (RuntimeError, AssertionError) as error:
         problem = str(error).splitlines()[0]
-        raise ConfigError(f"device {str(device)!r} cannot be used here: {problem}; cpu always can") from None
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used here: {problem}; choose another, such as cpu"
+        ) from None
 
 
 def peak_memory(device):

@@ -21,16 +21,8 @@ class ManifestError(DataError):
     """A manifest (CSV or prepare.json) is missing, damaged or was made from other data."""
 
 
-class AudioError(AccentPluginError):
-    """A clip cannot be used.
-
-    Arguments
-    ---------
-    reason : str
-        Short reason for counting ("undecodable", "empty", "too short", "too long", "non-finite", "silent").
-    message : str
-        Sentence for a person.
-    """
+class _ReasonError(AccentPluginError):
+    """An error with a short reason for counting, besides the message for a person."""
 
     def __init__(self, reason, message):
         super().__init__(message)
@@ -41,20 +33,12 @@ class AudioError(AccentPluginError):
         return type(self), (self.reason, str(self))
 
 
-class LimitError(AccentPluginError):
-    """A request exceeds a limit of the server.
+class AudioError(_ReasonError):
+    """A clip cannot be used: "undecodable", "empty", "too short", "too long", "non-finite" or "silent"."""
 
-    Arguments
-    ---------
-    reason : str
-        "bytes", "files", "seconds", "busy" or "time".
-    message : str
-        Sentence for a person.
-    """
 
-    def __init__(self, reason, message):
-        super().__init__(message)
-        self.reason = reason
+class LimitError(_ReasonError):
+    """A request exceeds a limit of the server: "bytes", "files", "seconds", "busy" or "time"."""
 
 
 class EncoderError(AccentPluginError):

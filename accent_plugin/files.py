@@ -33,7 +33,7 @@ def writable_folder(folder, argument):
     except OSError as error:
         remedy = f"choose another {argument}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "make room and run the same command again: what is finished is kept"
+            remedy = "free disk space and run the same command again: finished work is kept"
         raise DataError(f"{folder} cannot be written: {error.strerror or error}\n{remedy}") from error
 
 
@@ -56,7 +56,7 @@ def atomic_folder(folder, files):
             (aside / name).unlink(missing_ok=True)
         aside.rmdir()
     if aside.exists():
-        logger.warning("%s has been replaced; what else it held is in %s", folder, aside)
+        logger.warning("%s was replaced; its other files are in %s", folder, aside)
 
 
 def _take_place(new, folder, aside):
@@ -82,17 +82,17 @@ def lock(folder, name=".lock", wait=True):
     from filelock import FileLock, Timeout
 
     # A killed process would leave the file of a soft lock behind.
-    held = FileLock(folder / name, fallback_to_soft=False)
+    file_lock = FileLock(folder / name, fallback_to_soft=False)
     try:
-        held.acquire(blocking=False)
+        file_lock.acquire(blocking=False)
     except Timeout:
         if not wait:
             raise BlockingIOError(f"{folder} is locked") from None
-        logger.info("another process works in %s: waiting for it", folder)
-        held.acquire()
+        logger.info("another process uses %s: waiting for it", folder)
+        file_lock.acquire()
     except OSError as error:
         logger.warning("%s cannot be locked (%s): do not run two processes in it at once", folder, error)
     try:
         yield
     finally:
-        held.release()
+        file_lock.release()

@@ -57,7 +57,7 @@ def inject(blocks, targets, rank, alpha=None, dropout=0.0):
     if not 0 <= dropout < 1:
         raise EncoderError(f"lora_dropout is {dropout}; it should be at least 0 and below 1")
     if not len(blocks):
-        raise EncoderError("freeze_layers leaves no layer that adapters could be put into")
+        raise EncoderError("freeze_layers leaves no layer for the adapters of lora_rank")
     if not targets:
         raise EncoderError("this family of encoders has no lora_targets: set lora_rank to None")
     peft = require_peft()

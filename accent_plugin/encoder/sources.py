@@ -66,9 +66,8 @@ def local_folder(source, save_path=None):
     except Exception as error:
         # huggingface_hub raises its own errors, httpx's and OSError; for a user, all mean the same.
         raise EncoderError(
-            f"{source} is neither a local folder nor to be had from the Hugging Face Hub "
-            f"({type(error).__name__}); without a network, give a folder that holds it, "
-            f"or fetch it first where there is one: hf download {source}"
+            f"{source} is no local folder and cannot be downloaded from the Hugging Face Hub ({type(error).__name__}); "
+            f"without a network, give its folder, or download it elsewhere first: hf download {source}"
         ) from error
 
 

@@ -27,11 +27,8 @@ def layer_means(encoder, loader, device="cpu", progress=True):
     Arguments
     ---------
     encoder : accent_plugin.encoder.base.InvariantEncoder
-    loader : torch.utils.data.DataLoader
-        Loads a `ClipDataset` without crops or augmentation.
-    device : str or torch.device
-    progress : bool
-        Whether to draw a progress bar on stderr.
+    loader, device, progress
+        As in `accent_plugin.training.feature_cache.encode`.
 
     Returns
     -------
@@ -46,12 +43,7 @@ def layer_means(encoder, loader, device="cpu", progress=True):
 
 
 def require_all(lost):
-    """Raise an error if any clip could not be read; `lost` is {id: reason}.
-
-    Raises
-    ------
-    DataError
-    """
+    """Raise a DataError if any clip could not be read; `lost` is {id: reason}."""
     if lost:
         raise DataError("; ".join(f"{name}: {why}" for name, why in lost.items()) + "\nprepare the data again")
 

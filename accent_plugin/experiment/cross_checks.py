@@ -14,12 +14,12 @@ def _trouble_with_adapters(values):
 
     if values["lora_rank"] is None:
         if values["lora_alpha"] is not None or values["lora_dropout"]:
-            yield "lora_alpha and lora_dropout are of adapters, but there are none: give lora_rank"
+            yield "lora_alpha or lora_dropout is given, but there are no adapters: give lora_rank"
         return
     if values["freeze_wav2vec2"] or not values["freeze_feature_extractor"]:
         yield (
-            "lora_rank trains adapters in an encoder whose own weights are all frozen: freeze_wav2vec2 must be False "
-            "and freeze_feature_extractor True"
+            "lora_rank freezes the encoder's own weights and trains adapters: freeze_wav2vec2 must be False and "
+            "freeze_feature_extractor True"
         )
     if values["freeze_layers"] == values["num_layers"]:
         yield f"freeze_layers {values['freeze_layers']} leaves no layer for the adapters of lora_rank"
@@ -36,11 +36,11 @@ def _trouble_with_features(values):
     if not values["cache_features"] or values["method"] != "fine_tuning":
         return
     if not values["freeze_wav2vec2"]:
-        yield "cache_features keeps what an encoder makes of a clip: it needs freeze_wav2vec2 True"
+        yield "cache_features caches the output of a frozen encoder: freeze_wav2vec2 must be True"
     if values["pooling"] != "mean" or values["projector_activation"]:
-        yield "cache_features keeps means over a clip: pooling must be mean and projector_activation False"
+        yield "cache_features caches the mean over a clip: pooling must be mean and projector_activation False"
     if values["augment"] or values["crop_seconds"] is not None:
-        yield "cache_features keeps whole clips as they are: augment must be False and crop_seconds null"
+        yield "cache_features caches features of whole, unchanged clips: augment must be False and crop_seconds null"
 
 
 def contradictions(values, run_opts):
@@ -51,20 +51,20 @@ def contradictions(values, run_opts):
 
     problems = []
     if len(values["accents"]) < 2:
-        problems.append(f"accents is {values['accents']}; there is nothing to tell apart")
+        problems.append(f"accents is {values['accents']}: give at least two")
     if values["n_folds"] in (1, 2):
         problems.append(
             f"n_folds is {values['n_folds']}; give 0 for none, or at least 3: one part tests, one validates"
         )
     if values["fold"] is not None and values["fold"] > values["n_folds"]:
-        problems.append(f"fold {values['fold']} was asked for, but n_folds is {values['n_folds']}")
+        problems.append(f"fold is {values['fold']}, but n_folds is {values['n_folds']}")
     if values["split"] == "both" and (values["seeds"] or values["skip_prep"] or values["fold"]):
-        problems.append("split both compares two runs: seeds, fold and skip_prep do not go with it")
+        problems.append("split both compares two runs: it cannot be combined with seeds, fold or skip_prep")
     both = sorted(set(values["accents"]) & set(values["out_of_set"] or ()))
     if both:
         problems.append(f"{', '.join(both)} cannot be in accents and in out_of_set")
     if values["out_of_set_folder"] is not None and values["out_of_set"] is None:
-        problems.append("out_of_set_folder is given, but out_of_set does not say which accents to score")
+        problems.append("out_of_set_folder is given without out_of_set, which lists the accents to score")
     if values["method"] != "fine_tuning" and (values["test_degradations"] or values["out_of_set"] or values["seeds"]):
         problems.append(f"method {values['method']} has no test_degradations, out_of_set or seeds")
     if values["min_seconds"] >= values["max_seconds"]:
@@ -72,7 +72,7 @@ def contradictions(values, run_opts):
     longest = min(values["max_seconds"], values["crop_seconds"] or math.inf)
     if values["batch_seconds"] < longest:
         problems.append(
-            f"batch_seconds {values['batch_seconds']:g} holds no clip of {longest:g} s, which max_seconds and "
+            f"batch_seconds {values['batch_seconds']:g} is less than one clip of {longest:g} s, which max_seconds and "
             "crop_seconds allow"
         )
     if isinstance(values["class_weights"], list) and len(values["class_weights"]) != len(values["accents"]):
@@ -80,24 +80,26 @@ def contradictions(values, run_opts):
     if values["balance"] == "sampler" and values["class_weights"] == "balanced":
         problems.append("balance sampler and class_weights balanced would correct the same imbalance twice")
     if values["valid_fraction"] + values["test_fraction"] >= 1:
-        problems.append("valid_fraction and test_fraction leave nothing to train on")
+        problems.append("valid_fraction and test_fraction leave no speakers to train on")
     if values["freeze_wav2vec2"] and (values["freeze_layers"] or values["freeze_encoder_steps"]):
         problems.append("freeze_wav2vec2 freezes the whole encoder: freeze_layers and freeze_encoder_steps must be 0")
     if values["freeze_wav2vec2"] and values["gradient_checkpointing"]:
-        problems.append("gradient_checkpointing is for the encoder's backward pass, and freeze_wav2vec2 leaves it none")
+        problems.append("gradient_checkpointing is given, but with freeze_wav2vec2 the encoder has no backward pass")
     if values["num_layers"] is not None and values["freeze_layers"] > values["num_layers"]:
         problems.append(f"freeze_layers {values['freeze_layers']} is more than num_layers {values['num_layers']}")
     dropped = [key for key in ("layerdrop", "encoder_layerdrop") if values["config_overrides"].get(key)]
     if dropped and values["weighted_layers"] is not None:
-        problems.append(f"weighted_layers sums what {dropped[0]} leaves out at random: give one of them alone")
+        problems.append(f"weighted_layers needs all layers, but {dropped[0]} drops some at random: give one of them")
     problems += _trouble_with_adapters(values)
     problems += _trouble_with_features(values)
     if values["selection"] == "last" and values["early_stopping"]:
-        problems.append("selection last takes the last epoch, whatever it is: early_stopping must be 0")
+        problems.append("selection last keeps the last epoch, not the best: early_stopping must be 0")
     if values["whitening_passes"] and not values["freeze_wav2vec2"]:
-        problems.append("whitening_passes whitens features that do not move: it needs freeze_wav2vec2 True")
+        problems.append("whitening_passes needs a frozen encoder: freeze_wav2vec2 must be True")
     if values["whitening_passes"] and values["projector_size"] is not None:
-        problems.append("whitening_passes needs features that do not move: projector_size must be null")
+        problems.append(
+            "whitening_passes needs fixed features, but a projector is trained: projector_size must be null"
+        )
     if run_opts.ckpt_interval_steps and values["ckpt_interval_minutes"]:
         problems.append("ckpt_interval_steps and ckpt_interval_minutes were both given: leave one out")
     # With several processes, each one uses its own GPU.
@@ -112,7 +114,7 @@ def contradictions(values, run_opts):
     if values["overwrite"] and run_opts.test_only:
         problems.append("overwrite deletes the run that test_only would evaluate: give one of the two")
     if values["skip_prep"] and values["prepared_folder"] is None:
-        problems.append("skip_prep is True, but prepared_folder does not say what to take")
+        problems.append("skip_prep is True, but prepared_folder is not given")
     if values["augment"] and not any(
         values[f"augment_{kind}"] for kind in ("speed", "noise_snr", "band", "mask_seconds")
     ):

@@ -20,7 +20,7 @@ def predict(brain, clips, loading, speeds=(1.0,), degrade=None, temperature=1.0)
     clips : sequence of accent_plugin.data.manifests.Clip
     loading : LoadingOptions
     speeds : sequence of float
-        Speed factors; log-probabilities are averaged over the copies of a clip.
+        Speed factors; log-probabilities are averaged over the copies of a clip and normalised again.
     degrade : callable
         One of `accent_plugin.audio.degradations.DEGRADATIONS`; None leaves the clips unchanged.
     temperature : float
@@ -31,7 +31,6 @@ def predict(brain, clips, loading, speeds=(1.0,), degrade=None, temperature=1.0)
     clips : list of accent_plugin.data.manifests.Clip
         In the given order. With `--debug`, only the clips of some batches.
     log_probabilities : (clips, classes) np.ndarray
-        Means over the copies of a clip, normalised again.
     """
     copies = []
     for speed in speeds:

@@ -42,14 +42,7 @@ def describe_data(prepared, fold=None):
 
 
 def describe_model(model, values):
-    """Describe the model for a report: its parts, their sizes and the hyperparameters.
-
-    Arguments
-    ---------
-    model : accent_plugin.model.AccentModel
-    values : dict
-        From `accent_plugin.experiment.settings.Settings.values`.
-    """
+    """Describe an `AccentModel` for a report: its parts, their sizes and the hyperparameters in `values`."""
     start = {} if values["from_bundle"] is None else {"from_bundle": start_identity(values["from_bundle"])}
     return {
         "encoder": encoder_name(values),

@@ -12,7 +12,7 @@ from speechbrain import Stage
 from speechbrain.utils.distributed import infer_device
 from tqdm import tqdm
 
-from accent_plugin import devices
+from accent_plugin import devices, files
 from accent_plugin.audio.degradations import DEGRADATIONS
 from accent_plugin.bundle.write import write_bundle
 from accent_plugin.data.manifests import load_prepared, read_manifest
@@ -67,12 +67,11 @@ class Run:
         Split -> sequence of accent_plugin.data.manifests.Clip.
     brain : AccentBrain
         None once the run is finished.
-    calibration : dict
-        From `accent_plugin.evaluation.calibration.describe_calibration`.
+    calibration, metrics : dict
+        From `accent_plugin.evaluation.calibration.describe_calibration`, and the content of metrics.json (None except
+        in the first process).
     predictions : accent_plugin.evaluation.predictions.ScoredClips
         Predictions of the test split.
-    metrics : dict
-        The content of metrics.json; None in all processes except the first.
     """
 
     def __init__(self, settings, fold=None, command=""):
@@ -122,9 +121,9 @@ class Run:
         """Return the training precision; "auto" is that of the resumed run, or else the fastest on this device."""
         if self.values["precision"] != "auto":
             return self.values["precision"]
-        begun = None if overwrite else run_folder.begun(self.folder)
+        resumed = None if overwrite else run_folder.read_identity(self.folder)
         device = self.settings.run_opts.device or infer_device()
-        return (begun or {}).get("precision") or devices.fastest_precision(device)
+        return (resumed or {}).get("precision") or devices.fastest_precision(device)
 
     def _claim(self, owned, overwrite):
         owned.enter_context(run_folder.claimed(self.folder))
@@ -153,7 +152,7 @@ class Run:
         Raises
         ------
         DataError
-            When another process cannot read the prepared data.
+            If another process cannot read the prepared data.
         """
         self.prepared = _prepare(prepare, preparation)
         self.outsiders = _prepare(prepare, self.settings.outsiders()) if outsiders else None
@@ -195,7 +194,7 @@ class Run:
             return
         taken, new = initialise_head(self.brain.hparams.model, self.loading.accents, source)
         parts = ("encoder, " + ", ".join(taken)).rstrip(", ")
-        logger.info("from %s: %s; anew: %s", source, parts, ", ".join(new) or "nothing")
+        logger.info("from %s: %s; newly initialised: %s", source, parts, ", ".join(new) or "nothing")
 
     # Evaluation
 
@@ -218,8 +217,8 @@ class Run:
         notes = [*self.prepared.warnings, *unread_notes(self.brain.unread[Stage.TEST])]
         outside = degraded = None
         if self.outsiders is not None:
-            heard, log_probabilities = self._predict(read_manifest(self.outsiders.paths()["test"]))
-            outside = out_of_set_scores(self.predictions, log_probabilities, [clip.accent for clip in heard])
+            outside_clips, log_probabilities = self._predict(read_manifest(self.outsiders.paths()["test"]))
+            outside = out_of_set_scores(self.predictions, log_probabilities, [clip.accent for clip in outside_clips])
         if self.values["evaluation"]["bands"]:
             degraded = {
                 name: as_predictions(*self._predict(clips, degrade), accents) for name, degrade in DEGRADATIONS.items()
@@ -242,12 +241,7 @@ class Run:
         self.metrics = write_run_report(self.folder, self.predictions, **parts)
 
     def bundle(self, folder=None):
-        """Write the best epoch's model as a bundle, after `calibrate`; None writes to `bundle` in the run's folder.
-
-        Returns
-        -------
-        Path
-        """
+        """Write the best epoch's model as a bundle, after `calibrate`; None writes to `bundle` in the run's folder."""
         folder = Path(folder or self.folder / "bundle")
         written = write_bundle(
             folder,
@@ -293,7 +287,8 @@ class Run:
         )
         trials_file = Path(self.values["save_folder"]) / "trials.json"
         trials_file.parent.mkdir(parents=True, exist_ok=True)
-        trials_file.write_text(json.dumps(trials, indent=1), encoding="utf-8")
+        with files.atomic_write(trials_file) as file:
+            json.dump(trials, file, indent=1)
         log_probabilities = classifier.predict_log_proba(means["test"][:, layer])
         self.predictions = as_predictions(self.clips["test"], log_probabilities, accents)
         fitted = {"pooling": "mean", "layer": layer, "trained_parameters": classifier[-1].coef_.size}
@@ -322,13 +317,7 @@ def _prepare(prepare, arguments):
 
 
 def require_checkpoint(save_folder):
-    """Raise an error if there are no trained weights to evaluate.
-
-    Raises
-    ------
-    ConfigError
-        If the folder contains no checkpoint.
-    """
+    """Raise a ConfigError if there are no trained weights to evaluate."""
     if not any(Path(save_folder).glob("CKPT*/CKPT.yaml")):
         raise ConfigError(
             f"test_only is True, but there is no checkpoint in {save_folder}: "
@@ -365,7 +354,7 @@ def _fit_whitening(brain, loader, passes, shrinkage):
 
 
 def export(folder, out=None, device="cpu"):
-    """Write the bundle of a finished run again, for example of a fold.
+    """Write the bundle of a finished run again, for example of a fold, and return its folder.
 
     Arguments
     ---------
@@ -374,10 +363,6 @@ def export(folder, out=None, device="cpu"):
     out : str or Path
         None writes to `bundle` in `folder`.
     device : str
-
-    Returns
-    -------
-    Path
 
     Raises
     ------

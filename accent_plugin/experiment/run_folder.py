@@ -38,8 +38,8 @@ _SOMETIMES = {*_OF_DATA, "number_of_epochs", "wav2vec2_hub"}
 _FREE_IN_TESTS = {"eval_precision", "batch_seconds", "batches_per_step"}
 
 _WEIGHTS = (".safetensors", ".bin", ".ckpt")
-_WAYS_OUT = "choose another --output_folder, or delete that run and begin anew with --overwrite True"
-_WAYS_OUT_OF_A_TEST = "give what it was trained with, or the --output_folder of the run that you mean"
+_WAYS_OUT = "choose another --output_folder, or delete that run and start again with --overwrite True"
+_WAYS_OUT_OF_A_TEST = "give the values it was trained with, or the --output_folder of another run"
 
 # Checkpoints, which mark a folder as containing trained weights.
 _CHECKPOINTS = "CKPT*/CKPT.yaml"
@@ -57,21 +57,16 @@ _GENERATED = "# Generated "
 
 
 def run_identity(values, fold=None, processes=1):
-    """Select the hyperparameters that decide what is trained.
+    """Select the hyperparameters that decide what is trained, as JSON values.
 
     Arguments
     ---------
     values : dict
-        Every plain value of the YAML, from `accent_plugin.experiment.settings.Settings.values`.
+        From `accent_plugin.experiment.settings.Settings.values`.
     fold : int
         Counted from 1; None without folds.
     processes : int
         Number of processes. A run may resume with fewer processes and proportionally more batches per step.
-
-    Returns
-    -------
-    dict
-        Values that JSON can store.
     """
     # Compare unknown values too: objects of the YAML may be built from values that a user added.
     chosen = {
@@ -108,17 +103,7 @@ def _source(source):
 
 
 def data_fingerprint(paths):
-    """Compute a digest of the clips, accents and splits of manifests; paths and times have no effect.
-
-    Arguments
-    ---------
-    paths : dict
-        Split -> CSV, from `accent_plugin.data.manifests.Prepared.paths`.
-
-    Returns
-    -------
-    str
-    """
+    """Digest of the clips, accents and splits of manifests, {split: CSV}; paths and times have no effect."""
     return _digest(part for split, path in sorted(paths.items()) for part in (split.encode(), Path(path).read_bytes()))
 
 
@@ -131,25 +116,24 @@ def _digest(parts):
 
 
 def differences(made, now):
-    """Make one line for each hyperparameter that differs from the folder's.
+    """Describe each hyperparameter that differs from the folder's in one line.
 
     A hyperparameter that the folder lacks was added later and counts as equal; otherwise no older run could resume
-    after an update. A hyperparameter of the folder that is unknown now counts as a difference, because this version
-    would ignore it.
+    after an update. One that is unknown now counts as a difference, because this version would ignore it.
     """
     lines = []
     for key in sorted(made):
         if key in now and made[key] != now[key]:
-            lines.append(f"{key}: {_shown(made[key])} in the folder, {_shown(now[key])} now")
+            lines.append(f"{key}: {_format(made[key])} in the folder, {_format(now[key])} now")
         elif key not in now and key not in _SOMETIMES:
-            lines.append(f"{key}: {_shown(made[key])} in the folder, unknown to this version and YAML")
+            lines.append(f"{key}: {_format(made[key])} in the folder, unknown to this version and YAML")
     return lines
 
 
-def _shown(value):
+def _format(value):
     """Format a value as typed on the command line."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(_format, value))}]"
     return "null" if value is None else str(value)
 
 
@@ -168,10 +152,9 @@ def begin(folder, identity, data, *, save_folder, test_only=False):
     data : str
         From `data_fingerprint`. None while the data are unknown; nothing is written then.
     save_folder : str or Path
-        Where the checkpoints are.
+        Folder of the checkpoints.
     test_only : bool
-        True evaluates without training: nothing is written, and hyperparameters that affect only memory and precision
-        may differ.
+        Write nothing, and let hyperparameters differ that affect only memory and precision.
 
     Raises
     ------
@@ -182,20 +165,20 @@ def begin(folder, identity, data, *, save_folder, test_only=False):
     ways_out = _WAYS_OUT_OF_A_TEST if test_only else _WAYS_OUT
     made = _read(folder / IDENTITY_FILE, ways_out)
     if made is None and any(Path(save_folder).glob(_CHECKPOINTS)):
-        unknown = f"{save_folder} holds checkpoints, but {folder} no {IDENTITY_FILE} that says how they were trained"
+        unknown = f"{save_folder} has checkpoints, but {folder} has no {IDENTITY_FILE} with their hyperparameters"
         if not test_only:
             raise ConfigError(f"{unknown}\n{ways_out}")
-        logger.warning("%s: taking them for a run with these hyperparameters", unknown)
-    if made is not None and _holds_work(folder, Path(save_folder)):
+        logger.warning("%s: assuming the present hyperparameters", unknown)
+    if made is not None and _has_weights(folder, Path(save_folder)):
         free = _FREE_IN_TESTS if test_only else ()
         lines = differences({key: value for key, value in made["values"].items() if key not in free}, identity)
         if data is not None and data != made["data"]:
-            lines.append("the data: other clips or another split than it was trained on")
+            lines.append("the data: the clips or their split differ from those it was trained on")
         if lines:
             raise ConfigError("\n  ".join([f"{folder} belongs to another configuration:", *lines]) + f"\n{ways_out}")
-        unsaid = sorted(identity.keys() - made["values"].keys() - _SOMETIMES)
-        if unsaid:
-            logger.warning("%s does not name %s: taken as now", folder / IDENTITY_FILE, ", ".join(unsaid))
+        absent = sorted(identity.keys() - made["values"].keys() - _SOMETIMES)
+        if absent:
+            logger.warning("%s lacks %s: assuming the present values", folder / IDENTITY_FILE, ", ".join(absent))
         identity = made["values"] | identity
     wanted = {"data": data, "values": identity}
     if data is not None and not test_only and made != wanted:
@@ -204,7 +187,7 @@ def begin(folder, identity, data, *, save_folder, test_only=False):
             file.write("\n")
 
 
-def begun(folder):
+def read_identity(folder):
     """Return the `run_identity` of the run in a folder; None if there is none or it cannot be read."""
     try:
         made = _read(Path(folder) / IDENTITY_FILE, "")
@@ -223,11 +206,11 @@ def _read(path, ways_out):
     except (ValueError, RecursionError, IsADirectoryError) as error:
         raise ConfigError(f"{path} is damaged ({error})\n{ways_out}") from None
     if not isinstance(made, dict) or not isinstance(made.get("values"), dict) or not isinstance(made.get("data"), str):
-        raise ConfigError(f"{path} is damaged (it does not hold values and data)\n{ways_out}")
+        raise ConfigError(f"{path} is damaged (it lacks values or data)\n{ways_out}")
     return made | {"values": {RENAMED.get(key, key): value for key, value in made["values"].items()}}
 
 
-def _holds_work(folder, save_folder):
+def _has_weights(folder, save_folder):
     """Whether the folder has trained weights; after a first attempt without any, batch_seconds may still change."""
     from accent_plugin.report.write import METRICS_FILE
 
@@ -254,11 +237,11 @@ def claimed(folder):
             stack.enter_context(files.lock(folder, LOCK_FILE, wait=False))
         except BlockingIOError:
             raise ConfigError(
-                f"{folder} is in use by {_holder(folder)}\n"
-                "wait until it has ended, end it there, or choose another --output_folder"
+                f"{folder} is in use by {_holder(folder)}\nwait for it, stop it, or choose another --output_folder"
             ) from None
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        (folder / HOLDER_FILE).write_text(json.dumps(me), encoding="utf-8")
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with files.atomic_write(folder / HOLDER_FILE) as file:
+            json.dump(holder, file)
         _sweep(folder)
         yield folder
 
@@ -268,7 +251,7 @@ def _sweep(folder):
     for left in folder.glob(".bundle.[0-9]*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
     with contextlib.suppress(OSError):
-        for left in folder.glob(f".{IDENTITY_FILE}.*.tmp"):
+        for left in (*folder.glob(f".{IDENTITY_FILE}.*.tmp"), *folder.glob(f".{HOLDER_FILE}.*.tmp")):
             left.unlink()
     # Bundles that another was about to replace; foreign files in them stay.
     for left in folder.glob(".bundle.[0-9]*.old"):
@@ -281,8 +264,8 @@ def _sweep(folder):
 def _holder(folder):
     """Name the process that holds a folder's lock."""
     try:
-        held_by = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
-        return "process {pid} on {host}, since {since}".format_map(held_by)
+        holder = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
+        return "process {pid} on {host}, since {since}".format_map(holder)
     except (OSError, ValueError, KeyError, TypeError):
         # The process has the lock, but has not written its name yet.
         return "another process"
@@ -300,22 +283,22 @@ def clear(folder, save_folder, train_log):
     Arguments
     ---------
     folder : str or Path
-        Claimed by this process.
+        Locked by this process.
     save_folder, train_log : str or Path
         Values of these hyperparameters.
 
     Returns
     -------
     list of str
-        Paths, relative to `folder` if they are inside it.
+        Relative to `folder` if they are inside it.
 
     Raises
     ------
     ConfigError
-        When the checkpoints are behind a link in the folder: they may belong to another run.
+        If the checkpoints are behind a link in the folder: they may belong to another run.
     """
     folder, save_folder, train_log = (Path(path).absolute() for path in (folder, save_folder, train_log))
-    if _led_out(save_folder, folder):
+    if _is_outside(save_folder, folder):
         raise ConfigError(
             f"{save_folder} is a link to {save_folder.resolve()}, where --overwrite True deletes nothing\n"
             "remove that link, give that folder as --save_folder, or choose another --output_folder"
@@ -333,7 +316,7 @@ def clear(folder, save_folder, train_log):
     paths += [folder / name for name in ("log.txt", "env.log", "hyperparams.yaml", IDENTITY_FILE)]
     deleted = _clear_report(folder / "report")
     for path in paths:
-        if not _led_out(path.parent, folder) and _delete(path, path in checkpoints):
+        if not _is_outside(path.parent, folder) and _delete(path, path in checkpoints):
             deleted.append(str(path.relative_to(folder) if path.is_relative_to(folder) else path))
     for place in (bundle, tensorboard, save_folder):
         with contextlib.suppress(OSError):
@@ -354,7 +337,7 @@ def _delete(path, with_content):
     return True
 
 
-def _led_out(path, folder):
+def _is_outside(path, folder):
     """Whether a path inside a folder leads outside through a link."""
     return path.is_relative_to(folder) and not path.resolve().is_relative_to(folder.resolve())
 

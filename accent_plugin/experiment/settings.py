@@ -61,7 +61,7 @@ class Settings:
 
     @functools.cached_property
     def values(self):
-        """Return every plain value of the YAML after the overrides, under its present name."""
+        """All plain values of the YAML after the overrides, under their present names."""
         values = _plain(_read_yaml(self.hparams_file), self.overrides)
         return values | {key: getattr(self.run_opts, key) for key in _SHARED & self.run_opts.overridden_args}
 
@@ -108,7 +108,7 @@ class Settings:
         return preparation | {"prepared_folder": prepared_folder}
 
     def outsiders(self):
-        """Return the same for speech of accents outside the classes; None if `out_of_set` is not used."""
+        """Return the arguments of the preparation of accents outside the classes; None if `out_of_set` is not used."""
         if self.values["out_of_set"] is None:
             return None
         folder = self.values["out_of_set_folder"] or self.values["data_folder"]
@@ -262,11 +262,6 @@ def _read_yaml(hparams_file):
 
 def read_overlay(hparams_file):
     """Follow `base:` from an overlay to a complete YAML.
-
-    Arguments
-    ---------
-    hparams_file : str or Path
-        An overlay or a complete YAML.
 
     Returns
     -------

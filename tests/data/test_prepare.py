@@ -696,7 +696,7 @@ def test_a_full_disk_keeps_what_was_written(corpus, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(codecs, "write", full)
         with pytest.raises(
-            DataError, match="out cannot be written: No space left on device\nmake room and run the same"
+            DataError, match="out cannot be written: No space left on device\nfree disk space and run the same"
         ):
             prepare(corpus, tmp_path / "out")
     kept = {path: os.stat(path).st_mtime_ns for path in written}

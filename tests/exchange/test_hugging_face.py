@@ -274,7 +274,7 @@ def test_code_in_a_checkpoint_is_not_executed(spoilt, tmp_path):
 
 
 def test_a_name_on_the_hub_needs_a_network():
-    with pytest.raises(EncoderError, match="nor to be had from the Hugging Face Hub .*hf download some/classifier"):
+    with pytest.raises(EncoderError, match="cannot be downloaded from .*hf download some/classifier"):
         from_hugging_face("some/classifier")
 
 
@@ -686,7 +686,7 @@ def test_evaluate_needs_labels_for_unknown_class_names(by_trainer, labelled, run
 
 def test_evaluate_needs_a_network_for_a_name_on_the_hub(labelled, run):
     code, _, stderr = run("evaluate", "--model", "somebody/accents", "--data", labelled)
-    assert code == 2 and "somebody/accents is neither a local folder nor to be had from the Hugging Face Hub" in stderr
+    assert code == 2 and "somebody/accents is no local folder and cannot be downloaded from" in stderr
 
 
 def test_an_unknown_device_is_an_error(exported, run, tmp_path):

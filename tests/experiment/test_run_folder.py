@@ -1,4 +1,4 @@
-"""A run folder: which configuration it belongs to, which process works in it, and what is deleted to begin anew."""
+"""A run folder: which configuration it belongs to, which process works in it, and what is deleted to start again."""
 
 import contextlib
 import errno
@@ -186,8 +186,8 @@ def test_every_difference_is_told_with_both_ways_out(trained):
         "  accents: [us, england] in the folder, [england, us] now",
         "  lora_rank: null in the folder, 4 now",
         "  lr_head: 0.0001 in the folder, 0.001 now",
-        "  the data: other clips or another split than it was trained on",
-        "choose another --output_folder, or delete that run and begin anew with --overwrite True",
+        "  the data: the clips or their split differ from those it was trained on",
+        "choose another --output_folder, or delete that run and start again with --overwrite True",
     ]
 
 
@@ -267,10 +267,10 @@ def test_a_damaged_file_is_named_with_both_ways_out(trained, text):
 
 
 def test_what_a_run_was_begun_with_can_be_read(trained, tmp_path):
-    assert run_folder.begun(trained) == NOW
-    assert run_folder.begun(tmp_path / "nowhere") is None
+    assert run_folder.read_identity(trained) == NOW
+    assert run_folder.read_identity(tmp_path / "nowhere") is None
     (trained / "run.json").write_text("{")
-    assert run_folder.begun(trained) is None
+    assert run_folder.read_identity(trained) is None
 
 
 # ---- claimed
@@ -375,6 +375,7 @@ def test_a_file_in_the_folders_place_is_the_systems_answer(tmp_path):
 
 def test_what_a_killed_process_has_left_is_removed(tmp_path):
     write(tmp_path, ".bundle.7.tmp/config.json", ".run.json.7.tmp", ".bundle.7.old/config.json", "bundle/config.json")
+    write(tmp_path, f".{HOLDER_FILE}.7.tmp")
     with run_folder.claimed(tmp_path):
         assert files(tmp_path) == {LOCK_FILE, HOLDER_FILE, "bundle/config.json"}
     assert not (tmp_path / ".bundle.7.old").exists()
