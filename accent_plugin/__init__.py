@@ -4,14 +4,7 @@ __version__ = "0.2.0"
 
 
 def lazy_names(package, homes):
-    """Make the `__getattr__` of a package that imports its names lazily, on first access.
-
-    Arguments
-    ---------
-    package : str
-    homes : dict
-        Name -> module that defines it.
-    """
+    """Make the `__getattr__` of a package that imports names on first access; `homes` is {name: defining module}."""
     import importlib
 
     def find(name):

@@ -52,11 +52,7 @@ def exact_fp32():
 
 
 def fastest_precision(device):
-    """Choose a precision for training.
-
-    Arguments
-    ---------
-    device : str or torch.device
+    """Choose a precision for training on a device.
 
     Returns
     -------
@@ -107,12 +103,7 @@ def bf16_is_faster(device_type):
 
 
 def require_device(device):
-    """Raise an error if torch cannot use a device, before anything is loaded.
-
-    Raises
-    ------
-    ConfigError
-    """
+    """Raise a ConfigError if torch cannot use a device, before anything is loaded."""
     try:
         # Run a kernel: PyTorch can allocate memory even on a GPU that it was not compiled for.
         torch.ones(1, device=str(device))
@@ -124,18 +115,10 @@ def require_device(device):
 
 
 def peak_memory(device):
-    """Return the peak memory.
+    """Peak memory in bytes; None on Windows, where it is not available.
 
-    Arguments
-    ---------
-    device : torch.device or str
-        On a GPU, the memory of tensors since training began. Otherwise, all memory of this process since its start,
-        without the processes that load its audio.
-
-    Returns
-    -------
-    int
-        Bytes; None on Windows, where it is not available.
+    On a GPU, it is the memory of tensors since training began. Otherwise, it is all memory of this process since its
+    start, without the processes that load its audio.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)

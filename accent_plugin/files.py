@@ -74,10 +74,7 @@ def _take_place(new, folder, aside):
 def lock(folder, name=".lock", wait=True):
     """Lock ``folder`` for one process; the lock ends with the process, and a forked child does not inherit it.
 
-    Raises
-    ------
-    BlockingIOError
-        When another process has the lock and ``wait`` is False.
+    If another process has the lock, wait for it, or raise a BlockingIOError if ``wait`` is False.
     """
     from filelock import FileLock, Timeout
 

@@ -131,14 +131,9 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def fit(self, vectors, labels, shrinkage=0.1):
-        """Fit mean and transform to examples.
+        """Fit mean and transform to (examples, features) vectors and (examples,) labels of int64.
 
-        Arguments
-        ---------
-        vectors : (examples, features) torch.Tensor
-        labels : (examples,) torch.Tensor of int64
-        shrinkage : float
-            0 uses the full covariance, 1 only its mean variance.
+        `shrinkage` 0 uses the full covariance, 1 only its mean variance.
         """
         vectors = vectors.double()
         centred = vectors.clone()

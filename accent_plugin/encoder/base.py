@@ -1,10 +1,10 @@
 """Pretrained speech encoders that return the same output for a clip in any batch.
 
-With SpeechBrain's own lobes, padding changes the frames of a clip for three reasons: they normalise the padded waveform
-or spectrogram, they normalise over time in the first convolutions, and later convolutions mix padding into the clip.
-The encoders here compute each step from the clip's own samples and frames. They keep the parameters and state-dict keys
-of Hugging Face's models, and their output for one unpadded clip equals Hugging Face's (for Whisper: for a clip of 30 s,
-because Hugging Face pads every clip to 30 s). Every family in `FAMILIES` has a test of this.
+With SpeechBrain's own lobes, padding changes the frames of a clip: they normalise the padded waveform or spectrogram,
+normalise over time in the first convolutions, and mix padding into the clip in later ones. The encoders here compute
+each step from the clip's own samples and frames. They keep the parameters and state-dict keys of Hugging Face's models,
+and their output for one unpadded clip equals Hugging Face's (for Whisper: for a clip of 30 s, to which Hugging Face
+pads every clip). Every family in `FAMILIES` has a test of this.
 """
 
 import difflib
@@ -251,8 +251,7 @@ class InvariantEncoder:
     def _checkpointed(self, forward, *arguments, **keywords):
         """Run a block; in training keep only its input, and recompute the activations in the backward pass.
 
-        Hugging Face's gradient checkpointing does not cover layers in evaluation mode, such as frozen ones with
-        adapters.
+        Hugging Face's own checkpointing skips layers in evaluation mode, such as frozen ones with adapters.
         """
         if self.training and torch.is_grad_enabled():
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)

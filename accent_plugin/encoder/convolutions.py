@@ -1,17 +1,17 @@
 """wav2vec 2.0's convolutions on the waveform; frozen ones are computed as matrix products.
 
 torch stores (channels, time) and copies the input and output of each layer to another layout and back. On a CPU, this
-takes longer than the arithmetic. This module stores the channels of a frame next to each other in all layers. The
-windows of a convolution with stride s are then rows of memory, s frames a row. A layer needs one matrix product for
-each stride of its kernel.
+takes longer than the arithmetic. This module stores the channels of a frame next to each other. The windows of a
+convolution with stride s are then rows of memory, s frames a row, and a layer needs one matrix product for each stride
+of its kernel.
 
 On a CPU, a clip passes through all layers in blocks that stay in the cache, and its padding is skipped. The group
 normalisation of the first layer needs the mean and variance of its output over time. Both follow from the mean and
 covariance of the ten samples under the kernel, so the normalisation is folded into a kernel for each clip.
 
-On other devices, all clips pass through a layer at once. The normalisation is also folded into the kernels of the
-clips, but its variance is measured on a first product, which needs no float64. cuDNN is avoided because it prepares new
-kernels for each new batch length.
+On other devices, all clips pass through a layer at once. The normalisation is also folded into the kernels, but its
+variance is measured on a first product, which needs no float64. cuDNN is avoided because it prepares new kernels for
+each new batch length.
 """
 
 import torch
@@ -55,8 +55,8 @@ class WaveformConvolutions(nn.Module):
         Arguments
         ---------
         inputs : (batch, samples) torch.Tensor, or tuple
-            16 kHz. For a padded batch, a pair of this tensor and the sample counts of the clips, (batch,) torch.Tensor
-            of int64. It is a pair because Hugging Face's models pass on one argument.
+            16 kHz. For a padded batch, a pair of this tensor and the sample counts, (batch,) torch.Tensor of int64:
+            Hugging Face's models pass on one argument.
 
         Returns
         -------

@@ -100,23 +100,17 @@ def make_encoder(source, save_path=None, **options):
 
 
 def build_encoder(description):
-    """Rebuild an encoder from its description, with random weights.
+    """Rebuild a frozen encoder from its description, with random weights.
 
     Arguments
     ---------
     description : dict
-        The result of `InvariantEncoder.describe`. Nothing in it is executed. An unknown family or configuration key is
-        an error.
-
-    Returns
-    -------
-    InvariantEncoder
-        Frozen.
+        The result of `InvariantEncoder.describe`. Nothing in it is executed.
 
     Raises
     ------
     EncoderError
-        If the description is not valid.
+        If the description is not valid, such as for an unknown family or configuration key.
     """
     summed = {key: description[key] for key in ("weighted_layers", "standardise_layers")}
     return build_from_description(description, freeze=True, **summed)

@@ -3,9 +3,8 @@
 On a CPU, `torch.nn.functional.dropout` draws numbers one by one in a single thread, and attention with dropout falls
 back to fp32. This module draws 16 bits per element from a generator that is seeded from PyTorch's, so
 `torch.manual_seed` and checkpoints still control the noise. The distribution is PyTorch's, with the probability rounded
-to a multiple of 2^-16. The random numbers differ from PyTorch's. In evaluation, on other devices, and while a model is
-compiled or traced, this module calls PyTorch's own functions. On other devices, it converts masks and shapes to those
-that PyTorch's fused kernels accept.
+to a multiple of 2^-16; the random numbers differ. In evaluation, on other devices, and while a model is compiled or
+traced, PyTorch's own functions run, on other devices with masks and shapes that its fused kernels accept.
 """
 
 import numpy as np
@@ -28,20 +27,7 @@ _SHORT = 512
 
 
 def dropout(inputs, p=0.5, training=True):
-    """Zero each element with probability `p` and scale the others by 1 / (1 - p), like torch.nn.functional.dropout.
-
-    Arguments
-    ---------
-    inputs : torch.Tensor
-        Of any shape.
-    p : float
-    training : bool
-        False returns the inputs unchanged.
-
-    Returns
-    -------
-    torch.Tensor
-    """
+    """Zero elements with probability `p` and scale the others by 1 / (1 - p), like torch.nn.functional.dropout."""
     threshold = round(p * _LEVELS)
     # PyTorch handles 0, 1, and probabilities too close to them for 16 bits.
     if not (training and devices.takes_cpu_path(inputs) and 0 < threshold < _LEVELS):
@@ -91,7 +77,6 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     -------
     output : (batch, frames, heads, features) torch.Tensor
     weights : None
-        The weights are not returned.
     """
     # PyTorch's backward pass in bf16 is slow as long as the products fit the cache.
     learning = torch.is_grad_enabled() and query.requires_grad
@@ -154,14 +139,7 @@ AttentionMaskInterface.register(ATTENTION, make_mask)
 
 
 def use_cpu_kernels(model, attention=True):
-    """Make a Hugging Face model use `Dropout`, and `attend` in place of PyTorch's attention.
-
-    Arguments
-    ---------
-    model : transformers.PreTrainedModel
-    attention : bool
-        False leaves the attention unchanged.
-    """
+    """Make a Hugging Face model use `Dropout` and, with `attention`, `attend` in place of PyTorch's attention."""
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = Dropout

@@ -11,13 +11,7 @@ from accent_plugin.errors import EncoderError
 
 
 def require_peft():
-    """Import PEFT and return the package.
-
-    Raises
-    ------
-    EncoderError
-        If PEFT is not installed or is incompatible with the installed packages.
-    """
+    """Import PEFT and return the package; raise an EncoderError if it is not installed or cannot be imported."""
     try:
         import peft
     except ImportError as error:

@@ -7,17 +7,13 @@ from accent_plugin import devices
 
 
 def sample_counts(wavs, wav_lens=None):
-    """Compute the true length of each clip of a padded batch, in samples.
+    """Compute the true length of each clip of a padded batch, in samples: (batch,) torch.Tensor of int64.
 
     Arguments
     ---------
     wavs : (batch, samples) torch.Tensor
     wav_lens : (batch,) torch.Tensor
         Length of each clip as a fraction of the longest, as in SpeechBrain; None if nothing is padded.
-
-    Returns
-    -------
-    (batch,) torch.Tensor of int64
     """
     if wav_lens is None:
         return torch.full((wavs.shape[0],), wavs.shape[1], device=wavs.device)
@@ -67,18 +63,9 @@ class MaskedGroupNorm(nn.GroupNorm):
     """Group normalisation over the valid frames only, with sums in float32; same parameters and keys as torch's."""
 
     def forward(self, inputs, valid=None):
-        """Normalise.
+        """Normalise (batch, channels, frames); padded frames of the result are finite but meaningless.
 
-        Arguments
-        ---------
-        inputs : (batch, channels, frames) torch.Tensor
-        valid : (batch, frames) torch.Tensor of bool
-            None where every frame is valid.
-
-        Returns
-        -------
-        (batch, channels, frames) torch.Tensor
-            Padded frames are finite but meaningless.
+        `valid` is (batch, frames) torch.Tensor of bool, or None if every frame is valid.
         """
         own = (self.num_groups, self.weight, self.bias, self.eps)
         with torch.autocast(inputs.device.type, enabled=False):
@@ -90,10 +77,7 @@ class MaskedGroupNorm(nn.GroupNorm):
             return masked_group_norm(inputs, valid, *own)
 
     def _clip_by_clip(self, inputs, valid, own):
-        """The same with torch's kernel, which reads memory twice instead of six times.
-
-        The kernel sums in float32 and returns the type of the inputs.
-        """
+        """Normalise with torch's kernel, which reads memory twice instead of six times and also sums in float32."""
         if valid is None:
             return nn.functional.group_norm(inputs, *own)
         counts = valid.sum(dim=-1).tolist()

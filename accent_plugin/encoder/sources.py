@@ -20,7 +20,7 @@ NOT_ARCHITECTURE = (
 
 
 def find_source(source):
-    """Check, without loading anything, that an encoder's source is a usable folder or a well-formed Hub name.
+    """Check an encoder's source without loading anything; return its folder, or None for a well-formed name on the Hub.
 
     Raises
     ------
@@ -72,13 +72,7 @@ def local_folder(source, save_path=None):
 
 
 def read_config(folder):
-    """Read Hugging Face's configuration from a model's folder; none of its code is executed.
-
-    Raises
-    ------
-    EncoderError
-        If it cannot be read.
-    """
+    """Read Hugging Face's configuration from a model's folder without executing its code; errors are EncoderErrors."""
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

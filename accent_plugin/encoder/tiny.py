@@ -32,7 +32,7 @@ _LOWEST, _HIGHEST = 100.0, 7000.0  # hertz
 
 
 def make_tiny_wav2vec2(folder, seed=0, say=None):
-    """Write a tiny wav2vec 2.0 as a Hugging Face folder, for the recipe's `wav2vec2_hub`.
+    """Write a tiny wav2vec 2.0 as a Hugging Face folder, for the recipe's `wav2vec2_hub`, and return the folder.
 
     The model is not trained. A randomly initialised CNN would need hours of speech. Therefore its first layer contains
     wavelets with random phases and random mel frequencies, as in SincNet (Ravanelli and Bengio 2018) and LEAF
@@ -46,11 +46,6 @@ def make_tiny_wav2vec2(folder, seed=0, say=None):
     seed : int
     say : callable
         Called with one line that says what was done; None prints nothing.
-
-    Returns
-    -------
-    Path
-        The folder.
     """
     folder, say = Path(folder), say or (lambda line: None)
     card = folder / "accent_plugin.json"

@@ -7,7 +7,7 @@ from accent_plugin.errors import BundleError
 
 
 def push(folder, repo, *, private=True, token=None, endpoint=None, message=None, check=None):
-    """Check and upload a bundle.
+    """Check and upload a bundle; return the address of the repository.
 
     Hidden files are not uploaded. Other files that are already in the repository are kept.
 
@@ -26,18 +26,12 @@ def push(folder, repo, *, private=True, token=None, endpoint=None, message=None,
     message : str, or None
         Commit message.
     check : callable, or None
-        Function of the folder that raises BundleError if it is not a bundle or is damaged;
-        `accent_plugin.bundle.load.check_bundle` by default.
-
-    Returns
-    -------
-    url : str
-        Address of the repository.
+        Raises BundleError unless a folder is an intact bundle; by default `accent_plugin.bundle.load.check_bundle`.
 
     Raises
     ------
     BundleError
-        When the folder is not a bundle, the name is invalid, there is no token, or the Hub is unreachable or refuses.
+        If the folder is not a bundle, the name is invalid, there is no token, or the Hub is unreachable or refuses.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled

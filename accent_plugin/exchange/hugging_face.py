@@ -5,8 +5,8 @@ sum of all), linear projector, mean over frames, linear layer. Other parts of a 
 exact (whitening, a sum over some layers, no projector); otherwise the conversion is refused. In both directions the two
 models are compared on noise before the result is used: log-probabilities of single clips must agree to 1e-5.
 
-Weights are read from a checkpoint's .safetensors, or else from its .bin files, which transformers opens with torch's
-weights_only loader: no code of a checkpoint is executed. As with encoders, all weights must be present.
+Weights are read from a checkpoint's .safetensors, or else from its .bin files with torch's weights_only loader: no code
+of a checkpoint is executed. All weights must be present.
 """
 
 import hashlib
@@ -88,9 +88,9 @@ def from_hugging_face(source, mapping=None):
     Raises
     ------
     EncoderError
-        When there is no such checkpoint, or the Hub cannot be reached.
+        If there is no such checkpoint, or the Hub cannot be reached.
     ExchangeError
-        When it is not such a classifier, has missing or unexpected weights, or has classes without distinct labels.
+        If it is not such a classifier, has missing or unexpected weights, or has classes without distinct labels.
     """
     checkpoint = read_classifier(source)
     found = _labels(source, checkpoint.names, mapping or {})
@@ -107,16 +107,9 @@ def from_hugging_face(source, mapping=None):
 
 
 def import_hugging_face(source, out, mapping=None):
-    """Convert a transformers classifier to a bundle on disk; arguments and errors as for `from_hugging_face`.
+    """Convert a transformers classifier to a bundle in the folder `out`, and return the folder.
 
-    Arguments
-    ---------
-    out : str or Path
-        Folder to write; replaced if it holds a bundle.
-
-    Returns
-    -------
-    Path
+    Arguments and errors as for `from_hugging_face`; `out` is replaced if it holds a bundle.
     """
     found = from_hugging_face(source, mapping)
     name = found.config["imported_from"]
@@ -290,7 +283,7 @@ def _short_name(source):
 
 
 def to_hugging_face(folder, out):
-    """Convert a bundle to a transformers classifier, load it again and compare the two.
+    """Convert a bundle to a transformers classifier, load it again, compare the two, and return the written folder.
 
     Arguments
     ---------
@@ -299,16 +292,12 @@ def to_hugging_face(folder, out):
     out : str or Path
         Folder to write; replaced if it holds nothing but an earlier export.
 
-    Returns
-    -------
-    Path
-
     Raises
     ------
     BundleError
-        When the bundle is damaged, or `out` holds something else.
+        If the bundle is damaged, or `out` holds something else.
     ExchangeError
-        When transformers does not support the model, or the written model gives other scores.
+        If transformers does not support the model, or the written model gives other scores.
     """
     found = load_bundle(folder)
     if problems := list(_obstacles(found.config["model"])):

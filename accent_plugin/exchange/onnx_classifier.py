@@ -30,12 +30,7 @@ class OnnxAccentClassifier(RecordingClassifier):
     config : dict
         Content of config.json.
     **options
-        Fields of `accent_plugin.inference.base.InferenceOptions`.
-
-    Raises
-    ------
-    ConfigError
-        Lists all invalid options.
+        Fields of `accent_plugin.inference.base.InferenceOptions`; a ConfigError lists all invalid ones.
     """
 
     def __init__(self, session, config, **options):
@@ -65,9 +60,9 @@ class OnnxAccentClassifier(RecordingClassifier):
         Raises
         ------
         BundleError
-            When the folder is missing, damaged, or holds something else.
+            If the folder is missing, damaged, or holds something else.
         ConfigError
-            When an option is invalid, or ONNX Runtime is not installed.
+            If an option is invalid, or ONNX Runtime is not installed.
         """
         folder = Path(folder).absolute()
         config = bundle_config.read(folder)

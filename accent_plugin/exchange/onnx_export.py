@@ -51,7 +51,7 @@ _LARGEST_GRAPH = (1 << 31) - 1
 
 
 def export(folder, out, precision="fp32", data=None, unchecked=False, split=None):
-    """Export a bundle to ONNX and compare the result with the bundle.
+    """Export a bundle to ONNX, compare the result with the bundle, and return the written folder.
 
     Arguments
     ---------
@@ -69,16 +69,12 @@ def export(folder, out, precision="fp32", data=None, unchecked=False, split=None
     split : str
         Split of `data`; None uses its validation split.
 
-    Returns
-    -------
-    Path
-
     Raises
     ------
     ExchangeError
-        When the model cannot be exported, or a lower precision is refused.
+        If the model cannot be exported, or a lower precision is refused.
     BundleError
-        When `out` holds something else, or ONNX Runtime and torch give different scores.
+        If `out` holds something else, or ONNX Runtime and torch give different scores.
     """
     if precision not in PRECISIONS:
         raise ExchangeError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
@@ -118,16 +114,12 @@ class _Graph(nn.Module):
 
 
 def trace(model):
-    """Export an `AccentModel` as a graph for any number of clips of any length.
-
-    Returns
-    -------
-    onnx.ModelProto
+    """Export an `AccentModel` as a graph (onnx.ModelProto) for any number of clips of any length.
 
     Raises
     ------
     ExchangeError
-        When packages are missing, or the exporter cannot follow the model.
+        If packages are missing, or the exporter cannot follow the model.
     """
     _require_packages()
     model = copy.deepcopy(model).cpu().float().eval()

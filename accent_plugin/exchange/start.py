@@ -23,10 +23,6 @@ def make_encoder(source, save_path=None, from_bundle=None, **options):
     from_bundle : str
         Folder of a bundle or a Hugging Face classifier, from which the encoder is loaded instead; None for `source`.
 
-    Returns
-    -------
-    accent_plugin.encoder.base.InvariantEncoder
-
     Raises
     ------
     EncoderError
@@ -46,7 +42,7 @@ def make_encoder(source, save_path=None, from_bundle=None, **options):
 
 
 def find_start(folder):
-    """Check that a folder is a bundle, or a Hugging Face classifier, without loading anything.
+    """Check that a folder is a bundle or a Hugging Face classifier, without loading it.
 
     Raises
     ------

@@ -188,7 +188,7 @@ def begin(folder, identity, data, *, save_folder, test_only=False):
 
 
 def read_identity(folder):
-    """Return the `run_identity` of the run in a folder; None if there is none or it cannot be read."""
+    """Return the `run_identity` recorded in a run folder; None if there is none or it cannot be read."""
     try:
         made = _read(Path(folder) / IDENTITY_FILE, "")
     except (ConfigError, OSError):
@@ -225,10 +225,7 @@ def _has_weights(folder, save_folder):
 def claimed(folder):
     """Make a folder and lock it for this process; the lock ends with the process, even if it is killed.
 
-    Raises
-    ------
-    ConfigError
-        When another process uses the folder.
+    If another process uses the folder, a ConfigError names it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ class AccentBrain(sb.Brain):
         return getattr(self.modules.model, "module", self.modules.model)
 
     def compute_objectives(self, predictions, batch, stage):
-        """Sum the clips' weighted losses in training; average them in evaluation, and keep the predictions."""
+        """Sum the clips' weighted losses in training; average them in evaluation, and store the predictions."""
         labels = batch.labels.to(self.device, non_blocking=True)
         if stage == sb.Stage.TRAIN:
             smoothing = self.options.label_smoothing
@@ -124,9 +124,9 @@ class AccentBrain(sb.Brain):
         accent_plugin.training.signals.Interrupted
             After SIGTERM or SIGINT, once the step is finished and saved.
         TrainingError
-            When too many steps in a row have gradients that are not finite.
+            If too many steps in a row have gradients that are not finite.
         DataError
-            When too many clips are unreadable.
+            If too many clips are unreadable.
         """
         # Brain calls set_epoch on this attribute: without it every epoch would have the same batches.
         self.train_sampler = train_set.batch_sampler
@@ -288,7 +288,7 @@ class AccentBrain(sb.Brain):
             )
 
     def update_average(self, loss, avg_loss):
-        """Mean loss of the epoch, for the progress bar; every `CHECK_EVERY` steps only, as reading waits for a GPU."""
+        """Mean loss of the epoch, for the progress bar; updated every `CHECK_EVERY` steps: it synchronises a GPU."""
         if self.step % CHECK_EVERY != 1:
             return avg_loss
         loss, weight = self._sums[:2].tolist()
@@ -411,12 +411,6 @@ class AccentBrain(sb.Brain):
     @devices.exact_fp32()
     def predict(self, loader, progressbar=None):
         """Compute log-probabilities with the model of the best epoch.
-
-        Arguments
-        ---------
-        loader : torch.utils.data.DataLoader
-        progressbar : bool
-            None for SpeechBrain's default.
 
         Returns
         -------

@@ -17,14 +17,7 @@ import time
 from pathlib import Path
 
 import yaml
-from speechbrain.utils.checkpoints import (
-    CKPT_PREFIX,
-    METAFNAME,
-    PARAMFILE_EXT,
-    Checkpoint,
-    Checkpointer,
-    ckpt_recency,
-)
+from speechbrain.utils.checkpoints import CKPT_PREFIX, METAFNAME, PARAMFILE_EXT, Checkpoint, Checkpointer, ckpt_recency
 from speechbrain.utils.distributed import ddp_barrier
 
 from accent_plugin.errors import CheckpointError
@@ -74,10 +67,7 @@ class AtomicCheckpointer(Checkpointer):
     def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.INFO):
         """Write a checkpoint; arguments and return value as in SpeechBrain.
 
-        Raises
-        ------
-        CheckpointError
-            When the disk is full or read-only; earlier checkpoints stay intact.
+        If the disk is full or read-only, a CheckpointError is raised, and earlier checkpoints stay intact.
         """
         place, staging = self.checkpoints_dir, self.checkpoints_dir / _WRITING
         name = distributed.broadcast_from_main(self._free_name) if name is None else name
@@ -180,13 +170,7 @@ class AtomicCheckpointer(Checkpointer):
             logger.warning("cannot rename %s: %s", folder, error)
 
     def load_checkpoint(self, checkpoint):
-        """Load a checkpoint, as in SpeechBrain.
-
-        Raises
-        ------
-        CheckpointError
-            When it is intact, but belongs to another model.
-        """
+        """Load a checkpoint, as in SpeechBrain; raise a CheckpointError if it belongs to another model."""
         try:
             super().load_checkpoint(checkpoint)
         except _UNLOADABLE as error:
@@ -275,7 +259,7 @@ def _require_whole(folder, meta):
 
 
 def _digest(path):
-    """SHA-256 of a file, in hexadecimal digits."""
+    """SHA-256 of a file as hexadecimal digits."""
     digest, block = hashlib.sha256(), bytearray(_BLOCK)
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(block):

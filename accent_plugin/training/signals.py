@@ -12,13 +12,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 
 
 class Interrupted(BaseException):
-    """A signal asked this process to end. Not an `Exception`, like KeyboardInterrupt, so that no handler swallows it.
-
-    Arguments
-    ---------
-    number : int
-        Signal number.
-    """
+    """A signal asked this process to end. Like KeyboardInterrupt, it is no `Exception`, so no handler hides it."""
 
     def __init__(self, number):
         self.signal = signal.Signals(number)

@@ -21,8 +21,7 @@ def prepare_common_voice_accent(
     data_folder : str or Path
         A DatasetDict saved with ``save_to_disk``. It is not modified.
     prepared_folder : str or Path, optional
-        Folder for clips and manifests. None uses ``data/prepared/<fingerprint of source and arguments>`` in the
-        project.
+        Folder for clips and manifests; by default ``data/prepared/<fingerprint of source and arguments>``.
     skip_prep : bool
         Use ``prepared_folder`` unchanged and ignore the other arguments.
     workers : int, optional
