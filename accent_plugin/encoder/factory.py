@@ -105,12 +105,7 @@ def build_encoder(description):
     Arguments
     ---------
     description : dict
-        The result of `InvariantEncoder.describe`. Nothing in it is executed.
-
-    Raises
-    ------
-    EncoderError
-        If the description is not valid, such as for an unknown family or configuration key.
+        The result of `InvariantEncoder.describe`. Nothing in it is executed; invalid content is an EncoderError.
     """
     summed = {key: description[key] for key in ("weighted_layers", "standardise_layers")}
     return build_from_description(description, freeze=True, **summed)

@@ -24,6 +24,8 @@ def require_peft():
 def inject(blocks, targets, rank, alpha=None, dropout=0.0):
     """Add adapters to transformer blocks, in place, and freeze all other parameters of the blocks.
 
+    Invalid values, missing blocks or targets, and a missing PEFT raise an EncoderError.
+
     Arguments
     ---------
     blocks : torch.nn.ModuleList
@@ -40,11 +42,6 @@ def inject(blocks, targets, rank, alpha=None, dropout=0.0):
     -------
     list of peft.tuners.lora.LoraLayer
         The layers that now have an adapter.
-
-    Raises
-    ------
-    EncoderError
-        If a value is out of range, there are no blocks or targets, or PEFT is not installed.
     """
     if rank < 1:
         raise EncoderError(f"lora_rank is {rank}; it should be at least 1, or None for no adapters")

@@ -22,10 +22,7 @@ NOT_ARCHITECTURE = (
 def find_source(source):
     """Check an encoder's source without loading anything; return its folder, or None for a well-formed name on the Hub.
 
-    Raises
-    ------
-    EncoderError
-        If it is neither.
+    Anything else raises an EncoderError.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -47,13 +44,7 @@ def find_source(source):
 
 
 def local_folder(source, save_path=None):
-    """Return the local folder of an encoder; a name on the Hub is downloaded to `save_path`.
-
-    Raises
-    ------
-    EncoderError
-        If it is not a usable folder and cannot be downloaded from the Hub.
-    """
+    """Return the folder of an encoder; a name on the Hub is downloaded to `save_path`, or an EncoderError is raised."""
     folder = find_source(source)
     if folder is not None:
         return folder

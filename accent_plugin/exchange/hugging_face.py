@@ -147,7 +147,6 @@ def _classifier_class(family):
 
 
 def _misfits(config):
-    """Yield the properties of a configuration that a bundle does not support."""
     known = [family.hf_classifier for family in FAMILIES.values() if family.hf_classifier]
     wanted = FAMILIES[config.model_type].hf_classifier if config.model_type in FAMILIES else None
     if wanted is None or wanted not in (config.architectures or []):
@@ -214,7 +213,6 @@ def _load_classifier(folder, config):
 
 
 def _accent_model(classifier, extractor):
-    """Make an `AccentModel` with the weights of a transformers classifier."""
     config = classifier.config
     # This version of transformers ignores the keys of other versions.
     known = type(config)().to_dict().keys() - _NOT_ENCODER
@@ -314,7 +312,6 @@ def to_hugging_face(folder, out):
 
 
 def _obstacles(described):
-    """Yield the parts of a bundle's model that a transformers classifier does not support."""
     family = described["encoder"]["family"]
     if FAMILIES[family].hf_classifier is None:
         yield f"its encoder is of the family {family}, for which transformers has no audio classifier with these scores"

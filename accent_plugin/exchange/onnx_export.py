@@ -116,10 +116,7 @@ class _Graph(nn.Module):
 def trace(model):
     """Export an `AccentModel` as a graph (onnx.ModelProto) for any number of clips of any length.
 
-    Raises
-    ------
-    ExchangeError
-        If packages are missing, or the exporter cannot follow the model.
+    Missing packages, and a model that the exporter cannot follow, are ExchangeErrors.
     """
     _require_packages()
     model = copy.deepcopy(model).cpu().float().eval()
@@ -207,7 +204,7 @@ class Comparison:
 
 
 def compare(exact, smaller, data, split=None):
-    """Compare two exports on labelled speech.
+    """Compare two exports on labelled speech; return a `Comparison`.
 
     Arguments
     ---------
@@ -217,10 +214,6 @@ def compare(exact, smaller, data, split=None):
         Labelled speech.
     split : str
         None for validation.
-
-    Returns
-    -------
-    Comparison
     """
     found = []
     for folder in (exact, smaller):
@@ -257,7 +250,6 @@ def _keep_comparison(folder, found, unchecked):
 
 
 def _write(folder, loaded, precision, graph, source):
-    """Write graph, configuration and card into a folder."""
     path = folder / bundle_config.ONNX_FILE
     if graph.ByteSize() > _LARGEST_GRAPH:
         raise ExchangeError(

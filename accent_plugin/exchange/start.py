@@ -117,7 +117,10 @@ def initialise_head(model, accents, folder):
         whitened_alike = "whitening" in taken or (model.whitening is None and source.whitening is None)
         rows = [accent for accent in accents if accent in known]
         if whitened_alike and rows and model.classifier.in_features == source.classifier.in_features:
-            _take_rows(model.classifier, accents, source.classifier, known)
+            for row, accent in enumerate(accents):
+                if accent in known:
+                    model.classifier.weight[row] = source.classifier.weight[known[accent]]
+                    model.classifier.bias[row] = source.classifier.bias[known[accent]]
             taken.append(f"classifier of {', '.join(rows)}")
             accents = [accent for accent in accents if accent not in known]
         if accents:
@@ -140,10 +143,3 @@ def _features(model):
     encoder, projector = model.wav2vec2, model.projector
     shape = None if projector is None else len(projector)
     return len(encoder.layers), encoder.weighted_layers, encoder.standardise_layers, shape, type(model.pooling)
-
-
-def _take_rows(classifier, accents, source, known):
-    for row, accent in enumerate(accents):
-        if accent in known:
-            classifier.weight[row] = source.weight[known[accent]]
-            classifier.bias[row] = source.bias[known[accent]]

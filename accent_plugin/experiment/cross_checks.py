@@ -9,7 +9,6 @@ from accent_plugin.training import distributed
 
 
 def _trouble_with_adapters(values):
-    """Yield hyperparameters that conflict with adapters or have no effect without them."""
     from accent_plugin.encoder import lora
 
     if values["lora_rank"] is None:
@@ -32,7 +31,6 @@ def _trouble_with_adapters(values):
 
 
 def _trouble_with_features(values):
-    """Yield reasons why the output of the encoder cannot be cached."""
     if not values["cache_features"] or values["method"] != "fine_tuning":
         return
     if not values["freeze_wav2vec2"]:

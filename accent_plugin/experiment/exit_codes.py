@@ -61,6 +61,5 @@ def returns_exit_code(function):
 
 
 def _print_error(text):
-    """Print an error, with the rank of the process if there are several."""
     rank = f"[process {os.environ['RANK']}] " if distributed.is_launched() else ""
     print(f"{rank}{text}", file=sys.stderr, flush=True)

@@ -103,7 +103,9 @@ class Run:
         overwrite = overwrite and not restarted
         # Saved with the run, so that it can be exported from any working directory.
         self.settings = self.settings.but(
-            prepared_folder=distributed.broadcast_from_main(self._find_prepared_folder),
+            prepared_folder=distributed.broadcast_from_main(
+                lambda: str(self.settings.located(self.values["preparation"])["prepared_folder"])
+            ),
             precision=distributed.broadcast_from_main(self._find_precision, overwrite),
         )
         if self.settings.run_opts.test_only:
@@ -112,10 +114,6 @@ class Run:
             distributed.broadcast_from_main(self._claim, owned, overwrite)
             yield
         self.brain = None
-
-    def _find_prepared_folder(self):
-        """Return the folder of the prepared data, which may not exist yet."""
-        return str(self.settings.located(self.values["preparation"])["prepared_folder"])
 
     def _find_precision(self, overwrite):
         """Return the training precision; "auto" is that of the resumed run, or else the fastest on this device."""
@@ -138,7 +136,7 @@ class Run:
         run_folder.begin(self.folder, identity, data, save_folder=self.values["save_folder"], test_only=test_only)
 
     def prepare(self, prepare, preparation, outsiders=False):
-        """Prepare the data in the first process.
+        """Prepare the data in the first process; raise a DataError in another that cannot read them.
 
         Arguments
         ---------
@@ -148,11 +146,6 @@ class Run:
             Arguments of `prepare`.
         outsiders : bool
             Also prepare speech of the accents in `out_of_set`.
-
-        Raises
-        ------
-        DataError
-            If another process cannot read the prepared data.
         """
         self.prepared = _prepare(prepare, preparation)
         self.outsiders = _prepare(prepare, self.settings.outsiders()) if outsiders else None
@@ -206,7 +199,6 @@ class Run:
         self.calibration = found
 
     def _predict(self, clips, degrade=None):
-        """Call `predict`, with this run's temperature if it is calibrated."""
         temperature = 1.0 if self.calibration is None else self.calibration["temperature"]
         return predict(self.brain, clips, self.loading, self.values["evaluation"]["test_speeds"], degrade, temperature)
 
@@ -359,15 +351,11 @@ def export(folder, out=None, device="cpu"):
     Arguments
     ---------
     folder : str or Path
-        The run's output folder. As in SpeechBrain, its hyperparams.yaml is executed, so it must be your own.
+        The run's output folder. As in SpeechBrain, its hyperparams.yaml is executed, so it must be your own. Without a
+        trained run, it is a ConfigError.
     out : str or Path
         None writes to `bundle` in `folder`.
     device : str
-
-    Raises
-    ------
-    ConfigError
-        If the folder contains no trained run.
     """
     folder = Path(folder).absolute()
     hparams_file, save_folder = folder / "hyperparams.yaml", folder / "save"

@@ -141,7 +141,7 @@ def _format(value):
 
 
 def begin(folder, identity, data, *, save_folder, test_only=False):
-    """Raise an error if a folder belongs to another configuration; otherwise record this one in it.
+    """Raise a ConfigError with all differences if a folder belongs to another configuration, or else record this one.
 
     Arguments
     ---------
@@ -155,11 +155,6 @@ def begin(folder, identity, data, *, save_folder, test_only=False):
         Folder of the checkpoints.
     test_only : bool
         Write nothing, and let hyperparameters differ that affect only memory and precision.
-
-    Raises
-    ------
-    ConfigError
-        With one line for each difference, and possible fixes.
     """
     folder = Path(folder)
     ways_out = _WAYS_OUT_OF_A_TEST if test_only else _WAYS_OUT
@@ -272,10 +267,11 @@ def _holder(folder):
 
 
 def clear(folder, save_folder, train_log):
-    """Delete only the files that a run has made in its folder; log and return their paths.
+    """Delete only the files that a run has made in its folder; log and return their paths as text.
 
-    A folder that is not recognised as a run folder is left unchanged. Links are not followed. train.py stays: the next
-    run overwrites it, and in a recipe's own folder it is the original.
+    A folder that is not recognised as a run folder is left unchanged. Links are not followed; checkpoints behind a link
+    in the folder may belong to another run and raise a ConfigError. train.py stays: the next run overwrites it, and in
+    a recipe's own folder it is the original.
 
     Arguments
     ---------
@@ -283,16 +279,6 @@ def clear(folder, save_folder, train_log):
         Locked by this process.
     save_folder, train_log : str or Path
         Values of these hyperparameters.
-
-    Returns
-    -------
-    list of str
-        Relative to `folder` if they are inside it.
-
-    Raises
-    ------
-    ConfigError
-        If the checkpoints are behind a link in the folder: they may belong to another run.
     """
     folder, save_folder, train_log = (Path(path).absolute() for path in (folder, save_folder, train_log))
     if _is_outside(save_folder, folder):

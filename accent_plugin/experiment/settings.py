@@ -261,19 +261,9 @@ def _read_yaml(hparams_file):
 
 
 def read_overlay(hparams_file):
-    """Follow `base:` from an overlay to a complete YAML.
+    """Follow `base:` from an overlay to a complete YAML; return its path, and the values that the overlays change.
 
-    Returns
-    -------
-    str
-        The complete YAML.
-    dict
-        The values that the overlay changes; empty for a complete YAML.
-
-    Raises
-    ------
-    ConfigError
-        If a file cannot be read, or an overlay contains anything but hyperparameters.
+    An unreadable file, or an overlay with anything but hyperparameters, is a ConfigError.
     """
     changed, seen = {}, set()
     while True:
@@ -323,7 +313,6 @@ def _plain(text, overrides):
 
 
 def _renamed(values):
-    """Return values under their present names."""
     return {RENAMED.get(key, key): value for key, value in values.items()}
 
 

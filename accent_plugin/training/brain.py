@@ -21,7 +21,6 @@ from accent_plugin.training.options import (
     SELECTIONS,
     add_to_history,
     learning_rate_factor,
-    mix_seed,
     own_sums,
     parameter_groups,
 )
@@ -138,7 +137,8 @@ class AccentBrain(sb.Brain):
             torch.cuda.reset_peak_memory_stats(self.device)
         if distributed.world_size() > 1:
             # DistributedDataParallel copies the weights of the first process; dropout must differ between processes.
-            seed = mix_seed(torch.initial_seed(), distributed.rank())
+            sequence = np.random.SeedSequence([torch.initial_seed(), distributed.rank()])
+            seed = int(sequence.generate_state(1, np.uint64)[0] >> 1)
             torch.manual_seed(seed)
             # For SpecAugment, where a configuration has it.
             np.random.seed(seed % 2**32)

@@ -268,7 +268,6 @@ def _digest(path):
 
 
 def _sync(path):
-    """Sync a file or a folder to disk."""
     with contextlib.suppress(PermissionError if os.name == "nt" else ()):
         # Windows cannot open folders.
         descriptor = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)

@@ -60,20 +60,8 @@ def start(run_opts):
     """Join the other processes, if there are any.
 
     Without a GPU, or with `--device cpu`, the backend is gloo instead of SpeechBrain's default.
-
-    Arguments
-    ---------
-    run_opts : speechbrain.utils.run_opts.RunOptions
-
-    Returns
-    -------
-    speechbrain.utils.run_opts.RunOptions
-        With the device and the backend chosen.
-
-    Raises
-    ------
-    ConfigError
-        If there are fewer GPUs than processes on this machine.
+    Returns SpeechBrain's run options with the device and the backend chosen; fewer GPUs than processes on this machine
+    are a ConfigError.
     """
     global _control
     if not is_launched():

@@ -194,7 +194,8 @@ class Store:
                 if self._shape is not None:
                     # Remove leftovers of a killed process: values that are not in the index, and an incomplete line.
                     values.truncate(len(self._sums) * self._row_bytes())
-                    index.truncate(_length_of_lines(index, len(self._sums) + 1))
+                    index.seek(0)
+                    index.truncate(sum(len(index.readline()) for _ in range(len(self._sums) + 1)))
                 else:
                     values.truncate(0)
                     index.truncate(0)
@@ -213,12 +214,6 @@ class Store:
 
                 yield add
             self._read()
-
-
-def _length_of_lines(file, count):
-    """Length of a file's first lines in bytes."""
-    file.seek(0)
-    return sum(len(file.readline()) for _ in range(count))
 
 
 def key(clip):

@@ -75,7 +75,10 @@ def read_clips(paths, accents):
 def training_clips(clips, options):
     """Make a loader of clips in random batches, with the crops and augmentation of `options`, a `LoadingOptions`."""
     dataset = ClipDataset(clips, options.accents, options.crop_seconds, options.augmentation, options.seed)
-    weights = _clip_weights(dataset, options)
+    weights = None
+    if options.balance == "sampler":
+        labels = dataset.labels()
+        weights = inverse_frequency(labels, len(options.accents))[labels]
     sampler = _sampler(dataset, options.batch_seconds, seed=options.seed, weights=weights)
     return make_loader_of(dataset, sampler, options)
 
@@ -93,7 +96,6 @@ def evaluation_batch_seconds(options):
 
 
 def _sampler(dataset, batch_seconds, **keywords):
-    """Make the batches of this process."""
     share = {"rank": distributed.rank(), "processes": distributed.world_size()}
     return BucketBatchSampler(dataset.seconds(), batch_seconds, **keywords, **share)
 
@@ -101,14 +103,6 @@ def _sampler(dataset, batch_seconds, **keywords):
 def make_loader_of(dataset, sampler, options):
     """Make a loader with the run's number of workers."""
     return make_loader(dataset, sampler, options.num_workers, pin_memory=torch.cuda.is_available())
-
-
-def _clip_weights(dataset, options):
-    """Sampling weights that make all accents equally frequent; None unless `balance` is "sampler"."""
-    if options.balance != "sampler":
-        return None
-    labels = dataset.labels()
-    return inverse_frequency(labels, len(options.accents))[labels]
 
 
 def make_class_weights(choice, dataset):

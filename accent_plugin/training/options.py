@@ -6,7 +6,6 @@ import logging
 import math
 from pathlib import Path
 
-import numpy as np
 import speechbrain as sb
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from speechbrain.utils.epoch_loop import EpochCounter, EpochCounterWithStopper
@@ -141,11 +140,6 @@ def own_sums(sums):
         return sums[distributed.rank()]
     counted = [sum(column) for column in zip(*sums, strict=True)][:2] if distributed.is_main() else [0.0, 0.0]
     return [*counted, *sums[0][2:]]
-
-
-def mix_seed(seed, rank):
-    """Derive the seed of one of several processes."""
-    return int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def parameter_groups(parameters, peak):

@@ -233,7 +233,7 @@ def test_work_without_checkpoints_is_protected_too(tmp_path, work):
 
 def test_a_new_hyperparameter_holds_from_the_first_time_on(trained, caplog):
     begin(trained, mixup=0.5)
-    assert "does not name mixup" in caplog.text
+    assert "lacks mixup" in caplog.text
     assert "  mixup: 0.5 in the folder, 0 now" in refusal(trained, mixup=0)
 
 
@@ -247,14 +247,14 @@ def test_what_does_not_count_for_once_is_not_forgotten(tmp_path):
 def test_checkpoints_of_nobody_knows_what_are_refused(tmp_path):
     checkpoint(tmp_path)
     lines = refusal(tmp_path, None)
-    assert "holds checkpoints, but" in lines[0] and "no run.json" in lines[0]
+    assert "has checkpoints, but" in lines[0] and "no run.json" in lines[0]
     assert "--output_folder" in lines[1] and "--overwrite True" in lines[1]
 
 
 def test_checkpoints_of_nobody_knows_what_are_tested_with_a_warning(tmp_path, caplog):
     checkpoint(tmp_path)
     begin(tmp_path, test_only=True)
-    assert "holds checkpoints, but" in caplog.text
+    assert "has checkpoints, but" in caplog.text
     assert not (tmp_path / "run.json").exists()
 
 
