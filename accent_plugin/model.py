@@ -59,7 +59,7 @@ class AccentModel(nn.Module):
             nn.init.zeros_(self.classifier.bias)
 
     def embed(self, wavs, wav_lens=None, pooled_states=None):
-        """Compute one vector per clip.
+        """Compute one vector per clip: (batch, features) torch.Tensor.
 
         Arguments
         ---------
@@ -68,12 +68,7 @@ class AccentModel(nn.Module):
         wav_lens : (batch,) torch.Tensor
             Length of each clip as a fraction of the longest; None if nothing is padded.
         pooled_states : (batch, states, features) torch.Tensor
-            Pooled states cached by `accent_plugin.training.feature_cache`, used instead of the waveforms. None uses the
-            waveforms.
-
-        Returns
-        -------
-        (batch, features) torch.Tensor
+            Pooled states cached by `accent_plugin.training.feature_cache`, used instead of the waveforms unless None.
         """
         if pooled_states is None:
             frames, valid = self.wav2vec2(wavs, wav_lens)
@@ -87,13 +82,7 @@ class AccentModel(nn.Module):
         return pooled if self.whitening is None else self.whitening(pooled)
 
     def forward(self, wavs, wav_lens=None, pooled_states=None):
-        """Classify; arguments as in `embed`.
-
-        Returns
-        -------
-        (batch, classes) torch.Tensor
-            Log-probabilities in float32.
-        """
+        """Classify: (batch, classes) log-probabilities in float32; arguments as in `embed`."""
         scores = self.classifier(self.dropout(self.embed(wavs, wav_lens, pooled_states)))
         return torch.log_softmax(scores.float(), dim=-1)
 
@@ -113,10 +102,6 @@ class Whitening(nn.Module):
     """A fixed affine map to features with zero mean and unit within-class covariance.
 
     Before `fit`, it is the identity. Its two buffers are part of the state dict, so checkpoints contain them.
-
-    Arguments
-    ---------
-    features : int
     """
 
     def __init__(self, features):

@@ -36,15 +36,11 @@ def masked_group_norm(inputs, valid, groups, weight, bias, eps):
     Arguments
     ---------
     inputs : (batch, channels, frames) torch.Tensor
+        The result has this shape and type; its padded frames equal the bias.
     valid : (batch, frames) torch.Tensor of bool
     groups : int
     weight, bias : (channels,) torch.Tensor
     eps : float
-
-    Returns
-    -------
-    (batch, channels, frames) torch.Tensor
-        In the type of the inputs. Padded frames equal the bias.
     """
     batch, channels, frames = inputs.shape
     grouped = inputs.view(batch, groups, channels // groups, frames)

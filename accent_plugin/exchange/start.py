@@ -21,14 +21,8 @@ def make_encoder(source, save_path=None, from_bundle=None, **options):
     source, save_path, **options
         As there.
     from_bundle : str
-        Folder of a bundle or a Hugging Face classifier, from which the encoder is loaded instead; None for `source`.
-
-    Raises
-    ------
-    EncoderError
-        As there, or if the folder is neither a bundle nor a classifier.
-    BundleError
-        If the bundle is damaged.
+        Folder of a bundle or a Hugging Face classifier from which the encoder is loaded; None for `source`. Another
+        folder raises an EncoderError, and a damaged bundle a BundleError.
     """
     if from_bundle is None:
         return factory.make_encoder(source, save_path, **options)
@@ -44,12 +38,7 @@ def make_encoder(source, save_path=None, from_bundle=None, **options):
 def find_start(folder):
     """Check that a folder is a bundle or a Hugging Face classifier, without loading it.
 
-    Raises
-    ------
-    EncoderError
-        If it is neither.
-    BundleError
-        If it is a damaged bundle.
+    Anything else raises an EncoderError, and a damaged bundle a BundleError.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -66,7 +66,7 @@ def fit(train, labels, valid, valid_labels, classes, layers=None, seed=0):
         Standardises and classifies the features of the chosen layer.
     layer : int
     trials : list of dict
-        Layer, strength, and the validation figures of each trial.
+        Layer, strength and validation metrics of each trial.
     """
     best, trials = None, []
     for layer in range(train.shape[1]) if layers is None else layers:

@@ -8,7 +8,7 @@ from accent_plugin.errors import AccentPluginError, ConfigError
 from accent_plugin.training import distributed
 
 
-def _trouble_with_adapters(values):
+def _adapter_problems(values):
     from accent_plugin.encoder import lora
 
     if values["lora_rank"] is None:
@@ -30,7 +30,7 @@ def _trouble_with_adapters(values):
         yield f"lora_rank: {error}"
 
 
-def _trouble_with_features(values):
+def _feature_problems(values):
     if not values["cache_features"] or values["method"] != "fine_tuning":
         return
     if not values["freeze_wav2vec2"]:
@@ -88,8 +88,8 @@ def contradictions(values, run_opts):
     dropped = [key for key in ("layerdrop", "encoder_layerdrop") if values["config_overrides"].get(key)]
     if dropped and values["weighted_layers"] is not None:
         problems.append(f"weighted_layers needs all layers, but {dropped[0]} drops some at random: give one of them")
-    problems += _trouble_with_adapters(values)
-    problems += _trouble_with_features(values)
+    problems += _adapter_problems(values)
+    problems += _feature_problems(values)
     if values["selection"] == "last" and values["early_stopping"]:
         problems.append("selection last keeps the last epoch, not the best: early_stopping must be 0")
     if values["whitening_passes"] and not values["freeze_wav2vec2"]:

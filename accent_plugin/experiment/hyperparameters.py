@@ -116,19 +116,17 @@ class Hyperparameter:
     text : str
         One-line description. With name and default it fits into the 80 characters of a YAML line.
     free : str
-        Why a run may resume with another value. Without a reason, another value is a different run. A missing reason
-        then causes an error that a user sees; the opposite default would silently mix two runs.
+        Why a run may resume with another value; without a reason, another value is a different run. A missing reason
+        causes an error that a user sees; the opposite default would silently mix two runs.
     path : bool
-        Whether it is a path. On the command line, it is relative to the working directory; the default is relative to
-        the project's root.
+        Whether it is a path: relative to the working directory on the command line, to the project's root by default.
     data : bool
-        Whether it decides which clips are used. The fingerprint of the data would also differ, but this check names the
+        Whether it decides which clips are used. Their fingerprint would also differ, but this check names the
         hyperparameter and runs before hours of preparation. With skip_prep, it is not compared.
     was : str
         Its name in version 0.1.0, which is still accepted.
     earlier : object
-        The value for YAMLs of versions that did not have it, such as those in run folders. Without it, such YAMLs are
-        an error.
+        The value for YAMLs without it, such as those in run folders of older versions; without it, they are an error.
     """
 
     name: str

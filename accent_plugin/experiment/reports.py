@@ -95,7 +95,7 @@ class Summaries:
     def __init__(self, output_folder, n_folds=0, seeds=None):
         self._output_folder, self._n_folds, self._seeds = output_folder, n_folds, seeds
         # Finished members of each group: runs, (folder, content of metrics.json), folders.
-        self._of_folds, self._of_seeds, self._of_splits = [], [], []
+        self._fold_runs, self._seed_runs, self._split_folders = [], [], []
 
     def add(self, run):
         """Add a finished `Run`, in the order of `Settings.runs`, and write the reports that it completes."""
@@ -103,20 +103,20 @@ class Summaries:
             return
         folder, metrics = run.folder, run.metrics
         if self._n_folds:
-            self._of_folds.append(run)
-            if len(self._of_folds) < self._n_folds:
+            self._fold_runs.append(run)
+            if len(self._fold_runs) < self._n_folds:
                 return
-            folder, folds, self._of_folds = folder.parent, self._of_folds, []
+            folder, folds, self._fold_runs = folder.parent, self._fold_runs, []
             metrics = _write_pooled_report(folder, folds)
         if self._seeds:
-            self._of_seeds.append((str(folder), metrics))
-            if len(self._of_seeds) < len(self._seeds):
+            self._seed_runs.append((str(folder), metrics))
+            if len(self._seed_runs) < len(self._seeds):
                 return
-            folder, seeds, self._of_seeds = folder.parent, dict(self._of_seeds), []
+            folder, seeds, self._seed_runs = folder.parent, dict(self._seed_runs), []
             _write_seeds(folder, seeds)
-        self._of_splits.append(folder)
-        if len(self._of_splits) == 2:
-            _write_leak(self._output_folder, *self._of_splits)
+        self._split_folders.append(folder)
+        if len(self._split_folders) == 2:
+            _write_leak(self._output_folder, *self._split_folders)
 
 
 def _write_pooled_report(output_folder, folds):
@@ -156,7 +156,7 @@ def _write_leak(output_folder, honest, leaky):
     report_comparisons.write_leak(output_folder, dict(zip(names, metrics, strict=True)))
     if set(predictions[0].ids) == set(predictions[1].ids):
         write_comparison(output_folder, *names, compare_models(*predictions))
-    logger.info("what the leak adds: %s", Path(output_folder) / LEAK_FILE)
+    logger.info("effect of shared speakers: %s", Path(output_folder) / LEAK_FILE)
 
 
 def write_run_report(output_folder, predictions, **parts):

@@ -51,6 +51,7 @@ class Run:
     Arguments
     ---------
     settings : accent_plugin.experiment.settings.Settings
+        Inside `locked`, the attribute contains the prepared folder and the precision in use.
     fold : int
         Counted from 1; None without folds. `Settings.runs` yields settings and fold.
     command : str
@@ -58,9 +59,7 @@ class Run:
 
     Attributes
     ----------
-    settings : accent_plugin.experiment.settings.Settings
-        Inside `claimed`, they contain the prepared folder and the precision in use.
-    prepared, outsiders : accent_plugin.data.manifests.Prepared
+    prepared, out_of_set : accent_plugin.data.manifests.Prepared
         The data, and speech of accents outside the classes; None if there is none.
     loading : accent_plugin.training.loaders.LoadingOptions
     clips : dict
@@ -76,7 +75,7 @@ class Run:
 
     def __init__(self, settings, fold=None, command=""):
         self.settings, self.fold, self.command = settings, fold, command
-        self.prepared = self.outsiders = self.loading = self.brain = None
+        self.prepared = self.out_of_set = self.loading = self.brain = None
         self.calibration = self.predictions = self.metrics = None
         self.clips = {}
 
@@ -93,7 +92,7 @@ class Run:
     # Folder and data
 
     @contextlib.contextmanager
-    def claimed(self, overwrite=False):
+    def locked(self, overwrite=False):
         """Lock the output folder for this process, and check that it belongs to this configuration.
 
         With `overwrite`, the run in the folder is deleted first, unless a cluster or torchrun has restarted this run.
@@ -102,7 +101,7 @@ class Run:
         restarted = any(distributed.all_gather(run_folder.restarted()))
         overwrite = overwrite and not restarted
         # Saved with the run, so that it can be exported from any working directory.
-        self.settings = self.settings.but(
+        self.settings = self.settings.with_values(
             prepared_folder=distributed.broadcast_from_main(
                 lambda: str(self.settings.located(self.values["preparation"])["prepared_folder"])
             ),
@@ -124,7 +123,7 @@ class Run:
         return (resumed or {}).get("precision") or devices.fastest_precision(device)
 
     def _claim(self, owned, overwrite):
-        owned.enter_context(run_folder.claimed(self.folder))
+        owned.enter_context(run_folder.locked(self.folder))
         if overwrite:
             run_folder.clear(self.folder, self.values["save_folder"], self.values["train_log"])
         self._begin(None)
@@ -135,7 +134,7 @@ class Run:
         test_only = self.settings.run_opts.test_only
         run_folder.begin(self.folder, identity, data, save_folder=self.values["save_folder"], test_only=test_only)
 
-    def prepare(self, prepare, preparation, outsiders=False):
+    def prepare(self, prepare, preparation, out_of_set=False):
         """Prepare the data in the first process; raise a DataError in another that cannot read them.
 
         Arguments
@@ -144,11 +143,11 @@ class Run:
             The recipe's preparation.
         preparation : dict
             Arguments of `prepare`.
-        outsiders : bool
+        out_of_set : bool
             Also prepare speech of the accents in `out_of_set`.
         """
         self.prepared = _prepare(prepare, preparation)
-        self.outsiders = _prepare(prepare, self.settings.outsiders()) if outsiders else None
+        self.out_of_set = _prepare(prepare, self.settings.out_of_set()) if out_of_set else None
         distributed.broadcast_from_main(self._begin, run_folder.data_fingerprint(self.prepared.paths(self.fold)))
 
     def read_clips(self, loading):
@@ -208,8 +207,8 @@ class Run:
         self.predictions = as_predictions(*self._predict(clips), accents)
         notes = [*self.prepared.warnings, *unread_notes(self.brain.unread[Stage.TEST])]
         outside = degraded = None
-        if self.outsiders is not None:
-            outside_clips, log_probabilities = self._predict(read_manifest(self.outsiders.paths()["test"]))
+        if self.out_of_set is not None:
+            outside_clips, log_probabilities = self._predict(read_manifest(self.out_of_set.paths()["test"]))
             outside = out_of_set_scores(self.predictions, log_probabilities, [clip.accent for clip in outside_clips])
         if self.values["evaluation"]["bands"]:
             degraded = {

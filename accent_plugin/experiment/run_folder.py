@@ -217,7 +217,7 @@ def _has_weights(folder, save_folder):
 
 
 @contextlib.contextmanager
-def claimed(folder):
+def locked(folder):
     """Make a folder and lock it for this process; the lock ends with the process, even if it is killed.
 
     If another process uses the folder, a ConfigError names it.

@@ -65,7 +65,7 @@ class Settings:
         values = _plain(_read_yaml(self.hparams_file), self.overrides)
         return values | {key: getattr(self.run_opts, key) for key in _SHARED & self.run_opts.overridden_args}
 
-    def but(self, **changes):
+    def with_values(self, **changes):
         """Return a copy with some values changed, and the values that refer to them."""
         text = _read_yaml(self.hparams_file)
         return dataclasses.replace(self, overrides={**self.overrides, **_as_spelled(text, changes)})
@@ -74,20 +74,20 @@ class Settings:
         """Return one configuration for each kind of split; two if `split` is "both"."""
         if self.values["split"] != "both":
             return [self]
-        return [self.but(split=kind, **self._below(kind)) for kind in ("speaker", "random")]
+        return [self.with_values(split=kind, **self._below(kind)) for kind in ("speaker", "random")]
 
     def runs(self):
         """Yield (settings, fold) for every split, seed and fold; the fold is None without folds."""
         for split in self.splits():
             output = Path(split.values["output_folder"])
             for seed in split.values["seeds"] or [None]:
-                one = split if seed is None else split.but(seed=seed, output_folder=str(output / str(seed)))
+                one = split if seed is None else split.with_values(seed=seed, output_folder=str(output / str(seed)))
                 values = one.values
                 if not values["n_folds"]:
                     yield one, None
                     continue
                 for fold in [values["fold"]] if values["fold"] else range(1, values["n_folds"] + 1):
-                    yield one.but(output_folder=str(Path(values["output_folder"]) / f"fold_{fold}")), fold
+                    yield one.with_values(output_folder=str(Path(values["output_folder"]) / f"fold_{fold}")), fold
 
     def _below(self, name):
         """Folders of one of several runs."""
@@ -107,7 +107,7 @@ class Settings:
                 prepared_folder = default_prepared_folder(preparation["data_folder"], prepared_folder, **choices)
         return preparation | {"prepared_folder": prepared_folder}
 
-    def outsiders(self):
+    def out_of_set(self):
         """Return the arguments of the preparation of accents outside the classes; None if `out_of_set` is not used."""
         if self.values["out_of_set"] is None:
             return None
@@ -183,7 +183,7 @@ def read_settings(argv, root, look_at_data=True):
     if not wrong:
         problems += contradictions(settings.values, run_opts)
     if look_at_data and not wrong.keys() & {*_PREPARATION, "preparation"}:
-        problems += _trouble_with_data(settings)
+        problems += _data_problems(settings)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = "\n".join(problems).replace("\n", "\n  ")
@@ -191,16 +191,16 @@ def read_settings(argv, root, look_at_data=True):
     return settings
 
 
-def _trouble_with_data(settings):
+def _data_problems(settings):
     problems = []
     for one in settings.splits():
-        problems += _refusals(one.located(one.values["preparation"]))
+        problems += _preparation_problems(one.located(one.values["preparation"]))
     if settings.values["out_of_set"] is not None and not problems:
-        problems += _refusals(settings.outsiders())
+        problems += _preparation_problems(settings.out_of_set())
     return problems
 
 
-def _refusals(wanted):
+def _preparation_problems(wanted):
     """Return the problems that `accent_plugin.data.prepare` finds in arguments of a preparation."""
     wanted = dict(wanted)
     del wanted["workers"]
@@ -276,12 +276,14 @@ def read_overlay(hparams_file):
         except (yaml.YAMLError, TypeError) as error:
             raise ConfigError(f"the overlay {hparams_file} cannot be read: {error}") from error
         if base in seen:
-            raise ConfigError(f"{hparams_file}: its base {base} leads back to it; name a whole YAML")
+            raise ConfigError(f"{hparams_file}: its base {base} refers back to it; give a complete YAML as base")
         seen.add(base)
         _warn_of_old_names(values)
         values = _values(_renamed({key: value for key, value in values.items() if value is not _PLACEHOLDER}))
         if unknown := sorted(values.keys() - TABLE.keys()):
-            raise ConfigError(f"{hparams_file} has a base: it can change hyperparameters, not {', '.join(unknown)}")
+            raise ConfigError(
+                f"{hparams_file} has a base: it can contain only hyperparameters, not {', '.join(unknown)}"
+            )
         changed, hparams_file = values | changed, base
 
 
@@ -331,7 +333,7 @@ def _warn_of_old_names(words):
 
 @functools.cache
 def _warn_once(word, new):
-    logger.warning("%s is now called %s; the old name will go in the next release", word, new)
+    logger.warning("%s is now called %s; the old name will be removed in the next release", word, new)
 
 
 def _values(mapping):

@@ -51,11 +51,9 @@ class TrainingOptions:
     lr_encoder, lr_head : float
         Peak learning rates of the encoder, and of the head and adapters.
     weight_decay : float
-        Applied to matrices, not to biases, norms and layer weights.
-    warmup : float
-        Fraction of training in which the learning rates rise.
-    decay : str
-        Their decay after that, see `learning_rate_factor`.
+        For matrices; biases, norms and layer weights have none.
+    warmup, decay
+        Learning-rate schedule, see `learning_rate_factor`.
     freeze_encoder_steps : int
         Number of steps at the start in which the encoder is frozen.
     label_smoothing : float

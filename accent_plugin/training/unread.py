@@ -18,11 +18,8 @@ _DOING = {Stage.TRAIN: "training", Stage.VALID: "validating", Stage.TEST: "evalu
 class UnreadClips:
     """Which clips of each stage could not be read, and why.
 
-    Arguments
-    ---------
-    max_share : float
-        Fraction of a stage's clips above which `note` and `share` raise an error. A single clip is tolerated unless
-        this is 0.
+    `max_share` is the fraction of a stage's clips above which `note` and `share` raise an error. A single clip is
+    tolerated unless it is 0.
     """
 
     def __init__(self, max_share):
@@ -38,13 +35,7 @@ class UnreadClips:
         self._unread[stage], self._clips[stage] = {}, len(getattr(loader, "dataset", None) or ())
 
     def note(self, batch, stage):
-        """Count the unreadable clips of a `Batch`, and log each of them once.
-
-        Raises
-        ------
-        DataError
-            When there are too many.
-        """
+        """Count the unreadable clips of a `Batch`, and log each once; raise a DataError if there are too many."""
         unread = self._unread[stage]
         for name, why in batch.lost:
             if name not in unread:
@@ -53,13 +44,7 @@ class UnreadClips:
         self._limit(stage)
 
     def share(self, stage):
-        """Merge the unreadable clips of all processes: each process reads other clips in every epoch.
-
-        Raises
-        ------
-        DataError
-            When there are too many.
-        """
+        """Merge the unreadable clips of all processes; raise a DataError if there are too many."""
         parts = distributed.all_gather(self._unread[stage])
         self._unread[stage] = {name: why for part in parts for name, why in part.items()}
         distributed.broadcast_from_main(self._limit, stage)

@@ -36,15 +36,15 @@ PROJECT = Path(__file__).resolve().parents[2]
 def train(settings, fold, command):
     """Prepare, train and evaluate once; return the finished run."""
     run = Run(settings, fold, command)
-    with run.claimed(overwrite=settings.values["overwrite"]):
+    with run.locked(overwrite=settings.values["overwrite"]):
         values = run.values
         sb.create_experiment_directory(
             experiment_directory=values["output_folder"],
             hyperparams_to_save=settings.hparams_file,
             # If the saved file is run again, it resumes.
-            overrides=run.settings.but(overwrite=False).overrides,
+            overrides=run.settings.with_values(overwrite=False).overrides,
         )
-        run.prepare(prepare_common_voice_accent, values["preparation"], outsiders=values["evaluation"]["out_of_set"])
+        run.prepare(prepare_common_voice_accent, values["preparation"], out_of_set=values["evaluation"]["out_of_set"])
         with open(settings.hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, run.settings.overrides, overrides_must_match=False)
         run.read_clips(hparams["loading"])

@@ -51,16 +51,16 @@ def test_both_splits_have_their_own_folders(settings, tmp_path):
 
 
 def test_a_folder_is_claimed_by_one_run_at_a_time(settings, tmp_path):
-    with Run(settings()).claimed():
-        with pytest.raises(ConfigError, match="is in use by process"), Run(settings()).claimed():
+    with Run(settings()).locked():
+        with pytest.raises(ConfigError, match="is in use by process"), Run(settings()).locked():
             pass
-    with Run(settings()).claimed():
+    with Run(settings()).locked():
         pass
 
 
 def test_a_finished_run_keeps_no_network(settings):
     run = Run(settings())
-    with run.claimed():
+    with run.locked():
         run.brain = object()
     assert run.brain is None
 
@@ -73,7 +73,7 @@ def test_overwrite_deletes_the_run_before_unless_a_cluster_has_started_this_one_
     history.parent.mkdir(parents=True)
     history.write_text("[]")
     (run.folder / "run.json").write_text('{"data": "x", "values": {}}')
-    with run.claimed(overwrite=True):
+    with run.locked(overwrite=True):
         assert history.exists() == restarted
 
 

@@ -273,13 +273,13 @@ def test_what_a_run_was_begun_with_can_be_read(trained, tmp_path):
     assert run_folder.read_identity(trained) is None
 
 
-# ---- claimed
+# ---- locked
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 CLAIM = r"""
 import os, sys
 from accent_plugin.experiment import run_folder
-with run_folder.claimed(sys.argv[1]):
+with run_folder.locked(sys.argv[1]):
     {inside}
     os.write(1, b"%d\n" % os.getpid())
     sys.stdin.read()
@@ -308,7 +308,7 @@ class Other:
 def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path):
     with Other(tmp_path / "run") as other:
         pid = other.pid()
-        with pytest.raises(ConfigError) as caught, run_folder.claimed(tmp_path / "run"):
+        with pytest.raises(ConfigError) as caught, run_folder.locked(tmp_path / "run"):
             pass
     lines = str(caught.value).splitlines()
     assert lines[0].startswith(f"{tmp_path / 'run'} is in use by process {pid} on ")
@@ -317,7 +317,7 @@ def test_a_second_process_is_refused_with_the_name_of_the_first(tmp_path):
 
 def test_a_folder_is_free_again_when_the_first_has_ended(tmp_path):
     for _ in range(2):
-        with run_folder.claimed(tmp_path / "run") as folder:
+        with run_folder.locked(tmp_path / "run") as folder:
             assert folder.is_dir()
 
 
@@ -330,14 +330,14 @@ def test_a_worker_that_outlives_its_killed_parent_holds_nothing(tmp_path):
         os.kill(parent, signal.SIGKILL)
         os.waitpid(parent, 0)
         os.kill(child, 0)
-        with run_folder.claimed(tmp_path):
+        with run_folder.locked(tmp_path):
             pass
 
 
 @needs_fork
 def test_a_worker_that_ends_first_leaves_the_lock_to_its_parent(tmp_path):
     with contextlib.ExitStack() as block:
-        block.enter_context(run_folder.claimed(tmp_path))
+        block.enter_context(run_folder.locked(tmp_path))
         child = os.fork()
         if not child:
             # It leaves the block as its parent would.
@@ -345,15 +345,15 @@ def test_a_worker_that_ends_first_leaves_the_lock_to_its_parent(tmp_path):
                 block.close()
             os._exit(0)
         os.waitpid(child, 0)
-        with pytest.raises(ConfigError, match=f"process {os.getpid()} on"), run_folder.claimed(tmp_path):
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on"), run_folder.locked(tmp_path):
             pass
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[1]"])
 def test_a_holder_that_has_not_written_its_name(tmp_path, text):
-    with run_folder.claimed(tmp_path):
+    with run_folder.locked(tmp_path):
         (tmp_path / ".run.holder.json").write_text(text)
-        with pytest.raises(ConfigError, match="is in use by another process"), run_folder.claimed(tmp_path):
+        with pytest.raises(ConfigError, match="is in use by another process"), run_folder.locked(tmp_path):
             pass
 
 
@@ -363,27 +363,27 @@ def test_where_the_file_system_has_no_locks_there_is_a_warning(tmp_path, monkeyp
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with run_folder.claimed(tmp_path):
+    with run_folder.locked(tmp_path):
         assert "cannot be locked (" in caplog.text
 
 
 def test_a_file_in_the_folders_place_is_the_systems_answer(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError), run_folder.claimed(tmp_path / "file"):
+    with pytest.raises(OSError), run_folder.locked(tmp_path / "file"):
         pass
 
 
 def test_what_a_killed_process_has_left_is_removed(tmp_path):
     write(tmp_path, ".bundle.7.tmp/config.json", ".run.json.7.tmp", ".bundle.7.old/config.json", "bundle/config.json")
     write(tmp_path, f".{HOLDER_FILE}.7.tmp")
-    with run_folder.claimed(tmp_path):
+    with run_folder.locked(tmp_path):
         assert files(tmp_path) == {LOCK_FILE, HOLDER_FILE, "bundle/config.json"}
     assert not (tmp_path / ".bundle.7.old").exists()
 
 
 def test_what_else_was_in_a_bundle_that_was_being_replaced_stays(tmp_path):
     write(tmp_path, *(f".bundle.{number}.old/config.json" for number in (6, 7, 8)), ".bundle.7.old/notes.txt")
-    with run_folder.claimed(tmp_path):
+    with run_folder.locked(tmp_path):
         assert files(tmp_path) == {LOCK_FILE, HOLDER_FILE, ".bundle.7.old/notes.txt"}
 
 

@@ -167,7 +167,7 @@ def run(recipe, folder, tiny_bundle):
     """Function: values other than in `BASE` -> the run; none is made twice."""
     words = ["--data_folder", str(folder / "corpus"), "--wav2vec2_hub", str(folder / "wav2vec2-group")]
     words = [str(ROOT / "hparams/wav2vec2_base.yaml"), *words, "--device", "cpu", "--noprogressbar"]
-    base, runs = read_settings(words, folder, look_at_data=False).but(**BASE), {}
+    base, runs = read_settings(words, folder, look_at_data=False).with_values(**BASE), {}
 
     def make(changes):
         text = (
@@ -175,7 +175,7 @@ def run(recipe, folder, tiny_bundle):
         )
         if text not in runs:
             output = {"output_folder": str(folder / f"run_{len(runs)}")}
-            runs[text] = Run(recipe, base.but(**output | json.loads(text)))
+            runs[text] = Run(recipe, base.with_values(**output | json.loads(text)))
         return runs[text]
 
     return make

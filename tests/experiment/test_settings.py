@@ -189,7 +189,7 @@ def test_runs_with_several_seeds_stand_where_single_runs_would(read):
 
 
 def test_changing_the_output_folder_moves_what_lies_below_it(read, tmp_path):
-    values = read("--seed", "3").but(output_folder=str(tmp_path)).values
+    values = read("--seed", "3").with_values(output_folder=str(tmp_path)).values
     assert values["save_folder"] == str(tmp_path / "save") and values["seed"] == 3
 
 
@@ -283,9 +283,9 @@ def test_the_yaml_that_was_given_is_named_in_errors(read, tmp_path):
     "text, problem",
     [
         ("base: nowhere.yaml", "nowhere.yaml cannot be read: No such file"),
-        ("base: mine.yaml", "leads back to it"),
+        ("base: mine.yaml", "refers back to it"),
         ("base: [1]", "the overlay .* cannot be read"),
-        (f"base: {HPARAMS}\nmodel: 3\nmixup: 0.5", "it can change hyperparameters, not mixup, model"),
+        (f"base: {HPARAMS}\nmodel: 3\nmixup: 0.5", "it can contain only hyperparameters, not mixup, model"),
         (f"base: {HPARAMS}\nname: !ref <seed>", "the overlay .* cannot be read: .*!ref"),
     ],
 )
@@ -337,7 +337,7 @@ def test_both_names_at_once_are_a_problem(read):
 
 
 def test_a_yaml_with_old_names_is_changed_by_new_ones(read, warnings, tmp_path):
-    settings = read("--warmup_fraction", "0.3", hparams=old_yaml(tmp_path)).but(test_degradations=True)
+    settings = read("--warmup_fraction", "0.3", hparams=old_yaml(tmp_path)).with_values(test_degradations=True)
     assert settings.values["warmup_fraction"] == 0.3
     assert settings.values["test_degradations"] is settings.values["evaluation"]["bands"] is True
     # They are for load_hyperpyyaml, and references of that YAML.

@@ -420,7 +420,7 @@ def test_options_that_conflict_with_torchrun_are_reported_once(
 
 @pytest.mark.slow
 def test_a_folder_in_use_is_reported_once(words, tmp_path):
-    with run_folder.claimed(tmp_path / "out"):
+    with run_folder.locked(tmp_path / "out"):
         done = torchrun(tmp_path, recipe=words(tmp_path))
     assert done.code != 0
     assert done.err.count("is in use by process") == 1
