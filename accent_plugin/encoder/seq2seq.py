@@ -29,10 +29,10 @@ class EncoderHalf(InvariantEncoder, HFTransformersInterface):
     def _without_weights(self, **kwargs):
         # The decoder is dropped immediately. On this device, it takes no memory.
         with torch.device("meta"):
-            whole = AutoModel.from_config(self.config, **kwargs)
+            complete = AutoModel.from_config(self.config, **kwargs)
         if torch.get_default_device().type != "meta":
-            whole.encoder = type(whole.encoder)(whole.encoder.config)
-        return whole
+            complete.encoder = type(complete.encoder)(complete.encoder.config)
+        return complete
 
     @property
     def layers(self):

@@ -144,8 +144,8 @@ def read_settings(argv, root, look_at_data=True):
     known = _plain(text, {})
     added = {one.name: one.earlier for one in TABLE.values() if one.name not in known and one.earlier is not ...}
     known |= added
-    run_opts, stray = _run_options(hparams_file, others)
-    problems = [_unknown(word, known) for word in stray]
+    run_opts, unknown_words = _run_options(hparams_file, others)
+    problems = [_unknown(word, known) for word in unknown_words]
     _warn_of_old_names(f"--{key}" for key in own)
     _warn_of_old_names(re.findall(r"^(\w+):", text, re.M))
     overrides = {}

@@ -88,8 +88,8 @@ def encode(encoder, loader, device="cpu", precision="fp32", every_state=False, p
             # Set for each batch: the caller may change these modes between two batches.
             autocast = torch.autocast(torch.device(device).type, kind, enabled=kind is not None)
             with devices.exact_fp32(), torch.inference_mode(), autocast:
-                there = batch.to(device)
-                states, valid = encoder.hidden_states(there.wavs, there.wav_lens, used_only=not every_state)
+                inputs = batch.to(device)
+                states, valid = encoder.hidden_states(inputs.wavs, inputs.wav_lens, used_only=not every_state)
                 pooled_states = torch.stack([pooling(state, valid) for state in states], dim=1).cpu().numpy()
         else:
             pooled_states = np.zeros((0, 0, 0), dtype=np.float32)
