@@ -370,9 +370,9 @@ def test_a_folder_that_is_none(tmp_path):
         ({"model__encoder__family": "bert"}, "config.model_type is 'wav2vec2', the family 'bert'"),
         ({"model__encoder__family": "bert", "model__encoder__config__model_type": "bert"}, "family 'bert' is unknown"),
         ({"model__encoder__config__model_type": "hubert"}, "config.model_type is 'hubert', the family 'wav2vec2'"),
-        ({"model__encoder__config__custom": 1}, "keys that a wav2vec2 has not: 'custom'"),
-        ({"model__encoder__config__dtype": "float16"}, "keys that a wav2vec2 has not: 'dtype'"),
-        ({"model__encoder__config__return_dict": False}, "keys that a wav2vec2 has not: 'return_dict'"),
+        ({"model__encoder__config__custom": 1}, "keys that a wav2vec2 does not have: 'custom'"),
+        ({"model__encoder__config__dtype": "float16"}, "keys that a wav2vec2 does not have: 'dtype'"),
+        ({"model__encoder__config__return_dict": False}, "keys that a wav2vec2 does not have: 'return_dict'"),
         ({"model__encoder__config__hidden_size": 10**9}, "hidden_size is 1000000000, more than any"),
         ({"model__encoder__config__num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, more than any"),
         ({"model__encoder__config__hidden_size": 10**400}, "hidden_size is 1000.*, more than any"),
@@ -463,7 +463,7 @@ def test_a_configuration_that_is_deeply_nested(spoilt, depth):
     text = (spoilt / "config.json").read_text(encoding="utf-8")
     nested = text.replace('"rope_parameters": 0', f'"rope_parameters": {"[" * depth}{"]" * depth}')
     (spoilt / "config.json").write_text(nested, encoding="utf-8")
-    with pytest.raises(BundleError, match="keys that a wav2vec2 has not|cannot be read"):
+    with pytest.raises(BundleError, match="keys that a wav2vec2 does not have|cannot be read"):
         load_bundle(spoilt)
 
 
