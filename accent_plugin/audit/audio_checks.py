@@ -12,9 +12,19 @@ from accent_plugin.audio import codecs
 from accent_plugin.audio.samples import EMPTY, NON_FINITE, SILENT, TOO_LONG, UNDECODABLE, check_samples, quantise
 from accent_plugin.audio.workers import map_in_workers, worker_count
 from accent_plugin.audit import confounds
-from accent_plugin.audit.findings import AUDIO, CHANNEL, ERROR, EXAMPLES, UNDECODABLE_CLIP, WARNING, Example, Finding
-from accent_plugin.audit.text_checks import name_splits, runs_of_equal
-from accent_plugin.data import dataset_dict
+from accent_plugin.audit.findings import (
+    AUDIO,
+    CHANNEL,
+    ERROR,
+    EXAMPLES,
+    RATE,
+    UNDECODABLE_CLIP,
+    WARNING,
+    Example,
+    Finding,
+)
+from accent_plugin.audit.text_checks import name_splits, runs_of_equal, shorten
+from accent_plugin.data import dataset_dict, speech_rate
 from accent_plugin.errors import AudioError
 from accent_plugin.report.text import count_in_words
 
@@ -158,6 +168,28 @@ def unusable_clips(table, measurements):
         ERROR,
         f"{count_in_words(total, 'unusable file')}: {counts}" + (moved and f"\n{moved}"),
         total,
+        tuple(examples),
+    )
+
+
+def unusual_rates(table, measurements):
+    """Yield a finding about clips that are too long or too short for their sentence."""
+    found = speech_rate.rate_deviations(table.characters, np.where(measurements.usable, measurements.seconds, 0))
+    if found is None or not (far := np.flatnonzero(np.abs(found) > speech_rate.LIMIT)).size:
+        return
+    examples = []
+    for row in far[np.argsort(-np.abs(found[far]), kind="stable")][:EXAMPLES]:
+        clip = table.clip(row)
+        kind = "long" if found[row] > 0 else "short"
+        text = f"{clip}: {measurements.seconds[row]:.1f} s, too {kind} for '{shorten(table.sentence_text(row))}'"
+        examples.append(Example(text, (clip,)))
+    slow = int((found[far] > 0).sum())
+    yield Finding(
+        RATE,
+        WARNING,
+        f"{count_in_words(len(far), 'clip')} whose length does not fit the sentence ({slow:,} too long,"
+        f" {len(far) - slow:,} too short): blank, cut, or read twice",
+        len(far),
         tuple(examples),
     )
 

@@ -13,6 +13,7 @@ undecodable    error     files that are undecodable, empty, non-finite, silent, 
 missing        error     an accent without clips in a split
 unlabelled     warning   rows without an accent; an error if all rows lack one
 balance        warning   an accent with more than 3 times as many clips in train as another
+rate           warning   clips that are too long or too short for their sentence (``data.speech_rate``)
 channel        error     the recording conditions predict the accent (``confounds.run_confound_test``); a warning if
                          this cannot be tested
 =============  ========  =============================================================================================
@@ -33,6 +34,7 @@ from accent_plugin.audit.audio_checks import (
     measure_clips,
     measure_confounds,
     unusable_clips,
+    unusual_rates,
 )
 from accent_plugin.audit.findings import KINDS, Audit
 from accent_plugin.audit.text_checks import ClipTable, contradictions, imbalance, shared_sentences, shared_speakers
@@ -106,6 +108,7 @@ def check_dataset(
         measurements = measure_clips(table, data_folder, drawn, workers, progress)
         seconds = measurements.seconds
         findings += [*unusable_clips(table, measurements), *duplicate_clips(table, measurements)]
+        findings += unusual_rates(table, measurements)
         confound, measured = measure_confounds(table, measurements, seed, permutations, progress)
         findings += channel_finding(confound)
         notes += confound_notes(confound, table)

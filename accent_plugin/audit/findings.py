@@ -22,8 +22,9 @@ KINDS = (
     MISSING,
     UNLABELLED,
     BALANCE,
+    RATE,
     CHANNEL,
-) = "client", "sentence", "contradiction", "audio", "undecodable", "missing", "unlabelled", "balance", "channel"
+) = "client", "sentence", "contradiction", "audio", "undecodable", "missing", "unlabelled", "balance", "rate", "channel"
 
 
 EXAMPLES = 5

@@ -19,7 +19,7 @@ from accent_plugin.audit.findings import (
     Example,
     Finding,
 )
-from accent_plugin.data import dataset_dict, labels, naming, splits
+from accent_plugin.data import dataset_dict, labels, naming, speech_rate, splits
 from accent_plugin.report.text import count_in_words
 
 MOST_UNBALANCED = 3.0
@@ -33,6 +33,7 @@ class ClipTable:
         self.starts = np.cumsum([0, *map(len, loaded.values())])
         accents, clients = {}, {}
         accent, client, sentence, ranks = array("q"), array("q"), array("Q"), array("Q")
+        self.characters = array("q")
         self.compound = Counter()
         self._texts = {}
         for split, data in loaded.items():
@@ -41,6 +42,7 @@ class ClipTable:
                 accent.append(accents.setdefault(label, len(accents)) if label else -1)
                 client.append(clients.setdefault(cells["client"], len(clients)) if cells["client"] else -1)
                 words = splits.normalise_sentence(cells["sentence"])
+                self.characters.append(speech_rate.count_characters(cells["sentence"]))
                 # 64 bits: ten million sentences have a collision in one of 300,000 corpora.
                 sentence.append(splits.rank("sentence", words) if words else 0)
                 ranks.append(splits.rank(seed, "check", cells["client"], cells["path"], cells["sentence"]))
@@ -262,10 +264,11 @@ def _examples(table, found, name):
     made = []
     for rows in found[:EXAMPLES]:
         clips = tuple(map(table.clip, rows))
-        made.append(Example(f"'{_short(name(rows[0]))}': {' and '.join(map(str, clips))}", clips))
+        made.append(Example(f"'{shorten(name(rows[0]))}': {' and '.join(map(str, clips))}", clips))
     return tuple(made)
 
 
-def _short(words, most=60):
+def shorten(words, most=60):
+    """The beginning of a text on one line."""
     words = " ".join(words.split())
     return words if len(words) <= most else words[: most - 1] + "…"

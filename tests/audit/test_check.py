@@ -197,6 +197,22 @@ def test_leaks_are_found_under_every_usual_column_name(tmp_path, role, kind, col
         assert kind in [each.kind for each in of_text(folder).findings if each.severity == "error"]
 
 
+def test_clips_that_do_not_fit_their_sentence_are_a_warning(tmp_path):
+    table = [row | {"sentence": "some words " * k} for k in range(1, 41) for row in rows("us", 1, 1)]
+    for k, row in enumerate(table, 1):
+        row["audio"] = {
+            "bytes": encode(noise((0.5 + 0.3 * k) * (2.2 if k == 7 else 0.4 if k == 30 else 1), seed=k)),
+            "path": "",
+        }
+    options = {"progress": False, "workers": 1, "permutations": 100}
+    (finding,) = [
+        f for f in check_dataset(save(tmp_path / "data", train=table), **options).findings if f.kind == "rate"
+    ]
+    assert (finding.severity, finding.count) == ("warning", 2)
+    assert "(1 too long, 1 too short)" in finding.message
+    assert {example.clips[0].row for example in finding.examples} == {6, 29}
+
+
 def test_audio_in_a_folder_that_is_gone_is_said_to_be_so(tmp_path):
     sounds = tmp_path / "sounds" / "clips"
     sounds.mkdir(parents=True)
