@@ -122,7 +122,7 @@ def load(source, min_seconds=0.0, max_seconds=None):
     return resample(sound.samples, sound.sample_rate)
 
 
-def stream(source, block_seconds=60.0):
+def stream(source, block_seconds=60.0, channel=None):
     """Decode, check and resample a clip of any length block by block: the samples of `load`, in constant memory.
 
     Arguments
@@ -131,6 +131,8 @@ def stream(source, block_seconds=60.0):
         As in `decode`.
     block_seconds : float
         Length of a block.
+    channel : int, optional
+        The channel to decode, counted from 1; None averages all.
 
     Yields
     ------
@@ -149,7 +151,7 @@ def stream(source, block_seconds=60.0):
     held, total = [], 0
     try:
         with _open(source, name) as sound:
-            for piece in _pieces(sound, name, block_seconds):
+            for piece in _pieces(sound, name, block_seconds, channel):
                 held.append(piece)
                 total += len(piece)
                 if total > size:
@@ -302,7 +304,7 @@ def _refusal(source, name, error):
     return AudioError(UNDECODABLE, f"{name} cannot be decoded: {_why(error)}")
 
 
-def _pieces(sound, name, seconds):
+def _pieces(sound, name, seconds, channel=None):
     """Yield an open file's samples as mono at ``SAMPLE_RATE``, in pieces of at most about ``seconds``."""
     rate = sound.samplerate
     if rate not in SAMPLE_RATES:
@@ -311,7 +313,7 @@ def _pieces(sound, name, seconds):
     wanted = max(1, min(_BLOCK_VALUES // sound.channels, int(seconds * rate)))
     low, high = np.inf, -np.inf
     while len(block := sound.read(wanted, dtype="float32", always_2d=True)):
-        piece = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+        piece = _mono(block, channel)
         if not np.isfinite(piece).all():
             raise AudioError(NON_FINITE, f"{name} has samples that are NaN or infinite")
         low, high = min(low, piece.min()), max(high, piece.max())
@@ -321,6 +323,12 @@ def _pieces(sound, name, seconds):
     if high - low <= SILENCE_LEVEL:
         raise AudioError(SILENT, f"{name} is silent: all samples are equal")
     yield np.zeros(0, np.float32) if resampler is None else resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _mono(block, channel):
+    if channel is not None:
+        return block[:, channel - 1].copy()
+    return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
 
 
 def _why(error):

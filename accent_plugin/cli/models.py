@@ -17,8 +17,22 @@ def run_classify(arguments):
     sources = list(find(arguments.files))
     reading = {"workers": arguments.workers, "batch_seconds": arguments.batch_seconds}
     _require_use_of_labels(arguments, [arguments.model])
+    if arguments.segments or arguments.channels == "each":
+        return _classify_segments(arguments, sources, format)
     classifier = _classifier(arguments, arguments.model, **_window_options(arguments))
     _, failed = inference_bulk.run(classifier, sources, format, arguments.output, **reading)
+    return 1 if failed else 0
+
+
+def _classify_segments(arguments, sources, format):
+    from accent_plugin.inference import segments
+
+    found = segments.read_segments(arguments.segments) if arguments.segments else None
+    if found:
+        segments.assign_segments(found, sources)
+    classifier = _classifier(arguments, arguments.model, **_window_options(arguments))
+    each = arguments.channels == "each"
+    _, failed = segments.run(classifier, sources, found, format, arguments.output, each_channel=each)
     return 1 if failed else 0
 
 

@@ -39,6 +39,18 @@ def make_parser():
     command.add_argument(
         "--output", metavar="FILE", help="append results to this file; run again to resume (default: stdout)"
     )
+    command.add_argument(
+        "--segments",
+        metavar="FILE",
+        help="answer each segment, and each speaker from all of theirs: RTTM, CSV or TSV (start, end, and optionally "
+        "speaker, channel, file), or a Praat TextGrid; --output is then written when all answers are there",
+    )
+    command.add_argument(
+        "--channels",
+        choices=("mix", "each"),
+        default="mix",
+        help="average the channels, or answer each one, as in telephone calls (default: mix)",
+    )
     _add_decision_options(command)
     _add_device_options(command)
     _add_workers_option(command)

@@ -233,28 +233,28 @@ class RecordingClassifier:
             while items := ahead.take(_BATCHES_AHEAD * batch_seconds):
                 short = [item for item in items if isinstance(item, SourceAudio) and item.rest is None]
                 recordings, jobs = self._cut([item.blocks[0] for item in short])
-                self._score(jobs, batch_seconds)
+                self.score(jobs, batch_seconds)
                 recordings = iter(recordings)
                 for item in items:
                     if isinstance(item, Failure):
                         yield item
                     elif item.rest is None:
-                        yield _or_failure(item.source, self._answer, next(recordings), item.source)
+                        yield or_failure(item.source, self.answer, [next(recordings)], item.source)
                     else:
                         blocks = itertools.chain(item.blocks, item.rest)
-                        yield _or_failure(item.source, self.predict_blocks, blocks, item.source, batch_seconds)
+                        yield or_failure(item.source, self.predict_blocks, blocks, item.source, batch_seconds)
         finally:
             ahead.close()
 
     def _predict_arrays(self, arrays):
         """Classify (samples,) arrays at 16 kHz."""
         recordings, jobs = self._cut(arrays)
-        self._score(jobs)
-        return [self._answer(recording, None) for recording in recordings]
+        self.score(jobs)
+        return [self.answer([recording], None) for recording in recordings]
 
     def _cut(self, arrays):
         """Cut (samples,) arrays at 16 kHz; returns the recordings and the jobs of all their windows."""
-        recordings = [self._recording() for _ in arrays]
+        recordings = [self.make_recording() for _ in arrays]
         jobs = [job for recording, wave in zip(recordings, arrays, strict=True) for job in recording.feed(wave, True)]
         return recordings, jobs
 
@@ -279,22 +279,24 @@ class RecordingClassifier:
         AudioError
             As in `predict_file`, and any error that `blocks` raises.
         """
-        recording, jobs = self._recording(), []
+        recording, jobs = self.make_recording(), []
         enough = (self.batch_seconds if batch_seconds is None else batch_seconds) * SAMPLE_RATE
         with contextlib.closing(one_ahead(blocks)) as blocks:
             for block in blocks:
                 jobs += recording.feed(block)
                 if sum(len(job.samples) for job in jobs) >= enough:
-                    self._score(jobs, batch_seconds)
+                    self.score(jobs, batch_seconds)
                     jobs = []
         jobs += recording.feed(np.zeros(0, np.float32), last=True)
-        self._score(jobs, batch_seconds)
-        return self._answer(recording, source)
+        self.score(jobs, batch_seconds)
+        return self.answer([recording], source)
 
-    def _recording(self):
-        return RecordingWindows(round(self.window_seconds * SAMPLE_RATE), round(self.hop_seconds * SAMPLE_RATE))
+    def make_recording(self, offset=0):
+        """Make the windows of a recording, or of a segment that starts at a sample of one."""
+        window, hop = round(self.window_seconds * SAMPLE_RATE), round(self.hop_seconds * SAMPLE_RATE)
+        return RecordingWindows(window, hop, offset)
 
-    def _score(self, jobs, batch_seconds=None):
+    def score(self, jobs, batch_seconds=None):
         """Score the windows of jobs and pass the scores to their recordings."""
         if self._batcher is not None:
             _collect(jobs, self._batcher.score([job.samples for job in jobs]))
@@ -325,14 +327,18 @@ class RecordingClassifier:
         """
         raise NotImplementedError
 
-    def _answer(self, recording, source):
-        if recording.refused is not None:
-            raise recording.refused
-        heard = recording.outcome()
-        counted = set(heard.counted)
+    def answer(self, recordings, source):
+        """Answer one recording, or several that have the same speaker, from all their windows, weighted by length."""
+        if refused := next((recording.refused for recording in recordings if recording.refused), None):
+            raise refused
+        parts = [(recording.offset, recording.outcome()) for recording in recordings]
+        counted = [
+            (part.scores[start], end - start) for _, part in parts for start, end in part.spans if start in part.counted
+        ]
+        scores, lengths = zip(*counted, strict=True)
         # Normalise again in double precision, so that the probabilities sum to one up to rounding.
         with np.errstate(invalid="ignore"):
-            mean = np.exp(log_softmax(np.mean([heard.scores[start] for start in heard.counted], axis=0)))
+            mean = np.exp(log_softmax(np.average(scores, axis=0, weights=lengths)))
         if not np.isfinite(mean).all():
             raise AudioError(
                 NON_FINITE,
@@ -342,22 +348,24 @@ class RecordingClassifier:
         best = int(mean.argmax())
         accent, probability = self.labels[best], float(mean[best])
         decided = self.threshold is None or probability >= self.threshold
+        speech = sum(part.speech_samples for _, part in parts)
         return Prediction(
             accent=accent,
             decision=accent if decided else None,
             probability=probability,
             probabilities=self._named(mean),
-            seconds=heard.samples / SAMPLE_RATE,
-            speech_seconds=heard.speech_samples / SAMPLE_RATE,
-            reliable=heard.speech_samples >= RELIABLE_SECONDS * SAMPLE_RATE,
+            seconds=sum(part.samples for _, part in parts) / SAMPLE_RATE,
+            speech_seconds=speech / SAMPLE_RATE,
+            reliable=speech >= RELIABLE_SECONDS * SAMPLE_RATE,
             source=source,
             windows=tuple(
                 Window(
-                    start / SAMPLE_RATE,
-                    end / SAMPLE_RATE,
-                    self._named(np.exp(log_softmax(heard.scores[start]))) if start in counted else None,
+                    (offset + start) / SAMPLE_RATE,
+                    (offset + end) / SAMPLE_RATE,
+                    self._named(np.exp(log_softmax(part.scores[start]))) if start in part.counted else None,
                 )
-                for start, end in heard.spans
+                for offset, part in parts
+                for start, end in part.spans
             ),
         )
 
@@ -370,7 +378,7 @@ def _collect(jobs, scores):
         job.recording.collect(job.start, row)
 
 
-def _or_failure(source, work, *arguments):
+def or_failure(source, work, *arguments):
     """Return the result of `work`, or a `Failure` with the reason."""
     try:
         return work(*arguments)

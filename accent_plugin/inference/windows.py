@@ -40,12 +40,12 @@ class WindowJob:
 
 @dataclass(frozen=True)
 class WindowOutcome:
-    """Result of a complete recording, in samples; `counted` contains the starts of the windows that count."""
+    """Result of a complete recording, in samples; `counted` holds the starts of the windows that count."""
 
     samples: int
     speech_samples: int
     spans: tuple
-    counted: tuple
+    counted: frozenset
     scores: dict
 
 
@@ -57,8 +57,10 @@ class RecordingWindows:
     the scored windows count, so the answer does not depend on the blocks.
     """
 
-    def __init__(self, window, hop):
+    def __init__(self, window, hop, offset=0):
         self._window, self._hop = window, hop
+        # Where it starts, if it is a segment of a longer recording.
+        self.offset = offset
         self._samples = 0
         self._spans = []
         self._next = 0
@@ -124,7 +126,7 @@ class RecordingWindows:
             samples=self._samples,
             speech_samples=int(shares[self._levels >= threshold].sum()),
             spans=tuple(self._spans),
-            counted=tuple(counted or [self._strongest[1].start]),
+            counted=frozenset(counted or [self._strongest[1].start]),
             scores=self._scores,
         )
 

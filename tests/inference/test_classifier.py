@@ -186,8 +186,8 @@ def test_the_answer_does_not_depend_on_when_the_loud_part_comes():
         recording = RecordingWindows(32_000, 32_000)
         jobs = [job for part in parts for block in np.split(part, 3) for job in recording.feed(block)]
         jobs += recording.feed(np.zeros(0, np.float32), last=True)
-        classifier._score(jobs)
-        streamed = classifier._answer(recording, None)
+        classifier.score(jobs)
+        streamed = classifier.answer([recording], None)
         # 52 dB lie between them. Before the loud part is heard, quiet windows have to be scored, and yet do not count.
         assert sum(not window.skipped for window in streamed.windows) == 3
         assert len(jobs) == (5 if parts[0] is quiet else 3)

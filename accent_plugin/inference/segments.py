@@ -1,0 +1,443 @@
+"""Classify segments of recordings, as diarisation tools and annotators mark them.
+
+Segment files are RTTM (NIST, Rich Transcription 2009), CSV or TSV tables, or Praat TextGrids. Times are in seconds from
+the start of the recording. A segment holds the samples from ``round(start * 16000)`` up to, not including,
+``round(end * 16000)``, after resampling.
+"""
+
+import contextlib
+import csv
+import json
+import math
+import re
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from accent_plugin import files
+from accent_plugin.audio import codecs
+from accent_plugin.audio.samples import EMPTY, SAMPLE_RATE, SILENCE_LEVEL, SILENT
+from accent_plugin.data import naming
+from accent_plugin.errors import AudioError, DataError
+from accent_plugin.inference.base import or_failure
+from accent_plugin.inference.bulk import make_record
+from accent_plugin.inference.prefetch import BLOCK_SECONDS, name_of, one_ahead, plain
+from accent_plugin.inference.records import Failure, printable
+
+_COLUMNS = {
+    "start": ("start", "begin", "onset", "start_time", "tbeg", "start_seconds"),
+    "end": ("end", "stop", "offset", "end_time", "tend", "end_seconds"),
+    "duration": ("duration", "dur", "tdur"),
+    "speaker": ("speaker", "speaker_id", "name", "spk", "label"),
+    "channel": ("channel", "chnl"),
+    "file": ("file", "recording", "audio", "path", "filename", "uri"),
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a recording, in seconds; an infinite end is the end of the recording.
+
+    The speaker is empty if unknown, the channel counts from 1 and is None if it is not given, and `file` is the name of
+    the recording without folder and suffix, or empty.
+    """
+
+    start: float
+    end: float
+    speaker: str = ""
+    channel: int | None = None
+    file: str = ""
+
+
+_WHOLE = Segment(0.0, math.inf)
+
+
+def read_segments(path):
+    """Read a segment file; its kind follows from the suffix: .rttm, .csv, .tsv or .TextGrid.
+
+    A TextGrid with one interval tier names the speakers in its intervals; with several, each tier is a speaker. Empty
+    intervals are pauses.
+
+    Returns
+    -------
+    list of Segment
+        In the order of the file.
+
+    Raises
+    ------
+    DataError
+        When the file cannot be read, has no segments, or a line is not as its format demands.
+    """
+    path = Path(path)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path} is no segment file: give {', '.join(_READERS)}")
+    try:
+        content = path.read_bytes()
+        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        text = content.decode(encoding)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}; save it as UTF-8") from None
+    segments = list(reader(text, path))
+    if not segments:
+        raise DataError(f"{path} has no segments")
+    return segments
+
+
+def assign_segments(segments, sources):
+    """Find the segments of each recording.
+
+    Arguments
+    ---------
+    segments : sequence of Segment
+    sources : sequence of str
+        Paths of the recordings. One recording gets all segments if they name no file, or a single one.
+
+    Returns
+    -------
+    dict
+        Source -> list of Segment, without sources that have none.
+
+    Raises
+    ------
+    DataError
+        When there are several recordings and some segments name none, or a segment names a file that is not given.
+    """
+    named = {segment.file for segment in segments}
+    if len(sources) == 1 and len(named) == 1:
+        return {sources[0]: list(segments)}
+    if "" in named:
+        raise DataError(f"{len(sources)} recordings are given, but some segments do not name theirs: add a column file")
+    by_name = defaultdict(list)
+    for source in sources:
+        by_name[Path(source).stem].append(source)
+    if unknown := sorted(named - by_name.keys()):
+        raise DataError(f"segments name recordings that are not given: {', '.join(unknown[:5])}")
+    if double := sorted(name for name in named if len(by_name[name]) > 1):
+        raise DataError(f"segments name '{double[0]}', which is {' and '.join(by_name[double[0]])}: give one of them")
+    found = defaultdict(list)
+    for segment in segments:
+        found[by_name[segment.file][0]].append(segment)
+    return dict(found)
+
+
+@dataclass(frozen=True)
+class SegmentAnswers:
+    """Answers for the segments of one recording.
+
+    Arguments
+    ---------
+    segments : tuple of (Segment, Prediction or Failure)
+        In the order in which the segments were given. Windows have their place in the recording.
+    speakers : dict
+        (speaker, channel) -> Prediction or Failure from all segments of the speaker, their windows weighted by length;
+        without unknown speakers. The channel is None unless each channel is answered.
+    """
+
+    segments: tuple
+    speakers: dict
+
+
+def predict_segments(classifier, source, segments, each_channel=False):
+    """Classify segments of one recording, which is decoded once, block by block.
+
+    Arguments
+    ---------
+    classifier : accent_plugin.inference.base.RecordingClassifier
+    source : str, Path, bytes or binary file object
+        As in `predict_file`.
+    segments : sequence of Segment
+        They may overlap.
+    each_channel : bool
+        Whether to answer each channel by itself, as in telephone calls with one speaker per channel: a segment is heard
+        on its channel, or on every channel if it names none. Otherwise channels are averaged.
+
+    Returns
+    -------
+    SegmentAnswers
+
+    Raises
+    ------
+    AudioError
+        When the recording cannot be decoded.
+    DataError
+        When the segments name several channels without `each_channel`, or a channel that the recording lacks.
+    """
+    named = sorted({segment.channel for segment in segments if segment.channel is not None})
+    if not each_channel:
+        if len(named) > 1:
+            raise DataError(f"segments of {source} name the channels {named}: answer each channel (--channels each)")
+        return _of_one_stream(classifier, source, [replace(segment, channel=None) for segment in segments], None)
+    if hasattr(source, "read"):
+        source = source.read()
+    channels = codecs.read_header(source).channels
+    if named and named[-1] > channels:
+        raise DataError(f"segments name channel {named[-1]}, but {source} has {channels}")
+    answers, speakers = [], {}
+    for channel in range(1, channels + 1):
+        mine = [replace(segment, channel=channel) for segment in segments if segment.channel in (None, channel)]
+        if mine:
+            found = _of_one_stream(classifier, source, mine, channel)
+            answers += found.segments
+            speakers |= found.speakers
+    return SegmentAnswers(tuple(answers), speakers)
+
+
+def run(classifier, sources, segments, format, output=None, each_channel=False):
+    """Classify segments of recordings, and write an answer for each segment and each speaker.
+
+    Arguments
+    ---------
+    classifier : accent_plugin.inference.base.RecordingClassifier
+    sources : sequence of str
+        Paths of recordings.
+    segments : sequence of Segment or None
+        None answers whole recordings.
+    format : str
+        "table", "jsonl" or "csv".
+    output : str or Path, optional
+        File to write, replaced when all answers are there; None writes to stdout after each recording.
+    each_channel : bool
+        As in `predict_segments`.
+
+    Returns
+    -------
+    tuple of int
+        Numbers of answers and of failures.
+    """
+    sources = list(dict.fromkeys(sources))
+    if segments is None:
+        of_source = {source: [_WHOLE] for source in sources}
+    else:
+        of_source = assign_segments(segments, sources)
+    counts = Counter()
+    with files.atomic_write(Path(output)) if output else contextlib.nullcontext(sys.stdout) as file:
+        table = csv.DictWriter(file, _fields(classifier), extrasaction="ignore", lineterminator="\n")
+        if format == "csv":
+            table.writeheader()
+        for source in sources:
+            for record in _records(classifier, source, of_source.get(source, ()), each_channel):
+                counts[record["error"] is None] += 1
+                if record["error"]:
+                    print(printable(f"{source}: {record['error']}"), file=sys.stderr)
+                if format == "csv":
+                    table.writerow(record | {f"p_{label}": p for label, p in (record["probabilities"] or {}).items()})
+                else:
+                    file.write(json.dumps(record) + "\n" if format == "jsonl" else _line(record))
+    return counts[True], counts[False]
+
+
+def _records(classifier, source, segments, each_channel):
+    """Yield a record for each segment of a recording, then one for each speaker."""
+    if not segments:
+        yield _record(
+            classifier, source, Segment(0.0, math.inf), Failure(source, EMPTY, "no segments are given for it")
+        )
+        return
+    try:
+        found = predict_segments(classifier, source, segments, each_channel)
+    except AudioError as error:
+        yield _record(classifier, source, _WHOLE, Failure(source, error.reason, str(error)))
+        return
+    for segment, answer in found.segments:
+        yield _record(classifier, source, segment, answer)
+    for (speaker, channel), answer in found.speakers.items():
+        yield _record(classifier, source, replace(_WHOLE, speaker=speaker, channel=channel), answer) | {
+            "scope": "speaker"
+        }
+
+
+def _record(classifier, source, segment, answer):
+    record = make_record(classifier, source, answer)
+    whole = math.isinf(segment.end)
+    place = {
+        "scope": "recording" if whole else "segment",
+        "start": None if whole else segment.start,
+        "end": None if whole else segment.end,
+        "speaker": segment.speaker or None,
+        "channel": segment.channel,
+    }
+    return {"source": record.pop("source")} | place | record
+
+
+def _fields(classifier):
+    first = _record(classifier, "", Segment(0.0, 1.0), Failure("", EMPTY, ""))
+    return [*(name for name in first if name != "probabilities"), *(f"p_{label}" for label in classifier.labels)]
+
+
+def _line(record):
+    place = record["source"]
+    if record["start"] is not None:
+        place += f"  {record['start']:.2f}-{record['end']:.2f}"
+    if record["channel"]:
+        place += f"  channel {record['channel']}"
+    if record["speaker"]:
+        place += f"  {record['speaker']}" + (": all segments" if record["scope"] == "speaker" else "")
+    if record["error"]:
+        return printable(f"-  failed: {record['error']}  {place}") + "\n"
+    doubt = "" if record["reliable"] else "  (unreliable: under 1 s of speech)"
+    abstained = "" if record["decision"] else "  (abstains)"
+    return printable(f"{record['probability']:.2f}  {record['accent']}  {place}{doubt}{abstained}") + "\n"
+
+
+def _of_one_stream(classifier, source, segments, channel):
+    parts = [_Part(segment, classifier) for segment in segments]
+    name, blocks = name_of(source), codecs.stream(plain(source), BLOCK_SECONDS, channel=channel)
+    waiting, position, jobs = sorted(parts, key=lambda part: part.start), 0, []
+    enough = classifier.batch_seconds * SAMPLE_RATE
+    with contextlib.closing(one_ahead(blocks)) as blocks:
+        for block in blocks:
+            end = position + len(block)
+            for part in waiting:
+                if part.start >= end:
+                    break
+                bounds = max(0, part.start - position), min(part.end, end) - position
+                jobs += part.feed(block[slice(*bounds)], part.end <= end)
+            waiting = [part for part in waiting if part.end > end]
+            position = end
+            if sum(len(job.samples) for job in jobs) >= enough:
+                classifier.score(jobs)
+                jobs = []
+    for part in waiting:
+        jobs += part.feed(np.zeros(0, np.float32), last=True)
+    classifier.score(jobs)
+    by_speaker = defaultdict(list)
+    for part in parts:
+        if part.segment.speaker:
+            by_speaker[part.segment.speaker, channel].append(part)
+    return SegmentAnswers(
+        tuple((part.segment, or_failure(name, _answer, classifier, [part], name, position)) for part in parts),
+        {key: or_failure(name, _answer, classifier, members, name, position) for key, members in by_speaker.items()},
+    )
+
+
+class _Part:
+    """A segment while its recording is read: bounds in samples, its windows, and the range of its samples."""
+
+    def __init__(self, segment, classifier):
+        self.segment = segment
+        self.start = round(segment.start * SAMPLE_RATE)
+        self.end = math.inf if math.isinf(segment.end) else round(segment.end * SAMPLE_RATE)
+        self.recording = classifier.make_recording(self.start)
+        self.samples, self.low, self.high = 0, math.inf, -math.inf
+
+    def feed(self, samples, last):
+        if len(samples):
+            self.samples += len(samples)
+            self.low, self.high = min(self.low, samples.min()), max(self.high, samples.max())
+        return self.recording.feed(samples, last) if self.samples else []
+
+    @property
+    def is_silent(self):
+        return self.high - self.low <= SILENCE_LEVEL
+
+
+def _answer(classifier, parts, name, total):
+    heard = [part for part in parts if part.samples and not part.is_silent]
+    if not heard:
+        first = parts[0].segment
+        where = f"{first.start:g} to {first.end:g} s"
+        if not parts[0].samples:
+            raise AudioError(EMPTY, f"{where}: the recording ends at {total / SAMPLE_RATE:.2f} s")
+        raise AudioError(SILENT, f"{where}: all samples are equal")
+    return classifier.answer([part.recording for part in heard], name)
+
+
+def _from_rttm(text, path):
+    for number, line in enumerate(text.splitlines(), 1):
+        fields = line.split()
+        # Other types of records describe words and non-speech.
+        if not fields or fields[0] != "SPEAKER":
+            continue
+        where = f"{path} line {number}"
+        if len(fields) < 8:
+            raise DataError(f"{where} has {len(fields)} fields: a SPEAKER record has 8 or more")
+        start = _seconds(fields[3], "start", where)
+        speaker = "" if fields[7] == "<NA>" else fields[7]
+        end = start + _seconds(fields[4], "duration", where)
+        yield _segment(start, end, speaker, fields[2], _stem(fields[1]), where)
+
+
+def _from_table(text, path):
+    lines = text.splitlines()
+    header = lines[0] if lines else ""
+    delimiter = next((mark for mark in "\t;," if mark in header), ",")
+    table = csv.DictReader(lines, delimiter=delimiter)
+    columns = {role: naming.find_column(role, table.fieldnames or [], _COLUMNS) for role in _COLUMNS}
+    if not columns["start"] or not (columns["end"] or columns["duration"]):
+        found = ", ".join(table.fieldnames or []) or "none"
+        raise DataError(f"{path} needs the columns start and end, or start and duration: it has {found}")
+    for row in table:
+        where = f"{path} line {table.line_num}"
+        cells = {role: (row[name] or "").strip() if name else "" for role, name in columns.items()}
+        start = _seconds(cells["start"], "start", where)
+        if columns["end"]:
+            end = _seconds(cells["end"], "end", where)
+        else:
+            end = start + _seconds(cells["duration"], "duration", where)
+        yield _segment(start, end, cells["speaker"], cells["channel"], _stem(cells["file"]), where)
+
+
+def _from_textgrid(text, path):
+    """Both of Praat's text formats are the same values in the same order, the long one with names before them."""
+    tokens = [
+        found[0]
+        for found in re.finditer(r'"(?:[^"]|"")*"|\[\d*\]|<\w+>|-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?', text)
+        if not found[0].startswith("[")
+    ]
+    values = iter(tokens)
+    try:
+        if next(values) != '"ooTextFile"' or next(values) != '"TextGrid"':
+            raise DataError(f"{path} is no TextGrid in one of Praat's text formats")
+        tiers = []
+        next(values), next(values)
+        if next(values) == "<exists>":
+            for _ in range(int(next(values))):
+                kind, name = _unquoted(next(values)), _unquoted(next(values))
+                next(values), next(values)
+                width = 3 if kind == "IntervalTier" else 2
+                entries = [[next(values) for _ in range(width)] for _ in range(int(next(values)))]
+                if kind == "IntervalTier":
+                    tiers.append((name, entries))
+    except (StopIteration, ValueError):
+        raise DataError(f"{path} is a damaged TextGrid: it ends early, or has text where a number belongs") from None
+    for name, entries in tiers:
+        for number, (*bounds, label) in enumerate(entries, 1):
+            where = f"{path}, tier {name}, interval {number}"
+            if label := _unquoted(label).strip():
+                start, end = (_seconds(bound, "time", where) for bound in bounds)
+                yield _segment(start, end, name if len(tiers) > 1 else label, "", "", where)
+
+
+_READERS = {".rttm": _from_rttm, ".csv": _from_table, ".tsv": _from_table, ".textgrid": _from_textgrid}
+
+
+def _segment(start, end, speaker, channel, file, where):
+    if not 0 <= start < end:
+        raise DataError(f"{where} is a segment from {start:g} to {end:g} s: the end must come after the start")
+    if channel and not (channel.isdecimal() and int(channel) > 0):
+        raise DataError(f"{where}: channel is '{channel}', give a number from 1 up")
+    return Segment(start, end, speaker, int(channel) if channel else None, file)
+
+
+def _seconds(text, name, where):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{where}: {name} is '{text}', give seconds")
+    return value
+
+
+def _stem(name):
+    return "" if name == "<NA>" else Path(name).stem
+
+
+def _unquoted(token):
+    return token[1:-1].replace('""', '"')
