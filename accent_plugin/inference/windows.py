@@ -106,6 +106,11 @@ class RecordingWindows:
         strongest = self._strongest
         if last and not any(self._has_speech(span, threshold) for span in self._spans):
             jobs = [] if strongest[1].start in self._scores else [strongest[1]]
+        if last:
+            # A recording of many segments keeps all of them until it ends.
+            nothing = np.zeros(0, np.float32)
+            self._held, self._unframed = nothing, nothing
+            self._strongest = (strongest[0], WindowJob(self, strongest[1].start, nothing))
         return jobs
 
     def collect(self, start, scores):

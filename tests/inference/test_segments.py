@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -76,6 +77,21 @@ def test_a_segment_beyond_the_end_or_silent_fails_alone(classifier, tmp_path):
     # Silence does not count for the speaker.
     assert found.speakers["a", None].seconds == 1.0
     assert isinstance(found.speakers["b", None], Failure)
+
+
+def test_answered_segments_keep_no_samples(classifier, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "long.wav", noise(300.0), SAMPLE_RATE)
+    monkeypatch.setattr("accent_plugin.inference.segments.BLOCK_SECONDS", 5.0)
+    segments = [Segment(float(start), start + 2.0) for start in range(0, 298, 2)]
+    predict_segments(classifier, tmp_path / "long.wav", segments[:2])
+    tracemalloc.start()
+    try:
+        predict_segments(classifier, tmp_path / "long.wav", segments)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # The samples of the file alone are 19 MB.
+    assert peak < 8e6
 
 
 def test_each_channel_is_answered_by_itself(classifier, tmp_path):
