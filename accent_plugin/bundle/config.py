@@ -15,39 +15,18 @@ from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.errors import BundleError
 
 FORMAT_VERSION = 1
-
-
 CONFIG_FILE = "config.json"
-
-
 WEIGHTS_FILE = "model.ckpt"
-
-
 ONNX_FILE = "model.onnx"
-
-
 YAML_FILE = "hyperparams.yaml"
-
-
 CARD_FILE = "README.md"
-
-
 # All files that the folder of a bundle and of an ONNX export may contain.
 BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE, YAML_FILE, CARD_FILE)
-
-
 ONNX_FILES = (CONFIG_FILE, ONNX_FILE, CARD_FILE)
-
-
 # In bytes. A normal configuration has some kilobytes; a hostile one may have any size.
 _LARGEST_CONFIG = 1 << 22
-
-
 _LARGEST_NUMBER = 1 << 22
-
-
 _MOST_LAYERS = 1000
-
 
 # Limits of encoder values that affect memory, time or validity, but no tensor's shape.
 _LIMITS = {
@@ -68,24 +47,13 @@ _LIMITS = {
     "chunk_length": (1, 240),
 }
 
-
 # Lists in which each number is checked against the limits. With null, transformers uses its default.
 _EACH = ("conv_kernel", "conv_stride")
-
-
 # Limits of the hop between frames, in samples. Pretrained encoders have 160 to 640.
 _SHORTEST_HOP, _LONGEST_HOP = 80, SAMPLE_RATE
-
-
 _MODEL_KEYS = {"encoder", "pooling", "projector_size", "projector_activation", "whitening", "speeds"}
-
-
 _ENCODER_KEYS = {"name", "family", "config", "preprocessor", "weighted_layers", "standardise_layers"}
-
-
 _WEIGHTS_KEYS = {"file", "bytes", "sha256"}
-
-
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 

@@ -18,7 +18,6 @@ from accent_plugin.report.text import NAMES, count_in_words, format_duration, fo
 
 NOT_EVALUATED = "Not evaluated: nothing is known about how often this model is right."
 
-
 # Figure of a report -> the Hub's name of the metric, and its arguments.
 _HUB_METRICS = {
     "accuracy": ("accuracy", None),
@@ -26,12 +25,8 @@ _HUB_METRICS = {
     "macro_f1": ("f1", {"average": "macro"}),
 }
 
-
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-
-
 _USE_HEADING = "How to use it"
-
 
 _USE_IN_TRANSFORMERS = f"""\
 from transformers import pipeline
@@ -42,7 +37,6 @@ print(classify({{"array": samples, "sampling_rate": {SAMPLE_RATE:_}}}))  # mono;
 # Its full report on labelled speech, with accent_plugin installed:
 # accent-plugin evaluate --model FOLDER --data DATASETDICT"""
 
-
 _USE_IN_ONNX = """\
 # With accent_plugin and onnxruntime installed; neither torch nor SpeechBrain is needed
 from accent_plugin.onnx import OnnxAccentClassifier
@@ -51,7 +45,6 @@ classifier = OnnxAccentClassifier.from_bundle("FOLDER")
 print(classifier.predict_file("clip.wav"))
 
 # accent-plugin classify FILES --model FOLDER"""
-
 
 _USE = """\
 # SpeechBrain's own class; it runs the hyperparams.yaml of the folder, so load only what you trust

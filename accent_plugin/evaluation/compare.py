@@ -9,8 +9,6 @@ from accent_plugin.evaluation.predictions import ScoredClips
 from accent_plugin.evaluation.scores import BINS, auroc
 
 FIGURES = ("accuracy", "unweighted_average_recall", "macro_f1", "log_loss", "expected_calibration_error")
-
-
 CONFIDENT = (0.5, 0.8, 0.9)  # thresholds at which answers to out-of-set speech are counted
 
 

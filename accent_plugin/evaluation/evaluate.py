@@ -41,17 +41,9 @@ from accent_plugin.evaluation.scores import BINS, f1s, precisions, recalls, safe
 from accent_plugin.evaluation.selective import COVERAGE_TENTHS, CoverageTenths, risk_coverage
 
 SMALL = 5  # speakers; groups with fewer are marked
-
-
 UNKNOWN = "unknown"
-
-
 _AGES = ("teens", "twenties", "thirties", "forties", "fifties", "sixties", "seventies", "eighties", "nineties")
-
-
 _DURATIONS = ((3.0, "under 3 s"), (5.0, "3 to 5 s"), (8.0, "5 to 8 s"), (np.inf, "8 s and over"))
-
-
 _MOST_GROUPS = 12  # so that a free-text column does not give a thousand groups
 
 

@@ -9,11 +9,7 @@ from accent_plugin.evaluation.bootstrap import bootstrap_interval, grouped_sums
 from accent_plugin.evaluation.scores import safe_ratio
 
 SURE = (0.5, 0.8, 0.9)  # coverages at which the accuracy is reported
-
-
 _POINTS = 200  # maximum number of points of a curve
-
-
 COVERAGE_TENTHS = 10
 
 

@@ -7,8 +7,6 @@ from accent_plugin.report.text import LEAKY, MOST_ROWS, NAMES, count_in_words, f
 from accent_plugin.report.write import write_json, write_text
 
 LEAK_FILE = "leak.md"
-
-
 COMPARISON_FILES = ("comparison.json", "comparison.md")
 
 

@@ -11,17 +11,9 @@ from accent_plugin.evaluation.evaluate import SMALL
 from accent_plugin.evaluation.scores import BINS, calibration_bins
 
 DPI = 150
-
-
 SCALE = 100 / DPI  # size on a page per pixel of a PNG
-
-
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#999999")  # Okabe and Ito
-
-
 RIGHT, WRONG, GREY = COLOURS[0], COLOURS[3], "#666666"
-
-
 MOST_SPEAKERS = 180  # rows in the figure of speakers, over all accents
 
 

@@ -14,16 +14,9 @@ from accent_plugin.errors import AudioError
 from accent_plugin.report.figures import SCALE
 
 MOST_PLAYERS = 12
-
-
 MOST_PER_SPEAKER = 2  # so that one speaker cannot fill the list
-
-
 MOST_BYTES = 3_000_000  # total size of the players in one report
-
-
 MOST_SECONDS = 15.0
-
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5c6670; --paper: #ffffff; --line: #dde2e7; --code: #f3f5f7;
@@ -44,7 +37,6 @@ figure { margin: 1rem 0; } img { max-width: 100%; height: auto; background: #fff
 pre { background: var(--code); padding: .8rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 audio { height: 2rem; width: 15rem; }
 """
-
 
 _PAGE = """\
 <!doctype html>

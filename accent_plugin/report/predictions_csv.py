@@ -10,8 +10,6 @@ from accent_plugin.errors import ReportError
 from accent_plugin.evaluation.predictions import ScoredClips
 
 PREDICTIONS_FILE = "predictions.csv"
-
-
 PROBABILITY = "p_"  # prefix of the probability columns
 
 

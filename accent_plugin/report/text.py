@@ -1,22 +1,15 @@
 """Format figures, counts and durations for reports."""
 
 MOST_ROWS = 250  # rows in the table of speakers; predictions.csv has all speakers
-
-
 SYNTHETIC = "Synthetic speech: this shows that the pipeline works, and says nothing about accuracy on real speech."
-
 
 LEAKY = (
     "LEAKY split: clips of the same speaker are in train and in test. Such figures reward recognising the speaker and "
     "are far above those on unseen speakers; do not compare the two."
 )
 
-
 SHARED = "Speakers are shared between train and test: these figures are not those on unseen speakers."
-
-
 MAY_SHARE = "Train and test may share speakers: the data do not say who speaks. Figures on unseen speakers are lower."
-
 
 NAMES = {
     "accuracy": "Accuracy",

@@ -19,17 +19,9 @@ from accent_plugin.report.sections import report_blocks
 from accent_plugin.report.text import report_title
 
 METRICS_FILE = "metrics.json"
-
-
 MARKDOWN_FILE = "report.md"
-
-
 HTML_FILE = "report.html"
-
-
 _PICTURES = ("confusion", "recall", "reliability", "scores", "coverage")
-
-
 _PICTURES_OF_SOME = ("speakers", "curves")  # only if speakers or epochs are known
 
 

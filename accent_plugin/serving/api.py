@@ -13,8 +13,6 @@ from accent_plugin.inference.records import Failure
 from accent_plugin.serving.guard import API, NO_ROOM, STATUS, refuse, respond
 
 UNUSABLE = 422
-
-
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 
@@ -82,7 +80,6 @@ _BODY = {
         "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
     },
 }
-
 
 _REFUSALS = {
     400: "the form is damaged",

@@ -20,36 +20,17 @@ from accent_plugin.errors import LimitError
 from accent_plugin.serving.service import UPLOAD, dumps
 
 API = "/api"
-
-
 COOKIE = "accent_plugin_token"
-
-
 STATUS = {"bytes": 413, "files": 413, "seconds": 413, "busy": 429, "time": 408}
-
-
 _HEADER_SECONDS = 15.0
-
-
 _LINGER_SECONDS = 5.0
-
-
 _LINGER_BYTES = 256_000_000
-
-
 # Bytes for the boundaries and headers of a form.
 _FORM_BYTES = 65_536
-
-
 # Bytes of the page's other POST requests, which contain a few names.
 _EVENT_BYTES = 65_536
-
-
 NO_ROOM = "busy: there is no room for more uploads: try again in some minutes"
-
-
 _RETRY_SECONDS = "1"
-
 
 # Scripts, styles, fonts and connections only from this server: the page works offline and sends no data elsewhere.
 _POLICY = (
@@ -58,7 +39,6 @@ _POLICY = (
     "worker-src 'self' blob:; frame-src 'none'; object-src 'none'; base-uri 'self'; form-action 'self'; "
     "frame-ancestors 'self'"
 )
-
 
 _HEADERS = {
     "content-security-policy": _POLICY,

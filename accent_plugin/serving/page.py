@@ -22,23 +22,12 @@ from accent_plugin.serving.service import UPLOAD
 
 # Used for classifiers without a threshold: below this probability, an answer is more likely wrong than right.
 UNSURE = 0.5
-
-
 # Time for which an upload is kept for playback.
 KEEP_SECONDS = 600
-
-
 _WIDTH, _WAVE, _ROW = 1000, 120, 26
-
-
 _COLUMNS = 500
-
-
 _MOST_ROWS = 4
-
-
 _LETTERS = 9  # width of a letter, in pixels of the figure
-
 
 CSS = """
 .answer h2 { font-size: 1.5rem; margin: 0 0 .25rem; }
@@ -59,7 +48,6 @@ CSS = """
 .answer .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .knows { font-size: .95rem; }
 """
-
 
 # Screen readers read the answer when it changes. Gradio has no option for this.
 _ON_LOAD = """() => {
@@ -273,10 +261,7 @@ def is_served(method, path, folder):
 
 
 _FILE = "/gradio_api/file="
-
-
 _POSTS = {UPLOAD, "/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset"}
-
 
 _GETS = {"/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/gradio_api/theme.css", "/gradio_api/info"} | {
     "/gradio_api/queue/data",
@@ -285,10 +270,7 @@ _GETS = {"/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/gradio_a
     "/gradio_api/app_id",
 }
 
-
 _LONGEST_PATH = 500
-
-
 _BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
 
 

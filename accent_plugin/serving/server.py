@@ -13,17 +13,9 @@ from accent_plugin.errors import ConfigError
 from accent_plugin.serving.service import Limits, Service
 
 HOST, PORT = "127.0.0.1", 7860
-
-
 LOCAL = ("127.0.0.1", "::1", "localhost")
-
-
 TOKEN_VARIABLE = "ACCENT_PLUGIN_TOKEN"
-
-
 _BACKLOG = 2048
-
-
 # Packages of the extra `serve`.
 _EXTRA = ("gradio", "fastapi", "uvicorn", "starlette", "pydantic", "multipart", "python_multipart")
 

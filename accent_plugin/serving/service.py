@@ -23,11 +23,7 @@ from accent_plugin.serving.signal_quality import SignalMeter, SignalQuality
 
 # Audio decoded at a time, for each file; the time limit is checked between two blocks.
 _BLOCK_SECONDS = 30.0
-
-
 _LONGEST_NAME = 200
-
-
 # Gradio's address for uploads from the page.
 UPLOAD = "/gradio_api/upload"
 

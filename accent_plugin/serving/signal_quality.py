@@ -13,21 +13,11 @@ from accent_plugin.audio.samples import SAMPLE_RATE
 
 # Samples for each peak of the waveform: 10 ms.
 _PEAK_SAMPLES = 160
-
-
 _CLIPPED = 0.999
-
-
 # The speech level is the 90th percentile of the frame levels, the noise level the 10th.
 _SPEECH_PERCENTILE, _NOISE_PERCENTILE = 90, 10
-
-
 NOISY_DB = 15.0
-
-
 QUIET_DB = -50.0
-
-
 CLIPPED_FRACTION = 0.001
 
 
