@@ -106,16 +106,7 @@ def write_bundle(
 
 
 def make_config(
-    model,
-    labels,
-    *,
-    encoder_name,
-    pooling,
-    weights,
-    speeds=(1.0,),
-    calibration=None,
-    versions=None,
-    imported_from=None,
+    model, labels, *, encoder_name, pooling, weights, speeds=(1.0,), calibration=None, versions=None, imported_from=None
 ):
     """Make the content of config.json; arguments as for `write_bundle`, ``weights`` from `weights_identity`."""
     return {

@@ -1,11 +1,12 @@
 """Comparison of two models on the same clips, summaries of runs, and out-of-set detection."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from accent_plugin.errors import ReportError
 from accent_plugin.evaluation.bootstrap import ClipStatistics, ResamplingUnits, bootstrap_interval, headline_figures
 from accent_plugin.evaluation.evaluate import speaker_rows
-from accent_plugin.evaluation.predictions import ScoredClips
 from accent_plugin.evaluation.scores import BINS, auroc
 
 FIGURES = ("accuracy", "unweighted_average_recall", "macro_f1", "log_loss", "expected_calibration_error")
@@ -96,12 +97,10 @@ def _aligned(a, b):
         clip = np.flatnonzero(truth != a.truth)[0]
         names = f"{a.labels[a.truth[clip]]} and {a.labels[truth[clip]]}"
         raise ReportError(f"clip {a.ids[clip]!r} has two true accents, {names}: these are not the same data")
-    clients = None if b.client_ids is None else tuple(b.client_ids[i] for i in order)
-    if clients != a.client_ids:
+    b = b.select(order)
+    if b.client_ids != a.client_ids:
         raise ReportError("the client ids of the two sets of predictions differ: these are not the same data")
-    return ScoredClips(
-        a.ids, clients, truth, b.log_probabilities[order][:, columns], a.labels, a.seconds, a.gender, a.age
-    )
+    return replace(a, log_probabilities=b.log_probabilities[:, columns])
 
 
 def summarise_runs(runs, names=None):

@@ -1,8 +1,9 @@
 """A model's scores of labelled clips: the input of every metric."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +31,8 @@ class ScoredClips:
         Accents in index order.
     seconds : (clips,) np.ndarray
         Duration of each clip.
-    gender, age : tuple of str
-        Values as in the data; empty if unknown.
+    gender, age : tuple of str, or None
+        Optional columns of text, one value per clip: as in the data, and empty if unknown.
 
     Raises
     ------
@@ -60,7 +61,7 @@ class ScoredClips:
 
         put("ids", tuple(map(str, self.ids)))
         put("labels", tuple(map(str, self.labels)))
-        for name in ("gender", "age"):
+        for name in text_columns():
             put(name, ("",) * len(self.ids) if getattr(self, name) is None else tuple(map(_text, getattr(self, name))))
         if self.client_ids is not None:
             clients = tuple(map(_text, self.client_ids))
@@ -78,8 +79,7 @@ class ScoredClips:
             raise ReportError("no predictions to evaluate: is the test split empty?")
         if len(set(self.labels)) < classes or classes < 2:
             raise ReportError(f"labels must be two or more different accents, not {list(self.labels)}")
-        columns = {"client_ids": self.client_ids, "truth": self.truth, "log_probabilities": self.log_probabilities,
-                   "seconds": self.seconds, "gender": self.gender, "age": self.age}  # fmt: skip
+        columns = {name: getattr(self, name) for name in _columns()}
         wrong = {name: len(c) for name, c in columns.items() if c is not None and (np.ndim(c) < 1 or len(c) != clips)}
         if wrong:
             raise ReportError(f"{clips} ids, but {', '.join(f'{n} {name}' for name, n in wrong.items())}")
@@ -113,6 +113,44 @@ class ScoredClips:
             clip = np.flatnonzero(~(np.isfinite(self.seconds) & (self.seconds >= 0)))[0]
             raise ReportError(f"clip {self.ids[clip]!r} is {self.seconds[clip]} seconds long")
 
+    @classmethod
+    def from_clips(cls, clips, accents, log_probabilities, labels, **columns):
+        """Make the scored clips of a list of clips.
+
+        Arguments
+        ---------
+        clips : sequence
+            Objects with the attributes ``id`` and ``client_id``, and with one for each optional column.
+        accents : sequence of str
+            True accent of each clip.
+        log_probabilities : (clips, classes) np.ndarray
+        labels : sequence of str
+        **columns
+            ``seconds``, and any optional column that is not the clips' own attribute.
+        """
+        texts: dict[str, Any] = {
+            name: [getattr(clip, name) for clip in clips] for name in text_columns() if name not in columns
+        }
+        return cls(
+            ids=tuple(clip.id for clip in clips),
+            client_ids=tuple(clip.client_id for clip in clips),
+            truth=np.array([labels.index(accent) for accent in accents], dtype=np.int64),
+            log_probabilities=log_probabilities,
+            labels=labels,
+            **texts,
+            **columns,
+        )
+
+    def select(self, rows):
+        """Keep the clips with the given index: (clips,) np.ndarray of bool, or integers in the order wanted."""
+        rows = np.arange(len(self.ids))[rows]
+        columns = {name: getattr(self, name) for name in _columns()}
+        chosen: dict[str, Any] = {
+            name: column[rows] if isinstance(column, np.ndarray) else column and tuple(column[i] for i in rows)
+            for name, column in columns.items()
+        }
+        return replace(self, **chosen)
+
     @property
     def probabilities(self):
         """(clips, classes) np.ndarray: probability of each class."""
@@ -122,6 +160,16 @@ class ScoredClips:
     def predicted(self):
         """(clips,) np.ndarray: index of each clip's answer."""
         return self.log_probabilities.argmax(axis=1)
+
+
+def text_columns():
+    """Return the names of the optional columns of text."""
+    return tuple(field.name for field in fields(ScoredClips) if field.default is None)
+
+
+def _columns():
+    """Return the names of the attributes with one value per clip."""
+    return tuple(field.name for field in fields(ScoredClips) if field.name != "labels")
 
 
 def _text(value):
@@ -151,16 +199,11 @@ def pool_clips(parts):
     if len({p.labels for p in parts}) > 1:
         raise ReportError(f"predictions for different labels cannot be pooled: {sorted({p.labels for p in parts})}")
 
-    def chained(name):
-        return tuple(chain.from_iterable(getattr(p, name) for p in parts))
-
-    return ScoredClips(
-        ids=chained("ids"),
-        client_ids=None if any(p.client_ids is None for p in parts) else chained("client_ids"),
-        truth=np.concatenate([p.truth for p in parts]),
-        log_probabilities=np.concatenate([p.log_probabilities for p in parts]),
-        labels=parts[0].labels,
-        seconds=np.concatenate([p.seconds for p in parts]),
-        gender=chained("gender"),
-        age=chained("age"),
-    )
+    columns: dict[str, Any] = {}
+    for name in _columns():
+        values = [getattr(p, name) for p in parts]
+        if any(value is None for value in values):
+            columns[name] = None
+        else:
+            columns[name] = np.concatenate(values) if isinstance(values[0], np.ndarray) else tuple(chain(*values))
+    return replace(parts[0], **columns)

@@ -47,14 +47,11 @@ def predict(brain, clips, loading, speeds=(1.0,), degrade=None, temperature=1.0)
 
 def as_predictions(clips, log_probabilities, accents):
     """Make `accent_plugin.evaluation.predictions.ScoredClips` from the clips with an accent in `accents`."""
-    clients = [clip.client_id for clip in clips]
-    return ScoredClips(
-        ids=tuple(clip.id for clip in clips),
-        client_ids=tuple(clients) if any(clients) else None,
-        truth=np.array([accents.index(clip.accent) for clip in clips]),
-        log_probabilities=log_probabilities,
-        labels=tuple(accents),
-        seconds=np.array([clip.duration for clip in clips]),
-        gender=tuple(labels.gender(clip.gender) for clip in clips),
-        age=tuple(clip.age for clip in clips),
+    return ScoredClips.from_clips(
+        clips,
+        [clip.accent for clip in clips],
+        log_probabilities,
+        accents,
+        seconds=[clip.duration for clip in clips],
+        gender=[labels.gender(clip.gender) for clip in clips],
     )

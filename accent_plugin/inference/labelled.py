@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -149,18 +149,16 @@ def evaluate_model(classifier, rows, progress=True, **reading):
             scores.append([answer.probabilities[label] for label in classifier.labels])
     if not seen:
         raise DataError("no clip could be classified: " + ", ".join(f"{reason} {n}" for reason, n in failures.items()))
-    clients = [clip.client_id for clip, _, _ in seen]
     with np.errstate(divide="ignore"):
         log_probabilities = np.log(np.array(scores, dtype=np.float64))
-    predictions = ScoredClips(
-        ids=tuple(clip.id for clip, _, _ in seen),
-        client_ids=tuple(clients) if any(clients) else None,
-        truth=np.array([classifier.labels.index(accent) for _, accent, _ in seen]),
-        log_probabilities=np.maximum(log_probabilities, FLOOR),
-        labels=tuple(classifier.labels),
-        seconds=np.array([seconds for _, _, seconds in seen]),
-        gender=tuple(labels.gender(clip.gender) for clip, _, _ in seen),
-        age=tuple(clip.age for clip, _, _ in seen),
+    clips, accents, seconds = zip(*seen, strict=True)
+    predictions = ScoredClips.from_clips(
+        clips,
+        accents,
+        np.maximum(log_probabilities, FLOOR),
+        classifier.labels,
+        seconds=seconds,
+        gender=[labels.gender(clip.gender) for clip in clips],
     )
     return predictions, failures
 
@@ -170,15 +168,8 @@ def evaluate_both(first, second):
     alone = set(first.ids) ^ set(second.ids)
     if alone:
         logger.warning("clips that only one of the two could classify, left out of the comparison: %d", len(alone))
-    return _without(first, alone), _without(second, alone)
-
-
-def _without(predictions, ids):
-    kept = np.array([id not in ids for id in predictions.ids], dtype=bool)
-    texts = {name: getattr(predictions, name) for name in ("ids", "client_ids", "gender", "age")}
-    arrays = {name: getattr(predictions, name)[kept] for name in ("truth", "log_probabilities", "seconds")}
-    texts = {name: values and tuple(np.array(values, dtype=object)[kept]) for name, values in texts.items()}
-    return replace(predictions, **texts, **arrays)
+    first, second = (p.select([clip not in alone for clip in p.ids]) for p in (first, second))
+    return first, second
 
 
 def remove_earlier(folder):

@@ -7,7 +7,7 @@ import numpy as np
 
 from accent_plugin import files
 from accent_plugin.errors import ReportError
-from accent_plugin.evaluation.predictions import ScoredClips
+from accent_plugin.evaluation.predictions import ScoredClips, text_columns
 
 PREDICTIONS_FILE = "predictions.csv"
 PROBABILITY = "p_"  # prefix of the probability columns
@@ -23,17 +23,14 @@ def write_predictions(path, predictions):
     """
     p, path = predictions, Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    clients = p.client_ids or ("",) * len(p.ids)
+    columns = {"ID": p.ids, "client_id": p.client_ids or ("",) * len(p.ids)}
+    columns["accent"], columns["predicted"] = ([p.labels[i] for i in index] for index in (p.truth, p.predicted))
+    columns |= dict(zip((PROBABILITY + label for label in p.labels), p.probabilities.T.tolist(), strict=True))
+    columns |= {name: getattr(p, name) for name in text_columns()} | {"seconds": p.seconds.tolist()}
     with files.atomic_write(path) as file:
         writer = csv.writer(file)
-        columns = [PROBABILITY + label for label in p.labels]
-        writer.writerow(["ID", "client_id", "accent", "predicted", *columns, "gender", "age", "seconds"])
-        truth, predicted = p.truth.tolist(), p.predicted.tolist()
-        for i, row in enumerate(p.probabilities.tolist()):
-            answer = p.labels[predicted[i]]
-            writer.writerow(
-                [p.ids[i], clients[i], p.labels[truth[i]], answer, *row, p.gender[i], p.age[i], p.seconds[i].item()]
-            )
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
 
 
 def read_predictions(path):
@@ -87,6 +84,5 @@ def read_predictions(path):
         log_probabilities=log_probabilities.reshape(len(rows), len(labels)),
         labels=labels,
         seconds=seconds,
-        gender=column.get("gender"),
-        age=column.get("age"),
+        **{name: column.get(name) for name in text_columns()},
     )

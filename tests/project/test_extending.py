@@ -180,19 +180,56 @@ except Exception as error:
 """
 
 
-def test_a_hyperparameter_is_added_in_three_files_and_a_test(tmp_path, tiny_encoder):
+def apply_diffs(heading, folder):
+    """Copy the package to a folder, apply the diffs below a heading of the page, and return the changed files."""
     for name in ("accent_plugin", "hparams", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    changes = re.findall(r"```diff\n--- (\S+)\n(.*?)```", PAGE, re.S)
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    section = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    changes = re.findall(r"```diff\n--- (\S+)\n(.*?)```", section, re.S)
     for name, change in changes:
         lines = change.splitlines(keepends=True)
         before, after = ("".join(line[1:] for line in lines if line[0] in kind) for kind in (" -", " +"))
-        text = (tmp_path / name).read_text(encoding="utf-8")
+        text = (folder / name).read_text(encoding="utf-8")
         assert text.count(before) == 1, name
-        (tmp_path / name).write_text(text.replace(before, after), encoding="utf-8")
-    assert len({name for name, _ in changes}) == 3
-    old = ROOT / "tests/golden/0.1.0/finished/hyperparams.yaml"
-    words = [sys.executable, "-c", ADDED, tmp_path, tiny_encoder("wav2vec2-group"), old]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        (folder / name).write_text(text.replace(before, after), encoding="utf-8")
+    return {name for name, _ in changes}
+
+
+def run_code(code, folder, *words):
+    """Run code with the package in a folder; it prints "done" last."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("done\n"), done.stderr[-3000:]
+
+
+def test_a_hyperparameter_is_added_in_three_files_and_a_test(tmp_path, tiny_encoder):
+    assert len(apply_diffs("A hyperparameter", tmp_path)) == 3
+    old = ROOT / "tests/golden/0.1.0/finished/hyperparams.yaml"
+    run_code(ADDED, tmp_path, tmp_path, tiny_encoder("wav2vec2-group"), old)
+
+
+COLUMN = """
+import dataclasses
+
+import numpy as np
+
+from accent_plugin.data.manifests import Clip
+from accent_plugin.evaluation.compare import compare_models
+from accent_plugin.evaluation.predictions import ScoredClips, pool_clips
+from accent_plugin.report.predictions_csv import read_predictions, write_predictions
+
+clips = [Clip(str(i), 2.0, f"/audio/{i}.flac", "us", "ann", "female", "20") for i in range(2)]
+made = ScoredClips.from_clips(clips, ["us", "us"], np.log(np.full((2, 2), 0.5)), ["us", "wales"], seconds=[2.0, 2.0])
+write_predictions("predictions.csv", made)
+assert read_predictions("predictions.csv").wav == ("/audio/0.flac", "/audio/1.flac")
+assert made.select(np.array([1])).wav == ("/audio/1.flac",)
+assert pool_clips([made, dataclasses.replace(made, ids=("2", "3"))]).wav == 2 * made.wav
+assert compare_models(made, made.select(np.array([1, 0])), draws=2)["clip"]["accuracy"]["a"] == 1
+print("done")
+"""
+
+
+def test_a_column_of_predictions_is_added_in_one_file_and_a_test(tmp_path):
+    assert len(apply_diffs("A column of predictions.csv", tmp_path)) == 1
+    run_code(COLUMN, tmp_path)
