@@ -58,27 +58,27 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def is_bundle(folder):
-    """Whether the config.json of a folder is that of a bundle of any version; Hugging Face's models have one too."""
-    return "format_version" in _glance(folder)
+    """Whether a folder's config.json is that of a bundle, of any version; transformers models have one too."""
+    return "format_version" in _read_unchecked(folder)
 
 
 def is_hugging_face(folder):
-    """Whether the config.json of a folder is that of a transformers model of any class."""
-    config = _glance(folder)
+    """Whether a folder's config.json is that of a transformers model, of any class."""
+    config = _read_unchecked(folder)
     return "architectures" in config and "format_version" not in config
 
 
 def require_replaceable(folder, files, is_own=is_bundle):
-    """Raise an error if a folder contains anything but ``files``, or is not recognised as this package's.
+    """Raise an error if a folder contains anything that this package did not write.
 
     Arguments
     ---------
     folder : Path
         May be missing or empty.
     files : collection of str
-        All files that such a folder may contain.
+        Names of the files that may be replaced.
     is_own : callable
-        Folder -> whether its config.json is of the kind that will be written there.
+        Folder -> whether its config.json is of the kind that will replace it.
 
     Raises
     ------
@@ -88,17 +88,17 @@ def require_replaceable(folder, files, is_own=is_bundle):
         return
     if not folder.is_dir():
         raise BundleError(f"{folder} is a file: choose another folder")
-    held = sorted(folder.iterdir())
-    foreign = [path for path in held if path.name not in files or path.is_dir()]
-    if foreign or (held and not is_own(folder)):
+    found = sorted(folder.iterdir())
+    foreign = [path for path in found if path.name not in files or path.is_dir()]
+    if foreign or (found and not is_own(folder)):
         raise BundleError(
-            f"{folder} holds {(foreign or held)[0].name!r}, which this command has not written: choose another folder, "
-            "or empty it"
+            f"{folder} contains {(foreign or found)[0].name!r}, which this command did not write: choose another "
+            "folder, or empty it"
         )
 
 
-def _glance(folder):
-    """Read a folder's config.json without checks; an empty mapping if there is none."""
+def _read_unchecked(folder):
+    """Read a folder's config.json without checking its values; return an empty dict if it is missing or damaged."""
     path = Path(folder) / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _LARGEST_CONFIG else None
@@ -108,7 +108,7 @@ def _glance(folder):
 
 
 def read(folder):
-    """Read config.json and check every value in it; the files that it names are not checked.
+    """Read config.json and check every value in it, but not the files that it names.
 
     Raises
     ------
@@ -119,26 +119,26 @@ def read(folder):
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         raise BundleError(
-            f"there is no folder {folder}; a bundle is the folder that training writes, with {CONFIG_FILE}"
+            f"there is no folder {folder}; a bundle is the folder with {CONFIG_FILE} that training writes"
         )
     if not path.is_file():
         raise BundleError(
-            f"{folder} is no bundle: it has no {CONFIG_FILE}; training writes one to OUTPUT_FOLDER/bundle"
+            f"{folder} is not a bundle: it has no {CONFIG_FILE}; training writes bundles to OUTPUT_FOLDER/bundle"
         )
     if path.stat().st_size > _LARGEST_CONFIG:
-        raise BundleError(f"{path} has {path.stat().st_size:,} bytes, which no bundle's has: do not trust it")
+        raise BundleError(f"{path} has {path.stat().st_size:,} bytes, more than any bundle's: do not trust it")
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_mapping)
     except (ValueError, RecursionError, OSError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise BundleError(f"{path} holds no mapping")
+        raise BundleError(f"{path} is not a JSON object")
     version = config.get("format_version")
     # In Python, true and 1.0 equal 1.
     if type(version) is not int or version != FORMAT_VERSION:
         raise BundleError(
             f"{path} has format_version {_short(version)}; this accent_plugin "
-            f"({accent_plugin.__version__}) understands {FORMAT_VERSION}: update it, or export the bundle again"
+            f"({accent_plugin.__version__}) reads {FORMAT_VERSION}: update accent_plugin, or export the bundle again"
         )
     try:
         problems = list(_problems(config))
@@ -150,7 +150,7 @@ def read(folder):
 
 
 def _mapping(pairs):
-    """Convert a JSON object to a dict; Python's parser would silently use the last of duplicate keys."""
+    """Convert a JSON object to a dict; json would silently use the last of duplicate keys."""
     found = {}
     for key, value in pairs:
         if key in found:
@@ -167,34 +167,26 @@ def weights_identity(path):
 
 
 def require_size(path, config):
-    """Raise an error if a weights file is missing or its size differs from config.json.
-
-    Raises
-    ------
-    BundleError
-    """
+    """Raise a `BundleError` if a weights file is missing or its size differs from config.json."""
     if not path.is_file():
         raise BundleError(f"{path} is missing: copy the whole folder")
-    size, said = path.stat().st_size, config["weights"]["bytes"]
-    if size != said:
+    size, expected = path.stat().st_size, config["weights"]["bytes"]
+    if size != expected:
         raise BundleError(
-            f"{path} has {size:,} bytes, {CONFIG_FILE} says {said:,}: it was cut or changed; copy it again"
+            f"{path} has {size:,} bytes, but {CONFIG_FILE} says {expected:,}: it is incomplete or changed; copy it again"
         )
 
 
 def require_identity(path, config):
-    """Raise an error if the digest of a weights file differs from config.json.
-
-    Raises
-    ------
-    BundleError
-    """
+    """Raise a `BundleError` if the digest of a weights file differs from config.json."""
     if weights_identity(path) != config["weights"]:
-        raise BundleError(f"{path} has another SHA-256 than {CONFIG_FILE} says: it was changed, or copied badly")
+        raise BundleError(
+            f"{path} has another SHA-256 than {CONFIG_FILE} says: it is damaged or changed; copy it again"
+        )
 
 
 def _problems(config):
-    """Yield descriptions of invalid values in a configuration, before anything is built from them."""
+    """Yield a description of each invalid value in a configuration."""
     labels, model, weights = (config.get(key) for key in ("labels", "model", "weights"))
     named = isinstance(labels, list) and all(_is_name(label) for label in labels)
     if not named or not 1 <= len(labels) <= _MOST_LAYERS or len(set(labels)) < len(labels):
@@ -216,7 +208,7 @@ def _problems(config):
         if not isinstance(model.get(key), bool):
             yield f"model.{key} is {_short(model.get(key))}, not true or false"
     speeds = model.get("speeds")
-    if not isinstance(speeds, list) or not 1 <= len(speeds) <= 16 or not all(_is_speed(speed) for speed in speeds):
+    if not _is_within(speeds, 0.5, 2.0) or not 1 <= len(speeds) <= 16:
         yield f"model.speeds is {_short(speeds)}, not a list of factors from 0.5 to 2"
     yield from _problems_of_encoder(model.get("encoder"))
 
@@ -257,9 +249,9 @@ def _problems_of_encoder(encoder):
     config, preprocessor = (encoder[part] for part in parts)
     kind = config.get("model_type", encoder.get("family"))
     if kind != encoder.get("family"):
-        yield f"model.encoder.config.model_type is {_short(kind)}, the family {_short(encoder.get('family'))}"
+        yield f"model.encoder.config.model_type is {_short(kind)}, but the family is {_short(encoder.get('family'))}"
     if "auto_map" in preprocessor:
-        yield "model.encoder.preprocessor.auto_map asks for code, which no bundle brings"
+        yield "model.encoder.preprocessor.auto_map names code to run, which bundles do not contain"
     outside = [problem for part in parts for problem in _outside(f"model.encoder.{part}", encoder[part])]
     yield from outside or _problems_of_frames(config)
 
@@ -293,30 +285,21 @@ def _problems_of_frames(config):
     buckets, distance = config.get("num_buckets"), config.get("max_bucket_distance")
     # WavLM divides by the logarithm of the distance over a quarter of the buckets.
     if buckets and distance and distance <= buckets // 4:
-        yield f"model.encoder.config.max_bucket_distance is {distance}, too little for {buckets} buckets"
+        yield f"model.encoder.config.max_bucket_distance is {distance}, too small for {buckets} buckets"
 
 
 def _problems_of_calibration(found):
     if found is None:
         return
-    curve = found.get("curve") if isinstance(found, dict) else None
-    temperature = found.get("temperature") if isinstance(found, dict) else None
-    if not isinstance(curve, dict) or not _is_positive(temperature):
+    curve, temperature = (found.get(key) if isinstance(found, dict) else None for key in ("curve", "temperature"))
+    if not isinstance(curve, dict) or not _is_within([temperature], 0.0, math.inf) or not 0 < temperature < math.inf:
         yield f"calibration is {_short(found)}, not null or a temperature above 0 and a curve"
         return
     columns: list = [curve.get(name) for name in ("threshold", "coverage", "risk")]
-    if not all(isinstance(column, list) and all(_is_share(value) for value in column) for column in columns):
-        yield "calibration.curve lacks lists of numbers called threshold, coverage and risk"
+    if not all(_is_within(column, 0.0, 1.0) for column in columns):
+        yield "calibration.curve lacks lists of fractions called threshold, coverage and risk"
     elif len(set(map(len, columns))) > 1:
         yield "calibration.curve has columns of different lengths"
-
-
-def _is_positive(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _is_share(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _numbers(value):
@@ -343,11 +326,7 @@ def _is_within(values, least, most):
 
 
 def _is_count(value, most=_LARGEST_NUMBER):
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
-
-
-def _is_speed(value):
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0.5 <= value <= 2
+    return _is_within([value], 0, most)
 
 
 def _short(value):

@@ -71,10 +71,10 @@ def load_bundle(folder):
     weights = folder / WEIGHTS_FILE
     if config["weights"]["file"] != WEIGHTS_FILE:
         raise BundleError(
-            f"{folder} was exported to ONNX: accent_plugin.exchange.onnx_classifier.OnnxAccentClassifier loads it"
+            f"{folder} is an ONNX export: load it with accent_plugin.exchange.onnx_classifier.OnnxAccentClassifier"
         )
     bundle_config.require_size(weights, config)
-    # Tensors on this device take no memory, so the shapes of a configuration of any size can be compared first.
+    # Tensors on this device take no memory, so the shapes can be compared first, however large they are.
     with torch.device("meta"):
         expected = _build_model(config, folder / CONFIG_FILE)
     require_tensors(weights, read_tensor_shapes(weights), expected)
@@ -90,15 +90,11 @@ def check_bundle(folder):
 
 
 def build(config):
-    """Build the model for a bundle's hyperparams.yaml; SpeechBrain's Pretrainer loads its weights.
+    """Build the model for a bundle's hyperparams.yaml; ``config`` (str) is the content of config.json.
 
-    Arguments
-    ---------
-    config : str
-        The content of config.json.
+    SpeechBrain's Pretrainer loads the weights.
     """
-    config = json.loads(config)
-    return _build_model(config, YAML_FILE)
+    return _build_model(json.loads(config), YAML_FILE)
 
 
 def make_label_encoder(config):
@@ -112,7 +108,6 @@ def make_label_encoder(config):
 
 def make_bundle(model, config):
     """Make a `Bundle` from a model in evaluation mode and the content of its config.json."""
-    text = json.dumps(config)
     modules = {
         "compute_features": AsIs(),
         "mean_var_norm": AsIs(),
@@ -120,7 +115,7 @@ def make_bundle(model, config):
         "classifier": Head(model),
     }
     hparams = {
-        "label_encoder": make_label_encoder(text),
+        "label_encoder": make_label_encoder(json.dumps(config)),
         "sample_rate": config["sample_rate"],
         "audio_normalizer": Normalizer(),
         "mean_var_norm_emb": AsIs(),
@@ -132,7 +127,7 @@ def make_bundle(model, config):
 def _build_model(config, where):
     described = config["model"]
     try:
-        model = BundledModel(
+        return BundledModel(
             build_encoder(described["encoder"]),
             config["labels"],
             pooling=described["pooling"],
@@ -145,5 +140,4 @@ def _build_model(config, where):
     except Exception as error:
         # Untrusted values can cause any error in torch.
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BundleError(f"{where} describes no model: {problem}") from error
-    return model
+        raise BundleError(f"no model can be built from {where}: {problem}") from error

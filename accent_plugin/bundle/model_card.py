@@ -1,6 +1,6 @@
 """The model card of a bundle: README.md with the Hugging Face Hub's metadata.
 
-All figures and warnings of the card come from the report.
+All figures and warnings come from the report.
 """
 
 import re
@@ -13,10 +13,18 @@ from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.bundle.config import CARD_FILE
 from accent_plugin.errors import BundleError
 from accent_plugin.evaluation.evaluate import SMALL
-from accent_plugin.report.markdown import table_rows, to_markdown
-from accent_plugin.report.text import NAMES, count_in_words, format_duration, format_figure, warnings_of
+from accent_plugin.report.markdown import count_cell, table_rows, to_markdown
+from accent_plugin.report.text import (
+    NAMES,
+    UNCALIBRATED,
+    count_in_words,
+    format_duration,
+    format_figure,
+    limit_of_labels,
+    warnings_of,
+)
 
-NOT_EVALUATED = "Not evaluated: nothing is known about how often this model is right."
+NOT_EVALUATED = "Not evaluated: the accuracy of this model is unknown."
 
 # Figure of a report -> the Hub's name of the metric, and its arguments.
 _HUB_METRICS = {
@@ -32,14 +40,14 @@ _USE_IN_TRANSFORMERS = f"""\
 from transformers import pipeline
 
 classify = pipeline("audio-classification", "FOLDER")
-print(classify({{"array": samples, "sampling_rate": {SAMPLE_RATE:_}}}))  # mono; a file's name needs FFmpeg
+print(classify({{"array": samples, "sampling_rate": {SAMPLE_RATE:_}}}))  # mono; file names need FFmpeg
 
-# Its full report on labelled speech, with accent_plugin installed:
+# Full report on labelled speech, with accent_plugin installed:
 # accent-plugin evaluate --model FOLDER --data DATASETDICT"""
 
 _USE_IN_ONNX = """\
-# With accent_plugin and onnxruntime installed; neither torch nor SpeechBrain is needed
-from accent_plugin.onnx import OnnxAccentClassifier
+# Requires accent_plugin and onnxruntime, but neither torch nor SpeechBrain
+from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier
 
 classifier = OnnxAccentClassifier.from_bundle("FOLDER")
 print(classifier.predict_file("clip.wav"))
@@ -47,13 +55,13 @@ print(classifier.predict_file("clip.wav"))
 # accent-plugin classify FILES --model FOLDER"""
 
 _USE = """\
-# SpeechBrain's own class; it runs the hyperparams.yaml of the folder, so load only what you trust
+# SpeechBrain's own class executes the folder's hyperparams.yaml: load only models that you trust
 from speechbrain.inference.classifiers import EncoderClassifier
 
 classifier = EncoderClassifier.from_hparams(source="FOLDER")
 log_probabilities, score, index, label = classifier.classify_file("clip.wav")
 
-# The same scores, running nothing of the folder; several files, long recordings, abstaining
+# The same scores without executing anything; also for many files, long recordings and abstaining
 from accent_plugin.inference import AccentClassifier
 
 classifier = AccentClassifier.from_bundle("FOLDER")
@@ -61,22 +69,17 @@ print(classifier.predict_file("clip.wav"))"""
 
 
 def write(folder, config, metrics=None, license="other"):
-    """Write the card of a bundle.
+    """Write the card of a bundle and return its path.
 
     Arguments
     ---------
     folder : str or Path
-        The folder of the bundle.
     config : dict
-        The content of its config.json.
+        The content of config.json.
     metrics : dict, or None
-        The content of the run's metrics.json. None if the model was not evaluated; the card then says so.
+        The content of the run's metrics.json; None if the model was not evaluated.
     license : str
         The Hub's name of the licence; "other" if none was chosen.
-
-    Returns
-    -------
-    path : Path
 
     Raises
     ------
@@ -101,7 +104,7 @@ def render(config, metrics=None, license="other"):
     """
     if metrics is not None and list(metrics["confusion"]["labels"]) != list(config["labels"]):
         raise BundleError(
-            f"the metrics are of a model that tells {', '.join(metrics['confusion']['labels'])} apart, the bundle's of "
+            f"the labels of the metrics are {', '.join(metrics['confusion']['labels'])}, those of the bundle "
             f"{', '.join(config['labels'])}: give the metrics.json of the bundle's own run"
         )
     front = yaml.safe_dump(metadata(config, metrics, license), sort_keys=False, allow_unicode=True)
@@ -129,12 +132,7 @@ def metadata(config, metrics=None, license="other"):
 
 
 def for_transformers(card):
-    """Convert a bundle's card for the model in transformers' format: metadata and usage are replaced.
-
-    Arguments
-    ---------
-    card : str
-        From `render`. Text that a user has added stays.
+    """Replace metadata and usage of a bundle's card with those of the transformers export; other text stays.
 
     Raises
     ------
@@ -145,7 +143,7 @@ def for_transformers(card):
 
 
 def for_onnx(card):
-    """Convert a bundle's card for the model in ONNX format, like `for_transformers`."""
+    """Replace metadata and usage of a bundle's card with those of the ONNX export; see `for_transformers`."""
     return _for_library(card, "onnx", _USE_IN_ONNX)
 
 
@@ -155,12 +153,12 @@ def _for_library(card, library, use):
         meta = yaml.safe_load(front)
         meta |= {"library_name": library, "tags": [library, *meta.get("tags", [])]}
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise BundleError(f"{CARD_FILE} has no metadata on top, or damaged ones ({type(error).__name__})") from None
+        raise BundleError(f"{CARD_FILE} does not start with valid metadata: {type(error).__name__}") from None
     meta["tags"] = [tag for tag in meta["tags"] if tag != "speechbrain"]
     front = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
     before, heading, after = text.partition(f"## {_USE_HEADING}\n")
     rest = re.split(r"^(?=## )", after, maxsplit=1, flags=re.M)[1:]
-    use = to_markdown([("text", "FOLDER is where this card lies."), ("code", use)])
+    use = to_markdown([("text", "FOLDER is the folder with this card."), ("code", use)])
     return f"---\n{front}---\n{before}" + (f"{heading}\n{use}\n{''.join(rest)}" if heading else "")
 
 
@@ -200,13 +198,13 @@ def _contents(config, metrics):
     pooling = f", {model['pooling'].replace('_', ' ')} pooling" if model.get("pooling") else ""
     yield (
         "text",
-        f"Tells which of {len(labels)} accents a recording of English is in: {', '.join(labels)}. Encoder: "
-        f"{encoder.get('name') or 'not named'} ({encoder['family']}){pooling}; it listens at {config['sample_rate']:,} "
-        f"Hz, mono. {_origin(config)}",
+        f"Classifies recordings of English into {len(labels)} accents: {', '.join(labels)}. Encoder: "
+        f"{encoder.get('name') or 'not named'} ({encoder['family']}){pooling}. Input: {config['sample_rate']:,} Hz, "
+        f"mono. {_origin(config)}",
     )
 
     yield "heading", 2, _USE_HEADING
-    yield "text", "With accent_plugin installed; FOLDER is where this card lies."
+    yield "text", "Requires accent_plugin. FOLDER is the folder with this card."
     yield "code", _USE
     yield "code", "accent-plugin classify FILES --model FOLDER"
 
@@ -217,7 +215,7 @@ def _contents(config, metrics):
     yield "heading", 2, "Limits"
     yield "list", list(_limits(config, metrics))
     if metrics and metrics.get("bands"):
-        yield "table", ["worse recordings", "unweighted average recall by clip", "cost"], [
+        yield "table", ["degradation", "unweighted average recall by clip", "cost"], [
             [name, format_figure(v["unweighted_average_recall"]), format_figure(v["difference"], signed=True)]
             for name, v in metrics["bands"].items()
         ]  # fmt: skip
@@ -225,13 +223,13 @@ def _contents(config, metrics):
     yield "heading", 2, "Intended use"
     yield (
         "text",
-        "For statistics over many recordings, such as how well speech recognition serves the speakers of an accent, "
-        "for sorting corpora, and for research.",
+        "Statistics over many recordings, such as the error rates of speech recognition by accent; sorting corpora; "
+        "research.",
     )
     yield (
         "warning",
-        "Not for deciding about a person: not in asylum, hiring, credit, insurance, schooling or policing. An accent "
-        "tells neither where somebody comes from nor who they are, and this model is wrong about some people.",
+        "Do not use this model in decisions about people, such as asylum, hiring, credit, insurance, schooling or "
+        "policing. An accent shows neither where somebody comes from nor who they are, and the model makes errors.",
     )
 
     if metrics:
@@ -246,10 +244,8 @@ def _contents(config, metrics):
 
 def _origin(config):
     if config.get("imported_from"):
-        return (
-            f"Trained elsewhere: imported from {config['imported_from']}, a classifier of Hugging Face's transformers."
-        )
-    return "Trained with accent_plugin, a plugin of SpeechBrain."
+        return f"Imported from {config['imported_from']}, a classifier of Hugging Face's transformers."
+    return "Trained with accent_plugin, a SpeechBrain plugin."
 
 
 def _figures(metrics):
@@ -259,71 +255,60 @@ def _figures(metrics):
     if data["speakers"] is not None:
         tested.insert(0, count_in_words(data["speakers"], "speaker"))
     accents = metrics["per_accent"]
-    unit = "speakers within their accent" if data["speakers"] is not None else "clips, since speakers are not known"
+    unit = "speakers within their accent" if data["speakers"] is not None else "clips (speakers are not known)"
     yield (
         "text",
-        f"Tested on {data['name'] or 'data without a name'}: {', '.join(tested)}. Guessing gives an unweighted average "
-        f"recall of {1 / len(accents):.2f}. In brackets: 95 % intervals of a bootstrap over {unit}; by speaker, every "
-        "speaker counts once.",
+        f"Test data: {data['name'] or 'not named'}, {', '.join(tested)}. Chance level of the unweighted average recall: "
+        f"{1 / len(accents):.2f}. In brackets: 95 % intervals, from a bootstrap over {unit}. By speaker, each speaker "
+        "counts once.",
     )
     yield "table", ["", *(f"by {level}" for level, _ in levels)], [
         [text, *(format_figure(figures[name]) for _, figures in levels)] for name, text in NAMES.items()
     ]  # fmt: skip
     yield "table", ["accent", "recall by clip", "precision", "F1", "clips", "speakers"], [
-        [label, *(format_figure(v[key]) for key in ("recall", "precision", "f1")), f"{v['clips']:,}",
-         "–" if v["speakers"] is None else f"{v['speakers']:,}"]
+        [label, *(format_figure(v[key]) for key in ("recall", "precision", "f1")), count_cell(v["clips"]),
+         count_cell(v["speakers"])]
         for label, v in accents.items()
     ]  # fmt: skip
 
 
 def _calibration(calibration):
     if not calibration:
-        return "Not calibrated: probabilities are as training left them, and mostly too sure."
+        return UNCALIBRATED
     loss, error, curve = (calibration[key] for key in ("log_loss", "expected_calibration_error", "curve"))
-    text = (
-        f"Calibrated with one temperature, {calibration['temperature']:.3f}, fitted on {calibration['clips']:,} "
-        f"validation clips and part of the weights. On these clips log-loss went from {loss['before']:.3f} to "
-        f"{loss['after']:.3f}, expected calibration error from {error['before']:.3f} to {error['after']:.3f}."
-    )
     points = list(zip(curve["coverage"], curve["threshold"], curve["risk"], strict=True))
     coverage, threshold, risk = next(point for point in points if point[0] >= min(0.8, points[-1][0]))
-    return text + (
-        f" Answering only from a probability of {threshold:.3f} on would there have answered {coverage:.0%} of clips, "
-        f"{risk:.1%} of them wrongly; answering all, {points[-1][2]:.1%}."
+    return (
+        f"Calibrated by temperature scaling. The temperature, {calibration['temperature']:.3f}, was fitted on "
+        f"{calibration['clips']:,} validation clips and is part of the weights. On these clips, log-loss changed "
+        f"from {loss['before']:.3f} to {loss['after']:.3f}, and the expected calibration error from "
+        f"{error['before']:.3f} to {error['after']:.3f}. With a threshold of {threshold:.3f}, {coverage:.0%} of these clips would have been "
+        f"answered, {risk:.1%} of them wrongly; without a threshold, {points[-1][2]:.1%} are wrong."
     )
 
 
 def _limits(config, metrics):
-    yield (
-        f"It knows {', '.join(config['labels'])} and nothing else: speech of any other accent or language, and noise, "
-        "get one of these answers too."
-    )
+    yield limit_of_labels(config["labels"])
     if not metrics:
-        yield NOT_EVALUATED
         return
     if metrics.get("out_of_set"):
         others = metrics["out_of_set"]["overall"]
         yield (
-            f"On {others['clips']:,} clips of other accents a probability of 0.8 or more was given to "
-            f"{others['confident']['0.8']:.0%}; they are told from known accents with an AUROC of "
-            f"{others['auroc']:.3f} (0.5: not at all)."
+            f"Of {others['clips']:,} clips with other accents, {others['confident']['0.8']:.0%} got a probability of "
+            f"0.8 or more. AUROC of the probability between known and other accents: {others['auroc']:.3f} (0.5: chance)."
         )
     if metrics["data"].get("speakers_disjoint") is not True:
-        yield "Train and test are not known to be of different speakers: on unseen ones it is worse than its figures."
-    few = [f"{kind} {name} ({_speakers(cell)})" for kind, cells in metrics["groups"].items()
-           for name, cell in cells.items() if cell["small"]]  # fmt: skip
-    few += [f"accent {label} ({_speakers(cell)})" for label, cell in metrics["per_accent"].items()
-            if cell["recall"]["n"] < SMALL]  # fmt: skip
+        yield "Train and test may share speakers: expect lower figures on new speakers."
+    cells = [(f"{kind} {name}", v, v["small"]) for kind, g in metrics["groups"].items() for name, v in g.items()]
+    cells += [(f"accent {name}", v, v["recall"]["n"] < SMALL) for name, v in metrics["per_accent"].items()]
+    few = [f"{name} ({_speakers(cell)})" for name, cell, small in cells if small]
     if few:
-        yield f"Tested on fewer than {SMALL} speakers, so that nothing is known: {', '.join(few)}."
+        yield f"Fewer than {SMALL} test speakers, too few for conclusions: {', '.join(few)}."
     if not metrics.get("bands"):
-        yield "Not tested on worse recordings, such as telephone, MP3 or noise."
+        yield "Not tested on degraded audio, such as telephone speech, MP3 or noise."
     yield from metrics["notes"]
 
 
 def _speakers(cell):
-    return (
-        count_in_words(cell["clips"], "clip")
-        if cell["speakers"] is None
-        else count_in_words(cell["speakers"], "speaker")
-    )
+    kind = "clip" if cell["speakers"] is None else "speaker"
+    return count_in_words(cell[f"{kind}s"], kind)

@@ -11,7 +11,7 @@ from accent_plugin.bundle.config import CONFIG_FILE
 from accent_plugin.errors import BundleError
 from accent_plugin.model import AccentModel
 
-# safetensors' names of all types that a model has.
+# Types of a model's tensors, as named by safetensors.
 _DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL"}
 
 
@@ -29,7 +29,7 @@ class BundledModel(AccentModel):
                 with safe_open(path, framework="pt") as file:
                     value.copy_(file.get_tensor(key))
                 if not torch.isfinite(value).all():
-                    raise BundleError(f"{path} has NaN or infinity in {key}: no answer can come of it")
+                    raise BundleError(f"{path} has NaN or infinity in {key}: the weights are damaged")
 
 
 class AsIs(nn.Module):
@@ -120,11 +120,11 @@ def require_tensors(path, found, model):
     """Raise an error if the names, types or shapes of weights differ from those of the model."""
     expected = {key: (_DTYPES[value.dtype], tuple(value.shape)) for key, value in model.state_dict().items()}
     if missing := sorted(expected.keys() - found.keys()):
-        raise BundleError(f"{path} lacks {len(missing)} tensors of the model, {missing[0]} for one")
+        raise BundleError(f"{path} lacks {len(missing)} tensors of the model, such as {missing[0]}")
     if extra := sorted(found.keys() - expected.keys()):
-        raise BundleError(f"{path} has {len(extra)} tensors that the model has not, {extra[0]!r} for one")
+        raise BundleError(f"{path} has {len(extra)} tensors that the model does not have, such as {extra[0]!r}")
     for key, (dtype, shape) in expected.items():
         if found[key][1] != shape:
-            raise BundleError(f"{path} has {key} of shape {found[key][1]}, {CONFIG_FILE} describes {shape}")
+            raise BundleError(f"{path} has {key} of shape {found[key][1]}, but {CONFIG_FILE} describes {shape}")
         if found[key][0] != dtype:
             raise BundleError(f"{path} has {key} as {found[key][0]}, not as {dtype}")

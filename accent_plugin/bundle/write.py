@@ -66,7 +66,7 @@ def write_bundle(
     Raises
     ------
     BundleError
-        If the folder contains other files, a weight is NaN or infinite, or the written bundle gives different scores.
+        If the folder contains other files, a weight is NaN or infinite, or the scores of the written bundle differ.
     """
     # Imported here, because it imports the report code, which loading a bundle does not need.
     from accent_plugin.bundle import model_card
@@ -84,7 +84,7 @@ def write_bundle(
             save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary / WEIGHTS_FILE)
         except SafetensorError as error:
             # Report a full disk like the other writers.
-            raise BundleError(f"{folder} cannot be written: {error}\nmake room there and run it again") from error
+            raise BundleError(f"{folder} cannot be written: {error}\nfree some space there and run it again") from error
         config = make_config(
             model,
             labels,
@@ -140,7 +140,7 @@ def _compare(model, bundle, speeds):
     # Not "difference > tolerance", which would accept NaN.
     if not difference <= _TOLERANCE:
         raise BundleError(
-            f"the bundle gives other scores than the model it was made of (by {difference:.1e}): report it"
+            f"the scores of the written bundle differ from the model's by {difference:.1e}: please report this"
         )
 
 

@@ -20,6 +20,9 @@ NAMES = {
 }
 
 
+UNCALIBRATED = "Not calibrated: uncalibrated probabilities are usually too high."
+
+
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
@@ -50,6 +53,14 @@ def format_duration(seconds):
         else f"{seconds / 60:.1f} minutes"
         if seconds < 7200
         else f"{seconds / 3600:.1f} hours"
+    )
+
+
+def limit_of_labels(labels):
+    """State that the model gives one of its labels to any input."""
+    return (
+        f"The model's labels are {', '.join(labels)}. Speech with other accents, other languages and noise also get "
+        "one of these labels."
     )
 
 

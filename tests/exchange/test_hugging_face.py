@@ -163,7 +163,7 @@ def test_an_imported_bundles_card_claims_no_training(template, tmp_path):
 
 
 def test_importing_over_a_checkpoint_is_refused(template, spoilt):
-    with pytest.raises(BundleError, match="holds 'model.safetensors', which this command has not written"):
+    with pytest.raises(BundleError, match="contains 'model.safetensors', which this command did not write"):
         import_hugging_face(template, spoilt)
     assert (spoilt / "model.safetensors").is_file()
 
@@ -440,7 +440,7 @@ def test_an_export_is_replaced_and_other_folders_are_not(exported, template, tmp
     more = shutil.copytree(exported, tmp_path / "more")
     (more / "notes.txt").touch()
     for taken in (more, shutil.copytree(template, tmp_path / "theirs"), shutil.copytree(source, tmp_path / "bundle")):
-        with pytest.raises(BundleError, match="which this command has not written"):
+        with pytest.raises(BundleError, match="which this command did not write"):
             to_hugging_face(source, taken)
         assert (taken / "config.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "bundle", "more", "theirs"]

@@ -246,7 +246,7 @@ def test_whisper_cannot_be_exported(tiny_encoder, tmp_path):
 
 def test_other_files_are_not_replaced(tiny_bundle, tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
-    with pytest.raises(BundleError, match="holds 'thesis.txt', which this command has not written"):
+    with pytest.raises(BundleError, match="contains 'thesis.txt', which this command did not write"):
         onnx_export.export(tiny_bundle, tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "all of it"
 
@@ -256,7 +256,7 @@ def test_an_export_with_other_files_is_not_replaced(exported, tiny_bundle, tmp_p
 
     shutil.copytree(exported, tmp_path / "out")
     (tmp_path / "out" / "notes.txt").touch()
-    with pytest.raises(BundleError, match="holds 'notes.txt', which this command has not written"):
+    with pytest.raises(BundleError, match="contains 'notes.txt', which this command did not write"):
         onnx_export.export(tiny_bundle, tmp_path / "out")
 
 

@@ -298,7 +298,7 @@ def test_a_bundle_that_is_none(tmp_path, verb, capsys):
         "push": [str(tmp_path), "user/name"],
     }
     assert main.main([verb, *arguments[verb]]) == 2
-    assert "is no bundle" in capsys.readouterr().err
+    assert "is not a bundle" in capsys.readouterr().err
 
 
 def test_export_of_a_folder_that_is_no_run(tmp_path, capsys):
