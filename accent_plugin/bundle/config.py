@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import accent_plugin
@@ -173,7 +174,7 @@ def require_size(path, config):
     size, expected = path.stat().st_size, config["weights"]["bytes"]
     if size != expected:
         raise BundleError(
-            f"{path} has {size:,} bytes, but {CONFIG_FILE} says {expected:,}: it is incomplete or changed; copy it again"
+            f"{path} has {size:,} bytes, {CONFIG_FILE} says {expected:,}: it is damaged or changed; copy it again"
         )
 
 
@@ -208,7 +209,7 @@ def _problems(config):
         if not isinstance(model.get(key), bool):
             yield f"model.{key} is {_short(model.get(key))}, not true or false"
     speeds = model.get("speeds")
-    if not _is_within(speeds, 0.5, 2.0) or not 1 <= len(speeds) <= 16:
+    if not isinstance(speeds, list) or not 1 <= len(speeds) <= 16 or not _is_within(speeds, 0.5, 2.0):
         yield f"model.speeds is {_short(speeds)}, not a list of factors from 0.5 to 2"
     yield from _problems_of_encoder(model.get("encoder"))
 
@@ -292,7 +293,7 @@ def _problems_of_calibration(found):
     if found is None:
         return
     curve, temperature = (found.get(key) if isinstance(found, dict) else None for key in ("curve", "temperature"))
-    if not isinstance(curve, dict) or not _is_within([temperature], 0.0, math.inf) or not 0 < temperature < math.inf:
+    if not isinstance(curve, dict) or not _is_within([temperature], math.ulp(0.0), sys.float_info.max):
         yield f"calibration is {_short(found)}, not null or a temperature above 0 and a curve"
         return
     columns: list = [curve.get(name) for name in ("threshold", "coverage", "risk")]

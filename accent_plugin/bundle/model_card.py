@@ -258,9 +258,9 @@ def _figures(metrics):
     unit = "speakers within their accent" if data["speakers"] is not None else "clips (speakers are not known)"
     yield (
         "text",
-        f"Test data: {data['name'] or 'not named'}, {', '.join(tested)}. Chance level of the unweighted average recall: "
-        f"{1 / len(accents):.2f}. In brackets: 95 % intervals, from a bootstrap over {unit}. By speaker, each speaker "
-        "counts once.",
+        f"Test data: {data['name'] or 'not named'}, {', '.join(tested)}. Chance level of the unweighted average "
+        f"recall: {1 / len(accents):.2f}. In brackets: 95 % intervals, from a bootstrap over {unit}. By speaker, each "
+        "speaker counts once.",
     )
     yield "table", ["", *(f"by {level}" for level, _ in levels)], [
         [text, *(format_figure(figures[name]) for _, figures in levels)] for name, text in NAMES.items()
@@ -282,8 +282,9 @@ def _calibration(calibration):
         f"Calibrated by temperature scaling. The temperature, {calibration['temperature']:.3f}, was fitted on "
         f"{calibration['clips']:,} validation clips and is part of the weights. On these clips, log-loss changed "
         f"from {loss['before']:.3f} to {loss['after']:.3f}, and the expected calibration error from "
-        f"{error['before']:.3f} to {error['after']:.3f}. With a threshold of {threshold:.3f}, {coverage:.0%} of these clips would have been "
-        f"answered, {risk:.1%} of them wrongly; without a threshold, {points[-1][2]:.1%} are wrong."
+        f"{error['before']:.3f} to {error['after']:.3f}. With a threshold of {threshold:.3f}, {coverage:.0%} of these "
+        f"clips would have been answered, {risk:.1%} of them wrongly. Without a threshold, {points[-1][2]:.1%} of all "
+        "answers are wrong."
     )
 
 
@@ -295,7 +296,7 @@ def _limits(config, metrics):
         others = metrics["out_of_set"]["overall"]
         yield (
             f"Of {others['clips']:,} clips with other accents, {others['confident']['0.8']:.0%} got a probability of "
-            f"0.8 or more. AUROC of the probability between known and other accents: {others['auroc']:.3f} (0.5: chance)."
+            f"0.8 or more. AUROC between known and other accents: {others['auroc']:.3f} (0.5: chance)."
         )
     if metrics["data"].get("speakers_disjoint") is not True:
         yield "Train and test may share speakers: expect lower figures on new speakers."

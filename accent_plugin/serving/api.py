@@ -10,7 +10,7 @@ import accent_plugin
 from accent_plugin.audio.samples import TOO_LONG
 from accent_plugin.errors import LimitError
 from accent_plugin.inference.records import Failure
-from accent_plugin.serving.guard import API, NO_ROOM, STATUS, refuse, respond
+from accent_plugin.serving.guard import API, NO_SPACE, STATUS, refuse, respond
 
 UNUSABLE = 422
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
@@ -21,27 +21,27 @@ class Window(BaseModel):
 
     start: float = Field(description="in seconds")
     end: float = Field(description="in seconds")
-    probabilities: dict[str, float] | None = Field(description="null where there is too little speech")
+    probabilities: dict[str, float] | None = Field(description="null if the window has too little speech")
 
 
 class Answer(BaseModel):
-    """The answer for one file; on an error, all fields except `source`, `model` and `error` are null."""
+    """The answer for one file. If there is an error, accent, decision, probability and probabilities are null."""
 
-    source: str = Field(description="what the client calls the file")
-    model: str = Field(description="twelve digits that stand for the weights")
-    accent: str | None = Field(description="the likeliest")
-    decision: str | None = Field(description="the same, or null where the classifier abstains")
-    probability: float | None = Field(description="of the likeliest; calibrated where the model is")
-    probabilities: dict[str, float] | None
-    seconds: float | None = Field(description="length of the recording")
-    speech_seconds: float | None = Field(None, description="how much of it is speech, by its energy")
-    reliable: bool | None = Field(description="whether that is a second or more")
-    error: str | None = Field(description="why there is no answer; the command line's words")
-    sample_rate: int | None = Field(None, description="of the file, in hertz")
+    source: str = Field(description="name of the file, as given by the client")
+    model: str = Field(description="twelve digits that identify the weights")
+    accent: str | None = Field(description="the most likely accent")
+    decision: str | None = Field(description="the same accent; null if the classifier abstains")
+    probability: float | None = Field(description="of the most likely accent; calibrated if the model is calibrated")
+    probabilities: dict[str, float] | None = Field(description="of every accent")
+    seconds: float | None = Field(description="duration of the recording")
+    speech_seconds: float | None = Field(None, description="duration of the speech in it, estimated from the energy")
+    reliable: bool | None = Field(description="whether there is at least one second of speech")
+    error: str | None = Field(description="why there is no answer, as in the output of `classify`")
+    sample_rate: int | None = Field(None, description="of the file, in Hz")
     channels: int | None = None
     codec: str | None = None
     warnings: list[str] = []
-    windows: list[Window] = Field([], description="of recordings longer than a window")
+    windows: list[Window] = Field([], description="if the recording is longer than one window")
     threshold: float | None
     window_seconds: float
     hop_seconds: float
@@ -51,7 +51,7 @@ class Answers(BaseModel):
     """The answers for the files of a request, in order."""
 
     answers: list[Answer]
-    error: str | None = Field(None, description="the first file's error, where there is one")
+    error: str | None = Field(None, description="the error of the first file that could not be classified")
 
 
 class Refusal(BaseModel):
@@ -64,7 +64,7 @@ class Health(BaseModel):
     """The status of the server."""
 
     status: str = "ok"
-    busy: int = Field(description="requests that are being answered, or wait")
+    busy: int = Field(description="requests that are being answered or are waiting")
 
 
 _BODY = {
@@ -82,11 +82,11 @@ _BODY = {
 }
 
 _REFUSALS = {
-    400: "the form is damaged",
+    400: "the form is malformed",
     401: "the token is missing or wrong",
-    408: "it takes too long",
+    408: "the request took too long",
     413: "too many bytes, files or seconds",
-    422: "a file cannot be classified; the others are answered all the same",
+    422: "a file cannot be classified; the other files are still answered",
     429: "too many requests",
 }
 
@@ -106,7 +106,7 @@ def make_app(service):
     app = FastAPI(
         title="accent-plugin",
         version=accent_plugin.__version__,
-        description="Which accent of English a recording is in.",
+        description="Classifies the accent of English in recordings.",
         docs_url=None,
         redoc_url=None,
         openapi_url=f"{API}/openapi.json",
@@ -127,34 +127,33 @@ def make_app(service):
     @app.post(f"{API}/classify", response_model=Answers, responses=refusals, openapi_extra={"requestBody": _BODY})
     async def classify(request: Request):
         """Classify one or more files: send a form with `files`, or one file as the body."""
-        async with service.place():
+        async with service.slot():
             answers = await service.classify(await _read_files(request, service.limits))
         records = [service.record(answer) for answer in answers]
         failures = [answer.outcome for answer in answers if isinstance(answer.outcome, Failure)]
         if not failures:
             return respond(200, {"answers": records})
-        too_long = all(failure.reason == TOO_LONG for failure in failures)
-        status = STATUS["seconds"] if too_long else UNUSABLE
+        status = STATUS["seconds"] if all(failure.reason == TOO_LONG for failure in failures) else UNUSABLE
         return respond(status, {"answers": records, "error": str(failures[0])})
 
     # Otherwise another mounted app would answer unknown API paths in its own format.
     @app.api_route(API + "/{rest:path}", methods=_METHODS, include_in_schema=False)
-    async def nothing(rest: str):
+    async def unknown_path(rest: str):
         known = f"{API}/{rest}" in app.openapi()["paths"]
-        return refuse(405, "Method Not Allowed") if known else refuse(404, f"there is nothing at {API}/{rest}")
+        return refuse(405, "Method Not Allowed") if known else refuse(404, f"unknown path {API}/{rest}")
 
     @app.exception_handler(OSError)
-    async def full(request, error):
+    async def disk_full(request, error):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise error
-        return refuse(STATUS["busy"], NO_ROOM)
+        return refuse(STATUS["busy"], NO_SPACE)
 
     @app.exception_handler(LimitError)
-    async def limited(request, error):
+    async def limit_exceeded(request, error):
         return refuse(STATUS[error.reason], f"{error.reason}: {error}")
 
     @app.exception_handler(HTTPException)
-    async def failed(request, error):
+    async def http_error(request, error):
         return refuse(error.status_code, str(error.detail))
 
     return app
@@ -169,7 +168,7 @@ async def _read_files(request, limits):
         async with request.form(max_files=limits.max_files, max_fields=limits.max_files) as form:
             files = [value for _, value in form.multi_items() if hasattr(value, "read")]
             if not files:
-                raise HTTPException(400, "the form holds no file: send it as 'files'")
+                raise HTTPException(400, "the form contains no file: send files in the field 'files'")
             return [(file.filename or "recording", await file.read()) for file in files]
     except HTTPException as error:
         if str(error.detail).startswith("Too many files"):

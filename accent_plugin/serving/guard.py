@@ -29,7 +29,7 @@ _LINGER_BYTES = 256_000_000
 _FORM_BYTES = 65_536
 # Bytes of the page's other POST requests, which contain a few names.
 _EVENT_BYTES = 65_536
-NO_ROOM = "busy: there is no room for more uploads: try again in some minutes"
+NO_SPACE = "busy: there is no space for more uploads; try again in a few minutes"
 _RETRY_SECONDS = "1"
 
 # Scripts, styles, fonts and connections only from this server: the page works offline and sends no data elsewhere.
@@ -63,13 +63,13 @@ class Guard:
     local : bool
         Whether to serve only this machine. The Host header must then name it, which prevents DNS rebinding: another
         website whose name resolves to this machine could otherwise send requests from a browser.
-    has_room : function
-        Whether there is room for another upload of the page.
+    has_space : function
+        Whether there is space for another upload of the page.
     """
 
-    def __init__(self, app, service, token=None, is_served=None, local=True, has_room=lambda: True):
+    def __init__(self, app, service, token=None, is_served=None, local=True, has_space=lambda: True):
         self.app, self.service, self.limits, self.local = app, service, service.limits, local
-        self.has_room = has_room
+        self.has_space = has_space
         self.token = None if token is None else _digest(token)
         self.is_served = is_served or (lambda method, path: path.startswith(f"{API}/"))
         self._stopping = asyncio.Event()
@@ -81,23 +81,23 @@ class Guard:
                 await self.app(scope, receive, send)
             return
         body = _Body(receive, self.limits.max_bytes + _FORM_BYTES, self._stopping)
-        answer = _Lingering(send, body)
+        response = _DrainingResponse(send, body)
         refused = self._refusal(Request(scope))
         if refused is not None:
-            await refused(scope, body.receive, answer.send)
+            await refused(scope, body.receive, response.send)
             return
         try:
-            # The API reserves its own place after routing.
+            # The API reserves its own slot after routing.
             uploads = scope["path"] == UPLOAD
-            async with self.service.place() if uploads else contextlib.nullcontext():
-                await self.app(scope, body.receive, answer.send)
+            async with self.service.slot() if uploads else contextlib.nullcontext():
+                await self.app(scope, body.receive, response.send)
         except LimitError as error:
-            if not answer.started:
-                await refuse(STATUS[error.reason], f"{error.reason}: {error}")(scope, body.receive, answer.send)
+            if not response.started:
+                await refuse(STATUS[error.reason], f"{error.reason}: {error}")(scope, body.receive, response.send)
         except ClientDisconnect:
             pass
-        if self._stopping.is_set() and answer.started and not answer.ended:
-            await answer.send({"type": "http.response.body", "body": b""})
+        if self._stopping.is_set() and response.started and not response.ended:
+            await response.send({"type": "http.response.body", "body": b""})
 
     def stop(self):
         """End streams that would never end by themselves, such as those of an open browser page."""
@@ -108,21 +108,23 @@ class Guard:
         # The path as the application sees it: `request.url` drops some characters.
         method, path = request.method, request.scope["path"]
         if self.local and not _is_local(request.headers.get("host", "")):
-            return refuse(421, "this server answers to localhost; start it with --host to be reached by other names")
+            return refuse(
+                421, "this server only answers requests to localhost; to allow other names, start it with --host"
+            )
         if not self.is_served(method, path):
-            return refuse(404, f"there is nothing at {path}")
+            return refuse(404, f"unknown path {path}")
         if path == f"{API}/health":
             return None
-        if self.token is not None and not self._knows(request):
+        if self.token is not None and not self._has_token(request):
             given = request.query_params.get("token")
             if method == "GET" and given and hmac.compare_digest(_digest(given), self.token):
                 query = urllib.parse.urlencode([kv for kv in request.query_params.multi_items() if kv[0] != "token"])
-                place = urllib.parse.quote(path) + ("?" + query if query else "")
-                response = Response(status_code=303, headers={"location": place})
-                response.set_cookie(COOKIE, given, httponly=True, samesite="strict", path="/")
-                return response
+                target = urllib.parse.quote(path) + ("?" + query if query else "")
+                redirect = Response(status_code=303, headers={"location": target})
+                redirect.set_cookie(COOKIE, given, httponly=True, samesite="strict", path="/")
+                return redirect
             return refuse(
-                401, "a token is needed: 'Authorization: Bearer TOKEN', or ?token=TOKEN in a browser's address",
+                401, "a token is required: send 'Authorization: Bearer TOKEN', or open ?token=TOKEN in a browser",
                 {"www-authenticate": "Bearer"},
             )  # fmt: skip
         if method == "POST":
@@ -133,15 +135,15 @@ class Guard:
         length = request.headers.get("content-length")
         if length is None:
             # The API limits the bytes while it reads. Gradio would write an unlimited body to disk.
-            return None if path.startswith(f"{API}/") else refuse(411, "Content-Length is needed")
+            return None if path.startswith(f"{API}/") else refuse(411, "the header Content-Length is required")
         most = self.limits.max_bytes if path.startswith(f"{API}/") or path == UPLOAD else _EVENT_BYTES
         if not length.isascii() or not length.isdigit() or int(length) > most + _FORM_BYTES:
-            return refuse(413, f"bytes: the request has {length} bytes, the most is {most}")
-        if path == UPLOAD and not self.has_room():
-            return refuse(STATUS["busy"], NO_ROOM)
+            return refuse(413, f"bytes: the request has {length} bytes; the limit is {most}")
+        if path == UPLOAD and not self.has_space():
+            return refuse(STATUS["busy"], NO_SPACE)
         return None
 
-    def _knows(self, request):
+    def _has_token(self, request):
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
             given = request.cookies.get(COOKIE, "")
@@ -226,7 +228,7 @@ class _Body:
                     self.ended = message["type"] != "http.request" or not message.get("more_body", False)
 
 
-class _Lingering:
+class _DrainingResponse:
     """A response that ends only after the request's body was read; its bytes are sent before."""
 
     def __init__(self, send, body):
@@ -238,10 +240,10 @@ class _Lingering:
         if message["type"] == "http.response.start":
             self.started = True
             # Gradio would allow pages of other servers on this machine to read responses.
-            given = [(name, value) for name, value in message["headers"] if not name.startswith(b"access-control-")]
-            names = {name for name, _ in given}
+            headers = [(name, value) for name, value in message["headers"] if not name.startswith(b"access-control-")]
+            names = {name for name, _ in headers}
             more = ((name.encode(), value.encode()) for name, value in _HEADERS.items() if name.encode() not in names)
-            message = message | {"headers": [*given, *more]}
+            message = message | {"headers": [*headers, *more]}
         elif message["type"] == "http.response.body" and not message.get("more_body") and not self._body.ended:
             await self._send(message | {"more_body": True})
             await self._body.drain()

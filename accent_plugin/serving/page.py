@@ -17,7 +17,7 @@ from accent_plugin.bundle.config import CARD_FILE
 from accent_plugin.errors import AudioError, LimitError
 from accent_plugin.inference.records import Failure
 from accent_plugin.report.figures import COLOURS
-from accent_plugin.report.text import count_in_words
+from accent_plugin.report.text import UNCALIBRATED, count_in_words, limit_of_labels
 from accent_plugin.serving.service import UPLOAD
 
 # Used for classifiers without a threshold: below this probability, an answer is more likely wrong than right.
@@ -46,7 +46,7 @@ CSS = """
 .answer svg { width: 100%; height: auto; display: block; margin: .5rem 0; }
 .answer details { margin-top: .5rem; }
 .answer .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-.knows { font-size: .95rem; }
+.labels { font-size: .95rem; }
 """
 
 # Screen readers read the answer when it changes. Gradio has no option for this.
@@ -58,34 +58,23 @@ _ON_LOAD = """() => {
 
 
 def render(answer, classifier):
-    """Render one answer as HTML.
-
-    Arguments
-    ---------
-    answer : accent_plugin.serving.service.ServiceAnswer
-    classifier : accent_plugin.inference.base.RecordingClassifier
-        Its labels, threshold and calibration are shown.
-
-    Returns
-    -------
-    str
-    """
+    """Render a `ServiceAnswer` as HTML, with the labels, threshold and calibration of the classifier."""
     if isinstance(answer.outcome, Failure):
         return failure(str(answer.outcome))
     outcome = answer.outcome
-    parts = [f"<h2>{_headline(outcome)}</h2>", f"<p>{_e(_doubt(outcome, classifier))}</p>"]
-    parts += [f'<p class="warning">Warning: {_e(warning)}.</p>' for warning in answer.warnings()]
+    parts = [f"<h2>{_headline(outcome)}</h2>", f"<p>{_escape(_caveat(outcome, classifier))}</p>"]
+    parts += [f'<p class="warning">Warning: {_escape(warning)}.</p>' for warning in answer.warnings()]
     parts += ["<h3>Probability by accent</h3>", _bars(outcome, classifier.labels)]
-    parts.append(f"<p>{_e(_calibrated(classifier.calibration))}</p>")
+    parts.append(f"<p>{_escape(_calibrated(classifier.calibration))}</p>")
     if len(outcome.windows) > 1:
         parts += ["<h3>Over time</h3>", _timeline(answer, classifier.labels)]
-    parts += ["<h3>Recording</h3>", f"<p>{_e(_heard(answer))}</p>"]
+    parts += ["<h3>Recording</h3>", f"<p>{_escape(_recording_text(answer))}</p>"]
     return f'<section class="answer">{"".join(parts)}</section>'
 
 
 def failure(message):
     """Render an error message as HTML."""
-    return f'<section class="answer"><h2>No answer</h2><p class="failure" role="alert">{_e(message)}</p></section>'
+    return f'<section class="answer"><h2>No answer</h2><p class="failure" role="alert">{_escape(message)}</p></section>'
 
 
 def is_unsure(outcome):
@@ -94,18 +83,18 @@ def is_unsure(outcome):
 
 
 def _headline(outcome):
-    number = f"{_e(outcome.accent)}, {_percent(outcome.probability)}"
-    return f"Unsure; likeliest: {number}" if is_unsure(outcome) else f"Most likely: {number}"
+    number = f"{_escape(outcome.accent)}, {_percent(outcome.probability)}"
+    return f"Unsure; most likely: {number}" if is_unsure(outcome) else f"Most likely: {number}"
 
 
-def _doubt(outcome, classifier):
+def _caveat(outcome, classifier):
     if outcome.decision is None:
         return f"The model is set to abstain below a probability of {classifier.threshold:.3f}."
     if not outcome.reliable:
         return "There is too little speech for a reliable answer."
     if outcome.probability < UNSURE:
         return "The answer is more likely wrong than right."
-    return "An accent is neither a nationality nor a person; do not decide about people by it."
+    return "An accent is not a nationality. Do not use this answer in decisions about people."
 
 
 def _bars(outcome, labels):
@@ -113,7 +102,7 @@ def _bars(outcome, labels):
     for number, label in enumerate(labels):
         p = outcome.probabilities[label]
         rows.append(
-            f'<tr><th scope="row">{_e(label)}</th><td><div class="track" aria-hidden="true"><div class="bar" '
+            f'<tr><th scope="row">{_escape(label)}</th><td><div class="track" aria-hidden="true"><div class="bar" '
             f'style="width:{100 * p:.1f}%;background:{_colour(number)}"></div></div></td>'
             f'<td class="number">{100 * p:.1f} %</td></tr>'
         )
@@ -123,20 +112,20 @@ def _bars(outcome, labels):
 
 def _calibrated(calibration):
     if not calibration:
-        return "Not calibrated: uncalibrated probabilities are usually too high."
+        return UNCALIBRATED
     return (
         f"Calibrated on {count_in_words(calibration['clips'], 'validation clip')}: probabilities and frequencies "
         f"differed by {calibration['expected_calibration_error']['after']:.3f} on average there."
     )
 
 
-def _heard(answer):
+def _recording_text(answer):
     outcome, header = answer.outcome, answer.header
     channels = "mono" if header.channels == 1 else f"{header.channels} channels, averaged to mono"
     return (
-        f"{outcome.seconds:.1f} s, {outcome.speech_seconds:.1f} s of them speech, by its energy. {header.codec}, "
-        f"{header.sample_rate:,} Hz, {channels}. Loud parts at {answer.heard.speech_db:.0f} dB of full scale, quiet "
-        f"ones at {answer.heard.noise_db:.0f} dB."
+        f"{outcome.seconds:.1f} s, of which {outcome.speech_seconds:.1f} s are speech (estimated from the energy). "
+        f"{header.codec}, {header.sample_rate:,} Hz, {channels}. Level relative to full scale: loud parts "
+        f"{answer.quality.speech_db:.0f} dB, quiet parts {answer.quality.noise_db:.0f} dB."
     )
 
 
@@ -155,18 +144,18 @@ def _timeline(answer, labels):
         seen.add(accent)
         x, width = window.start * scale, (window.end - window.start) * scale
         y = _WAVE + 4 + row * _ROW
-        fill, ink = _colour(labels.index(accent)), _ink(labels.index(accent))
+        fill, ink = _colour(labels.index(accent)), _text_colour(labels.index(accent))
         text = f"{accent}, {_percent(p)}"
         text = text if len(text) * _LETTERS < width else ""
         shapes.append(
-            f'<g><title>{span}: {_e(accent)}, {_percent(p)}</title><rect x="{x:.1f}" y="{y}" '
+            f'<g><title>{span}: {_escape(accent)}, {_percent(p)}</title><rect x="{x:.1f}" y="{y}" '
             f'width="{max(width - 2, 1):.1f}" height="{_ROW - 4}" rx="3" fill="{fill}"/>'
-            f'<text x="{x + 5:.1f}" y="{y + 16}" font-size="15" fill="{ink}">{_e(text)}</text></g>'
+            f'<text x="{x + 5:.1f}" y="{y + 16}" font-size="15" fill="{ink}">{_escape(text)}</text></g>'
         )
-        lines.append(f"<tr><td>{span}</td><td>{_e(accent)}</td><td>{100 * p:.1f} %</td></tr>")
+        lines.append(f"<tr><td>{span}</td><td>{_escape(accent)}</td><td>{100 * p:.1f} %</td></tr>")
     height = _WAVE + 4 + (max(rows) + 1) * _ROW
     keys = "".join(
-        f'<span class="key"><i style="background:{_colour(number)}" aria-hidden="true"></i>{_e(label)}</span>'
+        f'<span class="key"><i style="background:{_colour(number)}" aria-hidden="true"></i>{_escape(label)}</span>'
         for number, label in enumerate(labels)
         if label in seen
     )
@@ -175,10 +164,11 @@ def _timeline(answer, labels):
     )
     return (
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="Waveform of {outcome.seconds:.0f} seconds with '
-        f'the likeliest accent of each window; the table below says the same">'
-        f'<path d="{_wave(answer.heard.peaks)}" fill="currentColor" fill-opacity="0.55"/>{"".join(shapes)}</svg>'
-        f"<p>{keys}</p><p>Windows of {outcome.windows[0].end - outcome.windows[0].start:g} s, which overlap.</p>"
-        f"<details><summary>The windows as a table</summary>"
+        f'the most likely accent of each window; the table below has the same content">'
+        f'<path d="{_waveform_path(answer.quality.peaks)}" fill="currentColor" fill-opacity="0.55"/>'
+        f"{''.join(shapes)}</svg>"
+        f"<p>{keys}</p><p>Overlapping windows of {outcome.windows[0].end - outcome.windows[0].start:g} s.</p>"
+        f"<details><summary>Windows as a table</summary>"
         f"<table>{head}<tbody>{''.join(lines)}</tbody></table></details>"
     )
 
@@ -197,7 +187,7 @@ def _rows_of(windows):
     return rows
 
 
-def _wave(peaks):
+def _waveform_path(peaks):
     """Make an SVG path of the waveform, scaled to its highest peak."""
     parts = np.array_split(peaks, min(_COLUMNS, len(peaks)))
     heights = np.array([part.max() for part in parts])
@@ -217,7 +207,7 @@ def _colour(number):
     return COLOURS[number % len(COLOURS)]
 
 
-def _ink(number):
+def _text_colour(number):
     """Return black or white, whichever has more contrast with a colour."""
     red, green, blue = (int(_colour(number)[at : at + 2], 16) for at in (1, 3, 5))
     return "#000" if 0.3 * red + 0.59 * green + 0.11 * blue > 120 else "#fff"
@@ -228,7 +218,7 @@ def _percent(p):
     return "over 99 %" if p > 0.99 else f"{100 * p:.0f} %"
 
 
-def _e(text):
+def _escape(text):
     return html.escape(str(text))
 
 
@@ -237,7 +227,7 @@ def read_card(folder):
     try:
         text = Path(folder, CARD_FILE).read_text(encoding="utf-8")
     except (OSError, ValueError):
-        return "This model has no card: nothing is known about how often it is right."
+        return "This model has no card: its accuracy is unknown."
     return text.split("---\n", 2)[-1] if text.startswith("---\n") else text
 
 
@@ -281,20 +271,20 @@ def _is_inside(path, folder):
         return False
 
 
-def has_room(folder, limits):
-    """Whether there is room for another upload.
+def has_space(folder, limits):
+    """Whether there is space for another upload.
 
     The disk needs space for an upload of the largest size. For each request that may run or wait, the folder may
     contain `max_bytes` of uploads and ten files.
     """
     if shutil.disk_usage(folder).free < limits.max_bytes:
         return False
-    places = limits.max_requests + limits.max_queue
-    held = 0
+    slots = limits.max_requests + limits.max_queue
+    size = 0
     for number, path in enumerate(_files(folder), 1):
-        held += _size(path)
+        size += _size(path)
         # Stop early, because counting all files may take long.
-        if held >= places * limits.max_bytes or number >= 10 * places:
+        if size >= slots * limits.max_bytes or number >= 10 * slots:
             return False
     return True
 
@@ -342,53 +332,49 @@ def make_page(service, card, folder):
     """
     import gradio
 
-    async def listen(path):
+    async def classify(path):
         if path is None:
             return ""
         try:
             content = Path(path).read_bytes()
-            async with service.place():
+            async with service.slot():
                 (answer,) = await service.classify([(Path(path).name, content)])
         except (LimitError, AudioError) as error:
             return failure(f"{error.reason}: {error}")
         except OSError:
-            return failure("the recording is gone: record or choose it again")
+            return failure("the recording was deleted: record or choose it again")
         return render(answer, service.classifier)
 
     labels, limits = service.classifier.labels, service.limits
-    with gradio.Blocks(title="Which accent?", analytics_enabled=False) as page:
-        gradio.Markdown("# Which accent of English?")
+    with gradio.Blocks(title="English accent", analytics_enabled=False) as page:
+        gradio.Markdown("# English accent classifier")
         gradio.Markdown(
             f"Record yourself or choose a file: up to {limits.max_seconds:g} seconds, {limits.max_bytes / 1e6:g} MB. "
-            "Five seconds or more of speech are best. The recording stays on the machine that serves this page and is "
-            f"deleted after some {KEEP_SECONDS / 60:.0f} minutes."
+            "Five or more seconds of speech work best. The recording stays on the machine that serves this page and is "
+            f"deleted after about {KEEP_SECONDS / 60:.0f} minutes."
         )
         with gradio.Tabs():
             sounds = [
-                _sound(gradio, folder, tab, source, elem_id)
+                _make_recorder(gradio, folder, tab, source, elem_id)
                 for tab, source, elem_id in (("Speak", "microphone", "recording"), ("Choose a file", "upload", "file"))
             ]
         answer = gradio.HTML(elem_id="answer")
-        gradio.Markdown(
-            f"It knows **{', '.join(map(_e, labels))}** and nothing else: speech of any other accent or language, and "
-            "noise, get one of these answers too.",
-            elem_classes="knows",
-        )
-        with gradio.Accordion("What this model knows, and what not", open=False):
+        gradio.Markdown(_escape(limit_of_labels(labels)), elem_classes="labels")
+        with gradio.Accordion("Model card", open=False):
             gradio.Markdown(card)
         for sound in sounds:
-            sound.change(listen, sound, answer, api_name=False, concurrency_limit=limits.max_requests)
+            sound.change(classify, sound, answer, api_name=False, concurrency_limit=limits.max_requests)
         page.load(None, js=_ON_LOAD)
     page.queue(max_size=limits.max_requests + limits.max_queue)
     return page
 
 
-def _sound(gradio, folder, tab, source, elem_id):
+def _make_recorder(gradio, folder, tab, source, elem_id):
     """Make a tab with an audio component that accepts only uploads."""
 
     def uploaded(path):
         if path is None or not _is_inside(path, folder) or not os.path.isfile(path):
-            raise gradio.Error("this file was not uploaded here")
+            raise gradio.Error("this file was not uploaded to this page")
         return str(path)
 
     async def uploaded_later(path):
@@ -416,11 +402,7 @@ def mount(app, page, limits):
         theme=theme,
         css=CSS,
         footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        enable_monitoring=False,
         show_error=True,
         max_file_size=limits.max_bytes,
+        **dict.fromkeys(("run_history", "ssr_mode", "pwa", "mcp_server", "enable_monitoring"), False),
     )

@@ -101,7 +101,7 @@ def _make(classifier, card, limits, token, page, local, folder):
         def is_served(method, path):
             return path.startswith(f"{guard.API}/") or serving_page.is_served(method, path, folder)
 
-        rules = {"is_served": is_served, "has_room": lambda: serving_page.has_room(folder, limits)}
+        rules = {"is_served": is_served, "has_space": lambda: serving_page.has_space(folder, limits)}
 
     guarded = guard.Guard(app, service, token, local=local, **rules)
 

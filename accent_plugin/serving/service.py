@@ -1,7 +1,7 @@
 """Answers concurrent requests with one classifier, within limits on their number, size and time.
 
-A request waits for a free slot and is then answered; a request that exceeds a limit is refused with a `LimitError`. The
-files of all requests are batched together.
+A request waits for a free slot and is then answered; a request that exceeds a limit is refused with a `LimitError`.
+Files of concurrent requests share batches.
 """
 
 import asyncio
@@ -72,19 +72,19 @@ class ServiceAnswer:
     """The answer for one file: a prediction with the signal's quality, or a failure."""
 
     outcome: Prediction | Failure
-    heard: SignalQuality | None = None
+    quality: SignalQuality | None = None
     header: codecs.Header | None = None
 
     def warnings(self):
         """Yield a message for each reason to doubt the prediction."""
-        if isinstance(self.outcome, Failure) or self.heard is None:
+        if isinstance(self.outcome, Failure) or self.quality is None:
             return
         if not self.outcome.reliable:
             yield (
                 f"short: {self.outcome.speech_seconds:.1f} s of speech; with less than {RELIABLE_SECONDS:g} s "
-                "the answer is a guess"
+                "the answer is not reliable"
             )
-        yield from self.heard.warnings()
+        yield from self.quality.warnings()
 
 
 class Service:
@@ -100,16 +100,16 @@ class Service:
         self.classifier, self.limits = classifier, limits or Limits()
         self.batcher = classifier.enable_batching()
         self._threads = ThreadPoolExecutor(self.limits.max_requests, "classify")
-        self._places = asyncio.Semaphore(self.limits.max_requests)
-        self._inside = 0
+        self._slots = asyncio.Semaphore(self.limits.max_requests)
+        self._active = 0
 
     @property
     def busy(self):
         """Number of requests that are being answered or are waiting."""
-        return self._inside
+        return self._active
 
     @contextlib.asynccontextmanager
-    async def place(self):
+    async def slot(self):
         """Wait for one of the `max_requests` slots and hold it.
 
         Raises
@@ -118,16 +118,16 @@ class Service:
             "busy" at once if too many requests are waiting; "time" if the wait and the work take too long.
         """
         limits = self.limits
-        if self._inside >= limits.max_requests + limits.max_queue:
-            raise LimitError("busy", f"{self._inside} requests are being answered or waiting: try again later")
-        self._inside += 1
+        if self._active >= limits.max_requests + limits.max_queue:
+            raise LimitError("busy", f"{self._active} requests are being answered or waiting: try again later")
+        self._active += 1
         try:
-            async with asyncio.timeout(limits.timeout), self._places:
+            async with asyncio.timeout(limits.timeout), self._slots:
                 yield
         except TimeoutError:
             raise LimitError("time", f"the request took more than {limits.timeout:g} s") from None
         finally:
-            self._inside -= 1
+            self._active -= 1
 
     async def classify(self, files):
         """Classify the files of one request concurrently.
@@ -148,7 +148,7 @@ class Service:
         return list(await asyncio.gather(*work))
 
     def record(self, answer):
-        """An answer as plain values: those of ``accent-plugin classify --format jsonl``, and the signal quality."""
+        """Convert an answer to plain values: those of `classify --format jsonl`, and the signal quality."""
         record = make_record(self.classifier, answer.outcome.source, answer.outcome)
         if isinstance(answer.outcome, Failure):
             return record
@@ -161,7 +161,7 @@ class Service:
         }
 
     def about(self):
-        """A description of the model, the limits and the version, as plain values."""
+        """Describe the model, the limits and the version as plain values."""
         config = self.classifier.config
         return {
             "model": self.classifier.identity,
@@ -176,7 +176,7 @@ class Service:
         }
 
     def close(self):
-        """Stop the threads after the files in progress."""
+        """Finish the files in progress, and stop the threads."""
         self._threads.shutdown()
         self.batcher.close()
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from accent_plugin.audio.levels import frame_levels
-from accent_plugin.audio.samples import SAMPLE_RATE
 
 # Samples for each peak of the waveform: 10 ms.
 _PEAK_SAMPLES = 160
@@ -25,7 +24,6 @@ CLIPPED_FRACTION = 0.001
 class SignalQuality:
     """Levels in dB, the fraction of samples at full scale, and peaks (one per 10 ms) from 0 to 1."""
 
-    seconds: float
     speech_db: float
     noise_db: float
     clipped: float
@@ -37,7 +35,7 @@ class SignalQuality:
             yield f"very quiet: the loudest parts are at {self.speech_db:.0f} dB relative to full scale"
         elif self.speech_db - self.noise_db < NOISY_DB:
             contrast = self.speech_db - self.noise_db
-            yield f"noisy, or without pauses: loud parts are only {contrast:.0f} dB above quiet ones"
+            yield f"noisy or without pauses: loud parts are only {contrast:.0f} dB above quiet parts"
         if self.clipped > CLIPPED_FRACTION:
             yield f"clipped: {self.clipped:.1%} of the samples are at full scale"
 
@@ -65,7 +63,6 @@ class SignalMeter:
         levels = np.concatenate(self._levels)
         noise, speech = np.percentile(levels, (_NOISE_PERCENTILE, _SPEECH_PERCENTILE))
         return SignalQuality(
-            seconds=self._samples / SAMPLE_RATE,
             speech_db=float(speech),
             noise_db=float(noise),
             clipped=self._clipped / self._samples,

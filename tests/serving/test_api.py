@@ -119,7 +119,7 @@ def test_too_many_bytes_by_the_header(serve):
     response = client.post("/api/classify", content=b"x" * 100_000)
     assert (response.status_code, response.json()["error"]) == (
         413,
-        "bytes: the request has 100000 bytes, the most is 1000",
+        "bytes: the request has 100000 bytes; the limit is 1000",
     )
 
 
@@ -141,7 +141,7 @@ def test_too_many_files(serve):
 
 def test_a_request_too_many(serve):
     client = serve(max_requests=1, max_queue=0)
-    client.service._inside = 1
+    client.service._active = 1
     response = post(client, ("clip.flac", CLIP))
     assert response.status_code == 429 and response.headers["retry-after"] == "1"
     assert response.json()["error"] == "busy: 1 requests are being answered or waiting: try again later"
@@ -158,7 +158,7 @@ def test_too_slow(serve):
     [
         (b"", "multipart/form-data", "Missing boundary in multipart."),
         (b"--x\r\nContent-Disposition: form-data; name=a\r\n\r\nb\r\n--x--\r\n", "multipart/form-data; boundary=x",
-         "the form holds no file: send it as 'files'"),
+         "the form contains no file: send files in the field 'files'"),
         (b"--x\r\nnonsense", "multipart/form-data; boundary=x", None),
     ],
 )  # fmt: skip
@@ -176,7 +176,7 @@ def test_the_wrong_method(serve, method):
 
 def test_no_such_thing_of_the_api(serve):
     response = serve().get("/api/nope")
-    assert (response.status_code, response.json()) == (404, {"error": "there is nothing at /api/nope"})
+    assert (response.status_code, response.json()) == (404, {"error": "unknown path /api/nope"})
 
 
 def test_what_else_is_mounted_does_not_answer_for_the_api(classifier):
@@ -194,13 +194,13 @@ def test_a_full_disk_is_no_room(serve, monkeypatch):
 
     monkeypatch.setattr(api, "_read_files", full)
     response = post(serve(), ("clip.flac", CLIP))
-    assert (response.status_code, response.json()["error"][:22]) == (429, "busy: there is no room")
+    assert (response.status_code, response.json()["error"][:22]) == (429, "busy: there is no spac")
 
 
 @pytest.mark.parametrize("path", ["/", "/api", "/docs", "/redoc", "/openapi.json", "/apix", "/gradio_api/upload"])
 def test_nothing_else_is_served(serve, path):
     response = serve().get(path)
-    assert (response.status_code, response.json()) == (404, {"error": f"there is nothing at {path}"})
+    assert (response.status_code, response.json()) == (404, {"error": f"unknown path {path}"})
 
 
 def test_what_is_served(serve, classifier):
@@ -232,7 +232,7 @@ def test_without_the_token_nobody_comes_in(serve):
     for headers in ({}, {"authorization": "Bearer shut"}, {"authorization": "Basic open sesame"}, {"cookie": "a=b"}):
         response = post(client, ("clip.flac", CLIP), headers=headers)
         assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
-        assert response.json()["error"].startswith("a token is needed: ")
+        assert response.json()["error"].startswith("a token is required: ")
 
 
 def test_health_needs_no_token(serve):

@@ -196,7 +196,7 @@ def test_a_screen_reader_is_told(visit, sounds):
 def test_nothing_is_asked_of_elsewhere(visit, sounds, server):
     page = visit()
     choose(page, sounds / "clip.wav")
-    page.get_by_text("What this model knows, and what not").click()
+    page.get_by_text("Model card").click()
     page.wait_for_timeout(1000)
     assert {url.split("/")[2] for url in page.asked if url.startswith("http")} == {f"{server.host}:{server.port}"}
     assert page.wrong == []

@@ -45,8 +45,8 @@ def prediction(p=0.8, decided=True, reliable=True, windows=(), seconds=4.0):
 
 
 def answer(outcome=None, peaks=(0.1, 0.9, 0.2), noise_db=-60.0, channels=1):
-    heard = SignalQuality(4.0, -20.0, noise_db, 0.0, np.array(peaks, np.float32))
-    return ServiceAnswer(outcome or prediction(), heard, Header(44_100, channels, "WAV PCM_16"))
+    quality = SignalQuality(-20.0, noise_db, 0.0, np.array(peaks, np.float32))
+    return ServiceAnswer(outcome or prediction(), quality, Header(44_100, channels, "WAV PCM_16"))
 
 
 def text(markup):
@@ -85,7 +85,7 @@ def test_a_sure_answer():
     assert (
         "Calibrated on 46 validation clips: probabilities and frequencies differed by 0.114 on average there." in shown
     )
-    assert "4.0 s, 3.0 s of them speech, by its energy. WAV PCM_16, 44,100 Hz, mono." in shown
+    assert "4.0 s, of which 3.0 s are speech (estimated from the energy). WAV PCM_16, 44,100 Hz, mono." in shown
     assert "Warning" not in shown and "Over time" not in shown
 
 
@@ -105,7 +105,7 @@ def test_every_accent_has_its_number_in_the_models_order():
 )
 def test_an_unsure_answer_says_so_and_why(outcome, classifier, why):
     shown = text(page.render(answer(outcome), classifier))
-    assert shown.startswith(f"Unsure; likeliest: england, {100 * outcome.probability:.0f} %\n{why}\n")
+    assert shown.startswith(f"Unsure; most likely: england, {100 * outcome.probability:.0f} %\n{why}\n")
 
 
 def test_nobody_reads_100_percent():
@@ -118,8 +118,8 @@ def test_a_model_that_is_not_calibrated_says_so():
 
 def test_warnings_are_shown():
     shown = text(page.render(answer(prediction(reliable=False), noise_db=-25.0), CALIBRATED))
-    assert "Warning: short: 0.4 s of speech; with less than 1 s the answer is a guess." in shown
-    assert "Warning: noisy, or without pauses: loud parts are only 5 dB above quiet ones." in shown
+    assert "Warning: short: 0.4 s of speech; with less than 1 s the answer is not reliable." in shown
+    assert "Warning: noisy or without pauses: loud parts are only 5 dB above quiet parts." in shown
 
 
 def test_channels_are_told():
@@ -187,7 +187,7 @@ def test_a_card_without_its_metadata(tmp_path):
 
 
 def test_no_card(tmp_path):
-    assert page.read_card(tmp_path) == "This model has no card: nothing is known about how often it is right."
+    assert page.read_card(tmp_path) == "This model has no card: its accuracy is unknown."
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def visiting(bundle, folder):
         made = page.make_page(service, page.read_card(bundle), folder)
         app = page.mount(api.make_app(service), made, service.limits)
         doors = {"is_served": lambda method, path: page.is_served(method, path, folder)}
-        guard = guarding.Guard(app, service, **doors, has_room=lambda: page.has_room(folder, service.limits))
+        guard = guarding.Guard(app, service, **doors, has_space=lambda: page.has_space(folder, service.limits))
         with TestClient(guard, base_url="http://127.0.0.1") as client:
             client.folder, client.service = folder, service
             yield client
@@ -339,39 +339,39 @@ def test_a_large_upload_is_refused(client):
 
 def test_an_upload_without_an_end_is_refused(client):
     response = client.post("/gradio_api/upload", content=iter([b"x"]))
-    assert (response.status_code, response.json()["error"]) == (411, "Content-Length is needed")
+    assert (response.status_code, response.json()["error"]) == (411, "the header Content-Length is required")
 
 
 def test_uploads_without_room_are_refused(client, monkeypatch):
-    monkeypatch.setattr(page, "has_room", lambda folder, limits: False)
+    monkeypatch.setattr(page, "has_space", lambda folder, limits: False)
     response = client.post("/gradio_api/upload", files=[("files", ("clip.wav", b"x"))])
-    assert (response.status_code, response.json()["error"][:22]) == (429, "busy: there is no room")
+    assert (response.status_code, response.json()["error"][:22]) == (429, "busy: there is no spac")
 
 
 def test_room_is_for_as_many_as_may_ask(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "clip.wav").write_bytes(b"x" * 29)
     limits = Limits(max_bytes=10, max_requests=2, max_queue=1)
-    assert page.has_room(tmp_path, limits)
+    assert page.has_space(tmp_path, limits)
     (tmp_path / "other.wav").write_bytes(b"x")
-    assert not page.has_room(tmp_path, limits)
+    assert not page.has_space(tmp_path, limits)
 
 
 def test_there_is_no_room_for_any_number_of_files(tmp_path):
     for number in range(10):
-        assert page.has_room(tmp_path, Limits(max_requests=1, max_queue=0))
+        assert page.has_space(tmp_path, Limits(max_requests=1, max_queue=0))
         (tmp_path / f"{number}.wav").write_bytes(b"")
-    assert not page.has_room(tmp_path, Limits(max_requests=1, max_queue=0))
+    assert not page.has_space(tmp_path, Limits(max_requests=1, max_queue=0))
 
 
 def test_there_is_no_room_on_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(page.shutil, "disk_usage", lambda folder: SimpleNamespace(free=9))
-    assert page.has_room(tmp_path, Limits(max_bytes=9))
-    assert not page.has_room(tmp_path, Limits(max_bytes=10))
+    assert page.has_space(tmp_path, Limits(max_bytes=9))
+    assert not page.has_space(tmp_path, Limits(max_bytes=10))
 
 
 def test_uploads_wait_for_a_place_like_everybody(client, monkeypatch):
-    monkeypatch.setattr(client.service, "_inside", 80)
+    monkeypatch.setattr(client.service, "_active", 80)
     response = client.post("/gradio_api/upload", files=[("files", ("clip.wav", b"x"))])
     assert (response.status_code, response.json()["error"][:16]) == (429, "busy: 80 request")
 

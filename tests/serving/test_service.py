@@ -92,18 +92,18 @@ def test_a_full_queue_refuses_at_once(make):
         finish = asyncio.Event()
 
         async def request():
-            async with service.place():
+            async with service.slot():
                 await finish.wait()
 
         requests = [asyncio.create_task(request()) for _ in range(2)]
         await asyncio.sleep(0)
         assert service.busy == 2
         with pytest.raises(LimitError, match="2 requests are being answered or waiting: try again later") as caught:
-            async with service.place():
+            async with service.slot():
                 pass
         finish.set()
         await asyncio.gather(*requests)
-        async with service.place():
+        async with service.slot():
             assert service.busy == 1
         return caught.value.reason
 
@@ -116,7 +116,7 @@ def test_the_timeout_includes_the_wait(make):
 
     async def send():
         async def request():
-            async with service.place():
+            async with service.slot():
                 await asyncio.sleep(60)
 
         first, second = (asyncio.create_task(request()) for _ in range(2))
@@ -201,13 +201,13 @@ def test_an_answer_has_the_header_and_the_signal_quality(make):
     stereo = encode(noise(2.0, channels=2, rate=44_100), rate=44_100, format="WAV")
     (answer,) = asyncio.run(make().classify([("clip.wav", stereo)]))
     assert dataclasses.astuple(answer.header) == (44_100, 2, "WAV PCM_16", 2.0)
-    assert answer.heard.seconds == answer.outcome.seconds == 2.0
-    assert len(answer.heard.peaks) == 200
+    assert answer.outcome.seconds == 2.0
+    assert len(answer.quality.peaks) == 200
 
 
 def test_short_speech_is_a_warning(make):
     (answer,) = asyncio.run(make().classify([("clip.flac", encode(noise(0.5)))]))
-    assert next(answer.warnings()) == "short: 0.5 s of speech; with less than 1 s the answer is a guess"
+    assert next(answer.warnings()) == "short: 0.5 s of speech; with less than 1 s the answer is not reliable"
 
 
 def test_a_failure_has_no_warnings():
