@@ -13,7 +13,8 @@ from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.bundle.config import CARD_FILE
 from accent_plugin.errors import BundleError
 from accent_plugin.evaluation.evaluate import SMALL
-from accent_plugin.report.markdown import count_cell, table_rows, to_markdown
+from accent_plugin.report.markdown import table_rows, to_markdown
+from accent_plugin.report.sections import accents_table, figures_table
 from accent_plugin.report.text import (
     NAMES,
     UNCALIBRATED,
@@ -250,7 +251,6 @@ def _origin(config):
 
 def _figures(metrics):
     data = metrics["data"]
-    levels = [(level, metrics[level]) for level in ("clip", "speaker") if metrics[level]]
     tested = [count_in_words(data["clips"], "clip"), format_duration(data["seconds"])]
     if data["speakers"] is not None:
         tested.insert(0, count_in_words(data["speakers"], "speaker"))
@@ -262,14 +262,8 @@ def _figures(metrics):
         f"recall: {1 / len(accents):.2f}. In brackets: 95 % intervals, from a bootstrap over {unit}. By speaker, each "
         "speaker counts once.",
     )
-    yield "table", ["", *(f"by {level}" for level, _ in levels)], [
-        [text, *(format_figure(figures[name]) for _, figures in levels)] for name, text in NAMES.items()
-    ]  # fmt: skip
-    yield "table", ["accent", "recall by clip", "precision", "F1", "clips", "speakers"], [
-        [label, *(format_figure(v[key]) for key in ("recall", "precision", "f1")), count_cell(v["clips"]),
-         count_cell(v["speakers"])]
-        for label, v in accents.items()
-    ]  # fmt: skip
+    yield figures_table({f"by {level}": metrics[level] for level in ("clip", "speaker") if metrics[level]})
+    yield accents_table(accents)
 
 
 def _calibration(calibration):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from accent_plugin.report.markdown import to_markdown
+from accent_plugin.report.sections import figures_table
 from accent_plugin.report.text import LEAKY, MOST_ROWS, NAMES, count_in_words, format_figure
 from accent_plugin.report.write import write_json, write_text
 
@@ -29,7 +30,7 @@ def _compared(a_name, b_name, comparison):
     yield "heading", 1, f"{b_name} against {a_name}"
     speakers = "" if comparison["speakers"] is None else f" of {count_in_words(comparison['speakers'], 'speaker')}"
     text = f"The same {count_in_words(comparison['clips'], 'clip')}{speakers}. Difference: {b_name} minus {a_name}, "
-    yield "text", text + "with the 95 % interval of a paired bootstrap; an interval that holds 0 shows no difference."
+    yield "text", text + "with the 95 % interval of a paired bootstrap. If it contains 0, there is no clear difference."
     for level in ("clip", "speaker"):
         if comparison[level]:
             yield "heading", 2, f"By {level}"
@@ -41,17 +42,17 @@ def _compared(a_name, b_name, comparison):
         yield "list", comparison["notes"]
     if comparison["speaker"]:
         changed = comparison["changed"]
-        right = sum(c["b"]["answer"] == c["accent"] for c in changed)
-        lost = sum(c["a"]["answer"] == c["accent"] for c in changed)
+        results = [(c["a"]["answer"] == c["accent"], c["b"]["answer"] == c["accent"]) for c in changed]
+        improved, worse = results.count((False, True)), results.count((True, False))
         yield "heading", 2, "Speakers whose answer changed"
-        text = f"{len(changed)} of {comparison['speakers']}: {right} put right, {lost} lost, "
-        yield "text", text + f"{len(changed) - right - lost} wrong both times."
+        text = f"{len(changed)} of {comparison['speakers']}: {improved} corrected, {worse} newly wrong, "
+        yield "text", text + f"{len(changed) - improved - worse} wrong both times."
         if changed:
             order = sorted(changed, key=lambda c: (c["b"]["answer"] == c["accent"], c["accent"], c["client_id"]))
             yield "table", ["speaker", "true accent", "clips", a_name, b_name, ""], [
                 [c["client_id"] or "?", c["accent"], str(c["clips"]),
-                 *(f"{c[k]['answer']} {c[k]['probability']:.2f}, {c[k]['share_right']:.0%} right" for k in "ab"),
-                 "put right" if c["b"]["answer"] == c["accent"] else "lost" if c["a"]["answer"] == c["accent"] else ""]
+                 *(f"{c[k]['answer']} {c[k]['probability']:.2f}, {c[k]['share_right']:.0%} correct" for k in "ab"),
+                 {c["a"]["answer"]: "newly wrong", c["b"]["answer"]: "corrected"}.get(c["accent"], "")]
                 for c in order[:MOST_ROWS]
             ]  # fmt: skip
 
@@ -79,11 +80,14 @@ def _summarised(summary):
                  *(f"{x:.3f}" for x in v["values"])]
                 for v, text in ((summary[level][name], text) for name, text in NAMES.items())
             ]  # fmt: skip
-    yield "text", "The standard deviation is over runs on the same test data; it says nothing about other speakers."
+    yield (
+        "text",
+        "The standard deviation is over runs on the same test data. It does not measure variation between speakers.",
+    )
 
 
 def write_leak(folder, runs):
-    """Write leak.md, which compares a test on speakers of the training split with a test on new speakers.
+    """Write leak.md: a test on the training split's speakers compared with a test on new speakers.
 
     Arguments
     ---------
@@ -95,13 +99,9 @@ def write_leak(folder, runs):
 
 
 def _leaked(runs):
-    yield "heading", 1, "What shared speakers add"
+    yield "heading", 1, "Effect of shared speakers"
     yield "text", LEAKY
     for level in ("clip", "speaker"):
         if all(run[level] for run in runs.values()):
             yield "heading", 2, f"By {level}"
-            yield (
-                "table",
-                ["", *runs],
-                [[text, *(format_figure(run[level][name]) for run in runs.values())] for name, text in NAMES.items()],
-            )
+            yield figures_table({name: run[level] for name, run in runs.items()})

@@ -70,13 +70,13 @@ def confusion(path, labels, matrices):
     for ax, (title, counts) in zip(figure.subplots(*shape, squeeze=False).flat, matrices.items(), strict=True):
         counts = np.asarray(counts)
         total = counts.sum(axis=1, keepdims=True)
-        share = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
-        ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        fraction = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+        ax.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
         for i, j in np.ndindex(counts.shape):
             # With many accents most cells are zero, and zeros would hide the others.
             if total[i] and (counts[i, j] or n <= 6):
-                colour = "white" if share[i, j] > 0.55 else "#222222" if counts[i, j] else "#AAAAAA"
-                text = f"{counts[i, j]:,}\n{share[i, j]:.0%}"
+                colour = "white" if fraction[i, j] > 0.55 else "#222222" if counts[i, j] else "#AAAAAA"
+                text = f"{counts[i, j]:,}\n{fraction[i, j]:.0%}"
                 ax.text(
                     j, i, text, ha="center", va="center", linespacing=1.4, color=colour, fontsize=size, in_layout=False
                 )
@@ -139,10 +139,10 @@ def reliability(path, predictions, error):
     figure = make_figure(5.6, 5.6)
     ax, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfectly calibrated")
-    ax.bar(centres[some], accuracy[some], width * 0.92, color=RIGHT, alpha=0.35, label="share right")
+    ax.bar(centres[some], accuracy[some], width * 0.92, color=RIGHT, alpha=0.35, label="fraction correct")
     ax.plot(confidence[some], accuracy[some], "o", color=RIGHT, markersize=5, label="at the bin's mean probability")
-    ax.set(ylim=(0, 1.02), xlim=(0, 1), ylabel="share of answers that are right")
-    ax.set_title(f"Calibration by clip: expected error {error:.3f}", fontsize=11, loc="left")
+    ax.set(ylim=(0, 1.02), xlim=(0, 1), ylabel="fraction of correct answers")
+    ax.set_title(f"Expected calibration error by clip: {error:.3f}", fontsize=11, loc="left")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     below.bar(centres, count, width * 0.92, color="#999999")
     for centre, number in zip(centres[some], count[some], strict=True):
@@ -217,7 +217,7 @@ def grid_axes(count, heights):
     return figure, axes.flat[:count]
 
 
-def out_of_set(path, predictions):
+def true_accent_probability(path, predictions):
     """Draw the distribution of the true accent's probability over the clips of each accent."""
     p = predictions
     present = np.unique(p.truth)
@@ -228,7 +228,12 @@ def out_of_set(path, predictions):
         mine = p.truth == accent
         parts = [own[mine & right], own[mine & ~right]]
         ax.hist(
-            parts, bins=np.linspace(0, 1, 21), stacked=True, color=(RIGHT, WRONG), rwidth=0.9, label=("right", "wrong")
+            parts,
+            bins=np.linspace(0, 1, 21),
+            stacked=True,
+            color=(RIGHT, WRONG),
+            rwidth=0.9,
+            label=("correct", "wrong"),
         )
         ax.set_title(
             f"{plain_text(p.labels[accent])}: {mine.sum():,} clips, {parts[1].size:,} wrong", fontsize=10, loc="left"
@@ -253,19 +258,19 @@ def coverage(path, part):
     """
     figure = make_figure(5.6, 3.9)
     ax = figure.subplots()
-    share, risk = part["coverage"], part["risk"]
+    coverage, risk = part["coverage"], part["risk"]
     ax.axhline(risk[-1], color=GREY, linewidth=1, linestyle="--")
     ax.annotate(f"all clips answered: {risk[-1]:.3f}", (0, risk[-1]), (4, 4), textcoords="offset points", color=GREY,
                 fontsize=8)  # fmt: skip
-    ax.plot(share, risk, color=RIGHT, linewidth=1.8, marker="o" if len(share) < 20 else None, markersize=3)
-    for sure in part["surest"].values():
-        wrong = 1 - sure["accuracy"]["value"]
-        ax.plot(sure["coverage"], wrong, "o", color=RIGHT, markersize=6, clip_on=False, zorder=3)
-        text = f"{wrong:.3f}\np ≥ {sure['threshold']:.3f}"
-        ax.annotate(text, (sure["coverage"], wrong), (-7, 5), textcoords="offset points", ha="right", va="bottom",
+    ax.plot(coverage, risk, color=RIGHT, linewidth=1.8, marker="o" if len(coverage) < 20 else None, markersize=3)
+    for point in part["surest"].values():
+        wrong = 1 - point["accuracy"]["value"]
+        ax.plot(point["coverage"], wrong, "o", color=RIGHT, markersize=6, clip_on=False, zorder=3)
+        text = f"{wrong:.3f}\np ≥ {point['threshold']:.3f}"
+        ax.annotate(text, (point["coverage"], wrong), (-7, 5), textcoords="offset points", ha="right", va="bottom",
                     fontsize=8, linespacing=1.3)  # fmt: skip
     ax.set(xlim=(0, 1), ylim=(0, 1.25 * max(*risk, 0.04)))
-    ax.set(xlabel="share of clips answered, the surest first", ylabel="share of these answers that is wrong")
+    ax.set(xlabel="coverage: fraction of clips answered", ylabel="risk: fraction of wrong answers")
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     area = part["area"]["value"]
     ax.set_title(f"Risk and coverage by clip: area {area:.3f}", fontsize=10, loc="left")
@@ -296,10 +301,10 @@ def speakers(path, rows, labels):
         left = np.zeros(len(group))
         # The true accent comes first, so that the correct answers are at the start of each bar.
         for index in sorted(range(len(labels)), key=lambda i: labels[i] != label):
-            share = np.array([row["answers"][index] / row["clips"] for row in group])
-            bars = [_bar(x, y, width) for y, (x, width) in enumerate(zip(left, share, strict=True)) if width]
+            widths = np.array([row["answers"][index] / row["clips"] for row in group])
+            bars = [_bar(x, y, width) for y, (x, width) in enumerate(zip(left, widths, strict=True)) if width]
             ax.add_collection(PolyCollection(bars, edgecolor="white", linewidth=0.4, **figure_style(index)))
-            left += share
+            left += widths
         wrong = [not row["right"] for row in group]
         ax.set_yticks(range(len(group)), [plain_text(row["client_id"] or "?", 14) for row in group])
         for tick, bad in zip(ax.get_yticklabels(), wrong, strict=True):
@@ -320,7 +325,5 @@ def speakers(path, rows, labels):
     handles = [Patch(**figure_style(i)) for i in range(len(labels))]
     figure.legend(handles, [f"answered {plain_text(label)}" for label in labels], loc="outside upper center",
                   ncols=min(len(labels), 4), frameon=False, fontsize=9)  # fmt: skip
-    figure.supxlabel(
-        "share of the speaker's clips; their number on the right; bold: the speaker's own answer is wrong", fontsize=9
-    )
+    figure.supxlabel("fraction of the speaker's clips (number on the right); bold: misclassified speaker", fontsize=9)
     save_figure(figure, path)

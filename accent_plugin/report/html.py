@@ -77,22 +77,7 @@ _PAGE = """\
 
 
 def render(title, blocks, folder, players=()):
-    """Write blocks as one HTML page.
-
-    Arguments
-    ---------
-    title : str
-    blocks : list of tuple
-        From `accent_plugin.report.sections.report_blocks`.
-    folder : Path
-        The folder of the figures.
-    players : list of dict
-        From `players`.
-
-    Returns
-    -------
-    page : str
-    """
+    """Write blocks as one HTML page, with the figures in a folder and the players from `players`."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
     environment.tests["figure"] = lambda cell: re.fullmatch(r"[+-]?\d[\d.,%]*( \(.*\))?", str(cell))
     shown = [part for block in blocks for part in (_errors(players) if block[0] == "errors" else [block])]
@@ -110,11 +95,10 @@ def render(title, blocks, folder, players=()):
 def _errors(players):
     if players:
         yield "heading", 2, "Most confident errors"
-        yield (
-            "text",
-            "Clips answered wrongly with the largest probability, at most "
-            f"{MOST_PER_SPEAKER} of a speaker and {MOST_SECONDS:.0f} s of each.",
+        text = (
+            f"The misclassified clips with the largest probabilities: at most {MOST_PER_SPEAKER} per speaker, and the "
         )
+        yield "text", text + f"first {MOST_SECONDS:.0f} s of each."
         audio = Markup('<audio controls preload="metadata" src="{}"></audio>')
         yield "table", ["clip", "speaker", "true accent", "answer", "probability", "listen"], [
             [*(p[key] for key in ("id", "client_id", "accent", "answer", "probability")), audio.format(p["source"])]

@@ -1,15 +1,17 @@
 """Format figures, counts and durations for reports."""
 
 MOST_ROWS = 250  # rows in the table of speakers; predictions.csv has all speakers
-SYNTHETIC = "Synthetic speech: this shows that the pipeline works, and says nothing about accuracy on real speech."
+SYNTHETIC = "Synthetic speech: shows that the pipeline works, and says nothing about accuracy on real speech."
 
 LEAKY = (
-    "LEAKY split: clips of the same speaker are in train and in test. Such figures reward recognising the speaker and "
-    "are far above those on unseen speakers; do not compare the two."
+    "LEAKY split: clips of the same speaker are in train and in test. A model that recognises the speaker scores well, "
+    "so these figures are far higher than on new speakers: do not compare the two."
 )
 
-SHARED = "Speakers are shared between train and test: these figures are not those on unseen speakers."
-MAY_SHARE = "Train and test may share speakers: the data do not say who speaks. Figures on unseen speakers are lower."
+SHARED = "Train and test share speakers: expect lower figures on new speakers."
+MAY_SHARE = (
+    "Train and test may share speakers, because the speakers are not known: expect lower figures on new speakers."
+)
 
 NAMES = {
     "accuracy": "Accuracy",
@@ -35,9 +37,9 @@ def format_figure(v, signed=False):
     return f"{v['value']:{style}}{interval}"
 
 
-def percent(share):
+def percent(fraction):
     """Format a fraction as a whole percentage."""
-    return f"{share:.0%}"
+    return f"{fraction:.0%}"
 
 
 def count_in_words(count, word):
@@ -47,13 +49,9 @@ def count_in_words(count, word):
 
 def format_duration(seconds):
     """Format a duration in a suitable unit."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.1f} minutes"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} hours"
-    )
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def limit_of_labels(labels):

@@ -22,10 +22,7 @@ METRICS_FILE = "metrics.json"
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
 _PICTURES = ("confusion", "recall", "reliability", "scores", "coverage")
-_PICTURES_OF_SOME = ("speakers", "curves")  # only if speakers or epochs are known
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
+_OPTIONAL_PICTURES = ("speakers", "curves")  # only if speakers or epochs are known
 
 
 def write_text(path, text):
@@ -52,9 +49,6 @@ def _strict(value):
 def write_json(path, value):
     """Write strict JSON atomically."""
     write_text(path, json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-# ---- public functions ------------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -145,8 +139,8 @@ def write_report(
 
 def remove_report(folder):
     """Remove only the files that `write_report` writes to a folder."""
-    pictures_of_it = (f"{name}.png" for name in (*_PICTURES, *_PICTURES_OF_SOME))
-    for name in (METRICS_FILE, PREDICTIONS_FILE, MARKDOWN_FILE, HTML_FILE, *pictures_of_it):
+    pictures = (f"{name}.png" for name in (*_PICTURES, *_OPTIONAL_PICTURES))
+    for name in (METRICS_FILE, PREDICTIONS_FILE, MARKDOWN_FILE, HTML_FILE, *pictures):
         (Path(folder) / name).unlink(missing_ok=True)
 
 
@@ -155,12 +149,10 @@ def _speakers(p):
 
 
 def _band(clean, degraded, draws, seed):
-    """Evaluate degraded clips, and the difference from the clean ones."""
+    """Compute the figures of degraded clips and their difference from the clean clips."""
     clip = evaluate(degraded, draws=draws, seed=seed)["clip"]
-    difference = compare_models(clean, degraded, draws=draws, seed=seed)["clip"]["unweighted_average_recall"][
-        "difference"
-    ]
-    return {**clip, "difference": difference}
+    compared = compare_models(clean, degraded, draws=draws, seed=seed)["clip"]["unweighted_average_recall"]
+    return {**clip, "difference": compared["difference"]}
 
 
 def _draw(folder, p, metrics, rows, curves, selected_epoch):
@@ -171,9 +163,9 @@ def _draw(folder, p, metrics, rows, curves, selected_epoch):
     figures.confusion(folder / images["confusion"], p.labels, {k: v for k, v in matrices.items() if v is not None})
     figures.recall(folder / images["recall"], metrics)
     figures.reliability(folder / images["reliability"], p, metrics["clip"]["expected_calibration_error"]["value"])
-    figures.out_of_set(folder / images["scores"], p)
+    figures.true_accent_probability(folder / images["scores"], p)
     figures.coverage(folder / images["coverage"], metrics["risk_coverage"])
-    for name, wanted in zip(_PICTURES_OF_SOME, (rows, curves), strict=True):
+    for name, wanted in zip(_OPTIONAL_PICTURES, (rows, curves), strict=True):
         if wanted:
             images[name] = f"{name}.png"
         else:

@@ -25,7 +25,7 @@ from accent_plugin.report import figures, html
 from accent_plugin.report.comparisons import write_comparison, write_summary
 from accent_plugin.report.markdown import to_markdown
 from accent_plugin.report.predictions_csv import read_predictions, write_predictions
-from accent_plugin.report.sections import _surest, report_blocks
+from accent_plugin.report.sections import _effect_of_abstaining, report_blocks
 from accent_plugin.report.text import report_title
 from accent_plugin.report.write import write_report
 
@@ -223,7 +223,7 @@ def test_markdown_says_what_it_must(whole):
     )
     assert words + f"{sure['accuracy']['value']:.3f} (" in text
     for words in (
-        "Wrong clips",
+        "Misclassified clips",
         "too few speakers",
         "telephone",
         "AUROC",
@@ -294,8 +294,8 @@ def test_players_are_few_and_leave_out_what_cannot_be_read(tmp_path):
         ({"synthetic": True}, "(synthetic speech)", "says nothing about accuracy on real speech"),
         ({"split": "random", "speakers_disjoint": False}, "(LEAKY split: speakers shared)", "do not compare the two"),
         ({"split": "random", "speakers_disjoint": None}, "(LEAKY split: speakers shared)", "do not compare the two"),
-        ({"speakers_disjoint": None}, "(may share speakers)", "the data do not say who speaks"),
-        ({"speakers_disjoint": False}, "(speakers shared)", "not those on unseen speakers"),
+        ({"speakers_disjoint": None}, "(may share speakers)", "the speakers are not known"),
+        ({"speakers_disjoint": False}, "(speakers shared)", "expect lower figures on new speakers"),
         (
             {"synthetic": True, "split": "random"},
             "(LEAKY split: speakers shared; synthetic speech)",
@@ -354,7 +354,7 @@ def test_pictures_of_any_size(tmp_path, speakers, labels):
     figures.speakers(tmp_path / "speakers.png", rows, labels)
     counts = confusion_matrix(p.truth, p.predicted, len(labels))
     figures.confusion(tmp_path / "confusion.png", labels, {"by clip": counts})
-    figures.out_of_set(tmp_path / "scores.png", p)
+    figures.true_accent_probability(tmp_path / "scores.png", p)
     for file in tmp_path.iterdir():
         width, height = (int.from_bytes(file.read_bytes()[i : i + 4], "big") for i in (16, 20))
         assert 300 < width < 2000 and 200 < height < 4000, file.name
@@ -379,7 +379,7 @@ def test_coverage_of_any_size(tmp_path, clips, skill):
 def test_equal_probabilities_make_one_line_of_text():
     p = build([[0.9, 0.1]] * 10, [0] * 9 + [1], labels=("us", "england"))
     metrics = evaluate(p, draws=5)
-    text = _surest(metrics["risk_coverage"], metrics["clip"]["accuracy"])
+    text = _effect_of_abstaining(metrics["risk_coverage"], metrics["clip"]["accuracy"])
     assert text.count("Answering only") == 1 and "the most confident 100% of clips (probability at least 0.900)" in text
 
 
@@ -402,7 +402,7 @@ def test_comparison_is_written(tmp_path):
     assert (read["a"], read["b"]) == ("frozen", "fine|tuned")
     assert read["clip"] == comparison["clip"] and len(read["changed"]) == len(comparison["changed"])
     text = (tmp_path / "comparison.md").read_text()
-    assert text.startswith("# fine\\|tuned against frozen") and "put right" in text
+    assert text.startswith("# fine\\|tuned against frozen") and "corrected" in text
     assert f"{comparison['clip']['accuracy']['difference']['value']:+.3f}" in text
 
 
