@@ -52,10 +52,8 @@ class ResamplingUnits:
         ---------
         statistics : callable
             (first unit, last unit + 1) -> (units, columns) np.ndarray.
-        draws : int
-            Bootstrap samples.
-        seed : int
-            Seed of the bootstrap.
+        draws, seed : int
+            Number of draws and seed of the bootstrap.
 
         Returns
         -------

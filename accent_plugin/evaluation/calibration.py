@@ -55,9 +55,8 @@ def _loss(log_probabilities, truth):
 def fit_temperature(log_probabilities, truth):
     """Fit the temperature that maximises the likelihood of the true accents (Guo et al., 2017).
 
-    The log-likelihood is concave in 1 / T, so a bounded search on log T finds its maximum. There are two special cases.
-    If no answer is wrong, T would go to 0, and 1 is returned: nothing shows how confident the model should be. If the
-    model is worse than chance, T is at its upper bound.
+    The log-likelihood is concave in 1 / T, so a bounded search on log T finds its maximum. If no answer is wrong, the
+    best T would be 0; 1 is returned instead. If the model is worse than chance, T is at its upper bound.
 
     Arguments
     ---------
@@ -128,36 +127,6 @@ def apply_temperature(log_probabilities, temperature):
     return log_softmax(scores / temperature, axis=-1)
 
 
-def risk_coverage_curve(log_probabilities, truth):
-    """Compute the fraction of wrong answers against the fraction of clips answered (Geifman and El-Yaniv, 2017).
-
-    Arguments
-    ---------
-    log_probabilities : (clips, classes) array
-    truth : (clips,) array of int
-
-    Returns
-    -------
-    curve : accent_plugin.evaluation.selective.Curve
-
-    Raises
-    ------
-    ReportError
-        As for `fit_temperature`.
-
-    Example
-    -------
-    >>> curve = risk_coverage_curve(np.log([[0.9, 0.1], [0.6, 0.4]]), [0, 1])
-    >>> curve.coverage, curve.risk, curve.area
-    ((0.5, 1.0), (0.0, 0.5), 0.25)
-    """
-    return _curve(*_checked(log_probabilities, truth))
-
-
-def _curve(log_probabilities, truth):
-    return risk_coverage(np.exp(log_probabilities.max(axis=1)), log_probabilities.argmax(axis=1) == truth)
-
-
 def describe_calibration(log_probabilities, truth):
     """Fit a temperature and describe its effect, for the bundle's config.
 
@@ -187,16 +156,12 @@ def describe_calibration(log_probabilities, truth):
     before, truth = _checked(log_probabilities, truth)
     temperature = _fit(before, truth)
     both = {"before": before, "after": apply_temperature(before, temperature)}
-    curve = _curve(both["after"], truth)
+    top, right = np.exp(both["after"].max(axis=1)), before.argmax(axis=1) == truth
+    curve = risk_coverage(top, right)
     return {
         "temperature": temperature,
         "clips": len(truth),
-        "log_loss": {name: _loss(log_probabilities, truth) for name, log_probabilities in both.items()},
-        "expected_calibration_error": {
-            name: expected_calibration_error(np.exp(log_probabilities), truth)
-            for name, log_probabilities in both.items()
-        },
-        "curve": {
-            "threshold": list(curve.threshold), "coverage": list(curve.coverage), "risk": list(curve.risk)
-        },
-    }  # fmt: skip
+        "log_loss": {name: _loss(scores, truth) for name, scores in both.items()},
+        "expected_calibration_error": {n: expected_calibration_error(np.exp(s), truth) for n, s in both.items()},
+        "curve": {name: list(getattr(curve, name)) for name in ("threshold", "coverage", "risk")},
+    }

@@ -21,7 +21,7 @@ def compare_models(a, b, draws=1000, seed=0):
     a, b : ScoredClips
         Predictions for the same clips with the same truth; the order of clips and labels may differ.
     draws, seed : int
-        Of the bootstrap, which is paired: both models use the same draws, so that variation between speakers cancels.
+        Number of draws and seed of the bootstrap. It is paired: both models use the same draws.
 
     Returns
     -------
@@ -47,34 +47,25 @@ def compare_models(a, b, draws=1000, seed=0):
 
     def differences(x, y):
         return {
-            name: {
-                "a": float(x[name][0]),
-                "b": float(y[name][0]),
-                "difference": bootstrap_interval(y[name] - x[name], len(units)),
-            }
-            for name in FIGURES
+            name: {"a": float(u[0]), "b": float(v[0]), "difference": bootstrap_interval(v - u, len(units))}
+            for name, u, v in ((name, x[name], y[name]) for name in FIGURES)
         }
 
-    pairs = zip(speaker_rows(a), speaker_rows(b), strict=True)
+    common, compared = ("client_id", "accent", "clips"), ("answer", "probability", "share_right")
+    changed = [
+        {key: x[key] for key in common}
+        | {name: {key: row[key] for key in compared} for name, row in (("a", x), ("b", y))}
+        for x, y in zip(speaker_rows(a), speaker_rows(b), strict=True)
+        if x["answer"] != y["answer"]
+    ]
+    known = units.names is not None
     return {
         "clip": differences(*figures[:2]),
-        "speaker": differences(*figures[2:]) if units.names is not None else None,
-        "changed": [
-            {
-                "client_id": x["client_id"],
-                "accent": x["accent"],
-                "clips": x["clips"],
-                **{
-                    k: {key: s[key] for key in ("answer", "probability", "share_right")}
-                    for k, s in (("a", x), ("b", y))
-                },
-            }
-            for x, y in pairs
-            if x["answer"] != y["answer"]
-        ],
+        "speaker": differences(*figures[2:]) if known else None,
+        "changed": changed,
         "clips": len(a.ids),
-        "speakers": len(units) if units.names is not None else None,
-        "notes": [] if units.names is not None else ["No client ids: intervals resample clips and are too narrow."],
+        "speakers": len(units) if known else None,
+        "notes": [] if known else ["No client ids: intervals resample clips and are too narrow."],
     }
 
 
@@ -124,19 +115,16 @@ def summarise_runs(runs, names=None):
     names = [str(i + 1) for i in range(len(runs))] if names is None else [str(name) for name in names]
     if len(names) != len(runs):
         raise ReportError(f"{len(runs)} runs, but {len(names)} names")
+
+    def describe(values):
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return {"mean": float(np.mean(values)), "standard_deviation": deviation, "values": values}
+
     summary: dict = {"runs": names}
     for level in ("clip", "speaker"):
-        summary[level] = None
-        if all(run[level] for run in runs):
-            values = {name: [run[level][name]["value"] for run in runs] for name in FIGURES}
-            summary[level] = {
-                name: {
-                    "mean": float(np.mean(v)),
-                    "standard_deviation": float(np.std(v, ddof=1)) if len(v) > 1 else None,
-                    "values": v,
-                }
-                for name, v in values.items()
-            }
+        complete = all(run[level] for run in runs)
+        values = {name: [run[level][name]["value"] for run in runs] for name in FIGURES} if complete else {}
+        summary[level] = {name: describe(v) for name, v in values.items()} or None
     return summary
 
 

@@ -86,10 +86,8 @@ def evaluate(predictions, draws=1000, seed=0):
     Arguments
     ---------
     predictions : ScoredClips
-    draws : int
-        Bootstrap samples.
-    seed : int
-        Seed of the bootstrap.
+    draws, seed : int
+        Number of draws and seed of the bootstrap.
 
     Returns
     -------
@@ -123,16 +121,17 @@ def evaluate(predictions, draws=1000, seed=0):
             parts.append(grouped_sums(unit, size, cell[a:b], max(1, len(values)), items[0].right[a:b]))
         return np.hstack(parts)
 
+    def intervals(totals):
+        return {name: bootstrap_interval(v, len(units)) for name, v in headline_figures(totals).items()}
+
     totals = units.resample(statistics, draws, seed)
     width = classes + 1 + BINS
     clips, *speakers = (totals[..., i * width : (i + 1) * width] for i in range(len(items)))
     rest = totals[..., len(items) * width :]
     sure, rest = rest[..., : 2 * COVERAGE_TENTHS], rest[..., 2 * COVERAGE_TENTHS :]
     metrics = {
-        "clip": {name: bootstrap_interval(v, len(units)) for name, v in headline_figures(clips).items()},
-        "speaker": {n: bootstrap_interval(v, len(units)) for n, v in headline_figures(speakers[0]).items()}
-        if speakers
-        else None,
+        "clip": intervals(clips),
+        "speaker": intervals(speakers[0]) if speakers else None,
         "per_accent": _per_accent(clips[..., :classes], units, labels),
         "confusion": {
             "labels": list(labels),
@@ -165,14 +164,12 @@ def evaluate(predictions, draws=1000, seed=0):
 
 
 def _per_accent(confusion, units, labels):
-    figures = {"precision": precisions(confusion), "recall": recalls(confusion), "f1": f1s(confusion)}
     return {
         label: {
             # Recall depends on the accent's own speakers only, precision and F1 on all speakers.
-            **{
-                k: bootstrap_interval(v[:, a], units.per_accent[a] if k == "recall" else len(units))
-                for k, v in figures.items()
-            },
+            "precision": bootstrap_interval(precisions(confusion)[:, a], len(units)),
+            "recall": bootstrap_interval(recalls(confusion)[:, a], units.per_accent[a]),
+            "f1": bootstrap_interval(f1s(confusion)[:, a], len(units)),
             "clips": int(confusion[0, a].sum()),
             "speakers": int(units.per_accent[a]) if units.names is not None else None,
         }
@@ -189,16 +186,14 @@ def _notes(p, units, metrics):
         notes.append(f"These data have no clips of {names}: excluded from every average.")
     if units.names is None:
         notes.append(
-            "No client ids: intervals resample clips, not speakers, and are too narrow; figures by speaker are missing."
+            "No client ids: intervals resample clips, so they are too narrow, and there are no figures by speaker."
         )
         return notes
     unnamed = sum(not c for c in p.client_ids)
     if unnamed:
         notes.append(f"{unnamed} clips have no client id; each counts as a speaker of its own.")
     if len(set(p.client_ids) - {""}) + unnamed < len(units):
-        notes.append(
-            "Some client ids have clips of more than one accent; each counts as one speaker in each of its accents."
-        )
+        notes.append("Client ids with clips of several accents count as one speaker in each of these accents.")
     few = [f"{p.labels[a]} ({units.per_accent[a]})" for a in present if units.per_accent[a] < SMALL]
     if few:
         notes.append(f"Fewer than {SMALL} speakers of {', '.join(few)}: their intervals are too narrow to be reliable.")

@@ -7,9 +7,6 @@ from accent_plugin.errors import ReportError
 BINS = 15
 
 
-# ---- figures of a confusion matrix -----------------------------------------------------------------------------------
-
-
 def safe_ratio(a, b):
     """Divide; 0 where the denominator is 0."""
     return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0)
@@ -68,9 +65,8 @@ def macro_f1(confusion):
 
 def confusion_matrix(truth, predicted, classes):
     """Count answers: (classes, classes) np.ndarray of int; rows are the truth."""
-    return np.bincount(np.asarray(truth) * classes + np.asarray(predicted), minlength=classes**2).reshape(
-        classes, classes
-    )
+    cells = np.asarray(truth) * classes + np.asarray(predicted)
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
 def calibration_bins(probabilities, truth):

@@ -146,9 +146,7 @@ class CoverageTenths:
                 "accuracy": bootstrap_interval(np.where(count[:, k] > 0, 1 - risk[:, k], np.nan), n),
             }
         return {
-            "threshold": list(curve.threshold),
-            "coverage": list(curve.coverage),
-            "risk": list(curve.risk),
+            **{name: list(getattr(curve, name)) for name in ("threshold", "coverage", "risk")},
             "area": bootstrap_interval(np.maximum(area - area[0] + curve.area, 0), n),
             "surest": surest,
         }

@@ -61,10 +61,8 @@ def pairwise_auc(similarity, near, far, speakers, draws=1000, seed=0):
         Pairs of each kind; other pairs are ignored.
     speakers : (clips,) sequence
         Units of the bootstrap; a speaker may have several accents.
-    draws : int
-        Bootstrap samples.
-    seed : int
-        Seed of the bootstrap.
+    draws, seed : int
+        Number of draws and seed of the bootstrap.
 
     Returns
     -------
@@ -94,8 +92,8 @@ def pairwise_auc(similarity, near, far, speakers, draws=1000, seed=0):
     near, far = near[i, j], far[i, j]
     if not near.any() or not far.any() or (near & far).any():
         raise ReportError(
-            f"{near.sum()} near and {far.sum()} far pairs, {(near & far).sum()} of them both: "
-            "give at least one pair of each kind, and none of both"
+            f"{near.sum()} near and {far.sum()} far pairs, of which {(near & far).sum()} are both: give at least one "
+            "pair of each kind, and no pair that is both"
         )
     kept = near | far
     near, one, other = near[kept], speaker[i[kept]], speaker[j[kept]]

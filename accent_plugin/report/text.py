@@ -20,12 +20,7 @@ NAMES = {
     "log_loss": "Log-loss (nats, lower is better)",
     "expected_calibration_error": "Expected calibration error (lower is better)",
 }
-
-
 UNCALIBRATED = "Not calibrated: uncalibrated probabilities are usually too high."
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def format_figure(v, signed=False):

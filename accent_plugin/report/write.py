@@ -106,10 +106,7 @@ def write_report(
     own_notes = metrics.pop("notes")
     metrics = {
         "data": {
-            "name": str(data.get("name", "")),
-            "synthetic": bool(data.get("synthetic", False)),
-            "speakers_disjoint": data.get("speakers_disjoint"),
-            **{k: v for k, v in data.items() if k not in ("name", "synthetic", "speakers_disjoint")},
+            **{"name": "", "synthetic": False, "speakers_disjoint": None, **data},
             "speakers": None if p.client_ids is None else _speakers(p),
             "clips": len(p.ids),
             "seconds": float(p.seconds.sum()),

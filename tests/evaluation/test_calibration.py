@@ -14,6 +14,7 @@ from accent_plugin.errors import ReportError
 from accent_plugin.evaluation import calibration
 from accent_plugin.evaluation.evaluate import evaluate, speaker_rows
 from accent_plugin.evaluation.predictions import ScoredClips
+from accent_plugin.evaluation.selective import risk_coverage
 
 # Sixteenths: equal or clearly different, so that rounding decides nothing.
 SCORES = arrays(np.int64, st.tuples(st.integers(1, 30), st.integers(2, 5)), elements=st.integers(-480, 480)).map(
@@ -125,9 +126,7 @@ def test_temperatures_that_are_not_positive_numbers_are_refused(temperature):
         ([[np.inf, 0.0]], [0], "not numbers"),
     ],
 )
-@pytest.mark.parametrize(
-    "function", [calibration.fit_temperature, calibration.risk_coverage_curve, calibration.describe_calibration]
-)
+@pytest.mark.parametrize("function", [calibration.fit_temperature, calibration.describe_calibration])
 def test_invalid_scores_and_truth_are_refused(function, scores, truth, match):
     with pytest.raises(ReportError, match=match):
         function(scores, truth)
@@ -136,9 +135,14 @@ def test_invalid_scores_and_truth_are_refused(function, scores, truth, match):
 # ---- risk and coverage
 
 
+def curve_of(scores, truth):
+    log_probabilities = log_softmax(scores, axis=1)
+    return risk_coverage(np.exp(log_probabilities.max(axis=1)), log_probabilities.argmax(axis=1) == np.asarray(truth))
+
+
 def hand():
     """Four clips, two with equal probability: the first answer is correct, one of the equal ones and the last wrong."""
-    return calibration.risk_coverage_curve(np.log([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.4, 0.6]]), [0, 0, 0, 0])
+    return curve_of(np.log([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.4, 0.6]]), [0, 0, 0, 0])
 
 
 def test_risk_coverage_curve_matches_hand_computed_values():
@@ -175,7 +179,7 @@ def test_invalid_risks_and_coverages_are_refused(wanted, match):
 
 
 def test_an_unreachable_risk_is_an_error_that_names_the_lowest():
-    curve = calibration.risk_coverage_curve(np.log([[0.9, 0.1], [0.8, 0.2]]), [1, 0])
+    curve = curve_of(np.log([[0.9, 0.1], [0.8, 0.2]]), [1, 0])
     with pytest.raises(
         ReportError, match="at or below 0.2: the lowest is 0.5, at a probability of 0.8\nallow a larger"
     ):
@@ -186,7 +190,7 @@ def test_an_unreachable_risk_is_an_error_that_names_the_lowest():
 @given(SCORES, st.integers(0, 10**6))
 def test_invariants_of_the_risk_coverage_curve(scores, seed):
     truth = np.random.default_rng(seed).integers(0, scores.shape[1], len(scores))
-    curve = calibration.risk_coverage_curve(scores, truth)
+    curve = curve_of(scores, truth)
     assert (np.diff(curve.threshold) < 0).all() and (np.diff(curve.coverage) > 0).all()
     assert curve.coverage[-1] == 1
     assert curve.risk[-1] == pytest.approx((scores.argmax(axis=1) != truth).mean())
@@ -205,9 +209,7 @@ def test_description_is_json_and_matches_the_functions():
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     assert set(made) == {"temperature", "clips", "log_loss", "expected_calibration_error", "curve"}
     assert made["temperature"] == calibration.fit_temperature(3 * log_probabilities, truth) and made["clips"] == 3000
-    curve = calibration.risk_coverage_curve(
-        calibration.apply_temperature(3 * log_probabilities, made["temperature"]), truth
-    )
+    curve = curve_of(calibration.apply_temperature(3 * log_probabilities, made["temperature"]), truth)
     for name in ("threshold", "coverage", "risk"):
         assert made["curve"][name] == pytest.approx(getattr(curve, name)), name
     assert len(made["curve"]["risk"]) <= 200

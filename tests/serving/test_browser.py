@@ -137,7 +137,7 @@ def test_a_voice_through_the_microphone(visit):
     page.wait_for_timeout(4000)
     page.get_by_role("button", name="Stop").first.click()
     page.wait_for_selector("#answer h2")
-    seconds = float(re.search(r"([\d.]+) s, [\d.]+ s of them speech", page.inner_text("#answer"))[1])
+    seconds = float(re.search(r"([\d.]+) s, of which [\d.]+ s are speech", page.inner_text("#answer"))[1])
     recorded = page.request.get(next(url for url in page.asked if "/file=" in url)).body()
     samples, rate = soundfile.read(io.BytesIO(recorded), always_2d=True)
     assert seconds == pytest.approx(len(samples) / rate, abs=0.06)

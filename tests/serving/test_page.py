@@ -269,7 +269,7 @@ def test_a_file_on_its_whole_way(client):
     message = listen(client, path)
     assert message["success"]
     shown = text(message["output"]["data"][0])
-    assert "Probability by accent" in shown and "2.0 s, 2.0 s of them speech" in shown
+    assert "Probability by accent" in shown and "2.0 s, of which 2.0 s are speech" in shown
     assert client.get(f"/gradio_api/file={path}").status_code == 200
 
 

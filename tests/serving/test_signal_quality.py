@@ -31,7 +31,6 @@ def speech_like(pause_level):
 
 def test_levels_in_decibels():
     found = measure(speech_like(0.001))
-    assert found.seconds == 4.0
     assert found.speech_db == pytest.approx(-20, abs=0.1)
     assert found.noise_db == pytest.approx(-60, abs=1.0)
     assert list(found.warnings()) == []
@@ -39,7 +38,7 @@ def test_levels_in_decibels():
 
 def test_a_noisy_recording_has_a_warning():
     (warning,) = measure(speech_like(0.05)).warnings()
-    assert warning.startswith("noisy, or without pauses: loud parts are only ")
+    assert warning.startswith("noisy or without pauses: loud parts are only ")
 
 
 def test_a_quiet_recording_is_not_called_noisy_too():
@@ -71,6 +70,6 @@ def test_levels_depend_on_the_blocks_only_at_their_ends(edges):
     wave[:64] = 1.0
     cut, whole = measure(*np.split(wave, 160 * np.array(sorted(edges), int))), measure(wave)
     assert cut.peaks.tolist() == whole.peaks.tolist()
-    assert (cut.seconds, cut.clipped) == (4.0, 64 / 64_000)
+    assert cut.clipped == 64 / 64_000
     assert cut.speech_db == pytest.approx(-20, abs=0.1)
     assert cut.noise_db == pytest.approx(-60, abs=1.0)
