@@ -1,12 +1,13 @@
-"""Seconds of training to a validation score, on real speech: this recipe, and a plain loop of transformers.Trainer.
+"""Training time to a validation score on real speech: this recipe and a plain loop of transformers.Trainer.
 
     python benchmarks/accuracy.py DATASETDICT ENCODER [--score 0.75] [--seeds 1 2 3]
-    python benchmarks/accuracy.py DATASETDICT ENCODER --peers accent_plugin "four layers"   # the first four alone
+    python benchmarks/accuracy.py DATASETDICT ENCODER --peers accent_plugin "four layers"   # only four layers
 
-A Moonshine encoder is fine-tuned by both with the same clips, rates, clips per step on average and number of epochs.
-Validation is a third of the speakers of the splits train and validation; the test split is not touched. The third peer
-is this recipe's head on features of the frozen encoder that are kept, the mode for people without a GPU. Peers and
-seeds run one after the other, each in a process of its own; time counts from the first step, validation included.
+Both fine-tune a Moonshine encoder on the same clips with the same learning rates, mean number of clips per step and
+number of epochs. They validate on a third of the speakers of the splits train and validation; the test split is not
+used. The third peer is this recipe's head on cached features of the frozen encoder, the mode for machines without a
+GPU. Peers and seeds run one after the other in separate processes. Time counts from the first step, and includes
+validation.
 """
 
 import argparse
@@ -25,12 +26,12 @@ import torch
 
 ACCENTS = ("us", "england", "australia")
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = ("accent_plugin", "transformers", "kept features")
+PEERS = ("accent_plugin", "transformers", "cached features")
 CLIPS, LR_ENCODER, LR_HEAD, WARMUP = 8, 1e-4, 1e-3, 0.1
 
 
 def prepare(source, folder):
-    """Manifests of the first of three folds: "train", and "test" to validate on."""
+    """Return the manifests of the first of three folds: "train", and "test" for validation."""
     from accent_plugin.data.prepare import prepare_data
 
     choices = {"accents": ACCENTS, "seed": 1986, "balance": "none", "n_folds": 3, "valid_fraction": 0.01}
@@ -42,8 +43,8 @@ def report(started, epoch, score):
     print(json.dumps({"seconds": time.perf_counter() - started, "epoch": epoch, "score": score}), flush=True)
 
 
-def run_ours(options, seed, kept=False, num_layers=None):
-    """The recipe's Brain and YAML."""
+def run_ours(options, seed, cached=False, num_layers=None):
+    """Train with the recipe's Brain and YAML."""
     from hyperpyyaml import load_hyperpyyaml
     from speechbrain import Stage
 
@@ -64,7 +65,7 @@ def run_ours(options, seed, kept=False, num_layers=None):
             "num_layers": num_layers,
             "precision": options.precision or devices.fastest_precision("cuda" if torch.cuda.is_available() else "cpu"),
         }
-        if kept:
+        if cached:
             changes |= {"freeze_wav2vec2": True, "cache_features": True, "features_folder": folder, "lr_head": 1e-2}
             changes |= {"weighted_layers": "all", "normalize_layers": True, "number_of_epochs": 5 * options.epochs}
         with open(ROOT / "hparams/wav2vec2_base.yaml", encoding="utf-8") as file:
@@ -88,7 +89,7 @@ def run_ours(options, seed, kept=False, num_layers=None):
             history_file=Path(folder) / "history.json",
         )
         started = time.perf_counter()
-        if kept:
+        if cached:
             keep = (folder, hparams["wav2vec2"], loading, brain.device)
             train = feature_cache.cached(train, *keep, brain.precision)
             valid = feature_cache.cached(valid, *keep, brain.eval_precision)
@@ -96,7 +97,7 @@ def run_ours(options, seed, kept=False, num_layers=None):
 
 
 def run_transformers(options, seed):
-    """transformers.Trainer at its defaults around the encoder's own model, a mean over frames and a linear layer."""
+    """Train the encoder, mean pooling and a linear layer with transformers.Trainer at its defaults."""
     import transformers
 
     from accent_plugin.audio import codecs
@@ -111,7 +112,7 @@ def run_transformers(options, seed):
         def __init__(self):
             super().__init__()
             self.encoder = transformers.AutoModel.from_pretrained(options.encoder).encoder
-            # As in the recipe: what hears the waveform stays as it is.
+            # As in the recipe, the layers on the waveform are frozen.
             for layer in (self.encoder.conv1, self.encoder.groupnorm, self.encoder.conv2, self.encoder.conv3):
                 layer.requires_grad_(False)
             self.head = torch.nn.Linear(self.encoder.config.hidden_size, len(ACCENTS))
@@ -179,13 +180,13 @@ def run_transformers(options, seed):
 RUN = {
     "accent_plugin": run_ours,
     "transformers": run_transformers,
-    "kept features": functools.partial(run_ours, kept=True),
+    "cached features": functools.partial(run_ours, cached=True),
     "four layers": functools.partial(run_ours, num_layers=4),
 }
 
 
 def compare(options):
-    """Run every peer with every seed; print medians."""
+    """Run every peer with every seed, and print medians."""
     curves = {name: [] for name in options.peers}
     with tempfile.TemporaryDirectory() as place:
         options.place = Path(place)
@@ -197,11 +198,11 @@ def compare(options):
                 words += ["--precision", options.precision] if options.precision else []
                 done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
                 curves[name].append([json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')])
-    say(curves, options)
+    print_table(curves, options)
 
 
-def say(curves, options):
-    print(f"| | seconds to {options.score:g} | runs that got there | best score | seconds per epoch |")
+def print_table(curves, options):
+    print(f"| | seconds to {options.score:g} | runs that reached it | best average recall | seconds per epoch |")
     print("|---|---|---|---|---|")
     for name, runs in curves.items():
         reached = [next((row["seconds"] for row in run if row["score"] >= options.score), None) for run in runs]
@@ -222,7 +223,9 @@ def main():
     parser.add_argument("--score", type=float, default=0.75, help="unweighted average recall on validation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--precision", help="of ours (default: the fastest here; the peer is in fp32)")
+    parser.add_argument(
+        "--precision", help="of accent_plugin (default: the fastest on this machine; the peer uses fp32)"
+    )
     parser.add_argument("--peers", nargs="+", choices=RUN, default=list(PEERS))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Size, load time and speed of every backend on the same files, and what the smaller ones cost in accuracy.
+"""Size, load time and speed of every backend on the same files, and the accuracy of lower precisions.
 
-wav2vec2-base with random weights, the same files, the peers taking turns as in inference.py. Optimum's ONNX path needs
-an older transformers than this package, so it runs in an environment of its own, if one is given.
+The model is wav2vec2-base with random weights; the peers take turns as in inference.py. Optimum's ONNX path needs an
+older transformers than this package, so it runs in a separate environment, if one is given.
 
 python benchmarks/backends.py FOLDER_OF_CLIPS --files 96 --group 16 --optimum OTHER_ENVIRONMENT/bin/python
 python benchmarks/backends.py --bundle BUNDLE --data DATASETDICT
@@ -23,7 +23,7 @@ from accent_plugin.exchange import onnx_export
 from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier
 from accent_plugin.inference.classifier import AccentClassifier
 
-# Answers each line, a JSON list of files, with one line when they are classified.
+# Reads a JSON list of files per line, and prints a line when they are classified.
 OPTIMUM = """
 import json, sys
 import soundfile
@@ -110,7 +110,7 @@ def speeds(arguments):
 
 
 def accuracy(arguments):
-    """Print what each precision gives on the test split."""
+    """Print the accuracy of each precision on the test split."""
     print("| ONNX | MB | unweighted average recall | same label as fp32 |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         exact = onnx_export.export(arguments.bundle, Path(folder, "fp32"))
@@ -126,8 +126,8 @@ def main():
     parser.add_argument("clips", type=Path, nargs="?", help="folder of audio files")
     parser.add_argument("--files", type=int, default=48)
     parser.add_argument("--group", type=int, default=12, help="files of one turn")
-    parser.add_argument("--optimum", metavar="PYTHON", help="of an environment with optimum-onnx[onnxruntime]")
-    parser.add_argument("--bundle", help="trained, to measure what smaller forms cost")
+    parser.add_argument("--optimum", metavar="PYTHON", help="Python of an environment with optimum-onnx[onnxruntime]")
+    parser.add_argument("--bundle", help="trained bundle, to measure the accuracy of lower precisions")
     parser.add_argument("--data", help="DatasetDict with a test split")
     arguments = parser.parse_args()
     if arguments.clips:

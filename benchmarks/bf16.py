@@ -1,4 +1,4 @@
-"""How often a bundle gives the same label in bf16 as in fp32, and how far its probabilities move, on real speech.
+"""Agreement of a bundle's labels and probabilities in bf16 and in fp32, on real speech.
 
 python benchmarks/bf16.py BUNDLE DATASETDICT
 """

@@ -1,9 +1,10 @@
-"""What SpeechBrain's IEMOCAP recipe for wav2vec2 does, measured on its parts beside this package's.
+"""Behaviour of SpeechBrain's IEMOCAP recipe for wav2vec2, measured on its parts and compared with this package.
 
     python benchmarks/differences.py
 
-Tiny encoders with random weights, noise for speech, two minutes at most: it shows that something happens, and how much
-it is there. No code of that recipe is here; it runs SpeechBrain's lobe, pooling, Brain and Checkpointer.
+Tiny encoders with random weights and noise as input; two minutes at most. The figures show that an effect exists, and
+its size in this setup. The script contains no code of that recipe: it runs SpeechBrain's lobe, pooling, Brain and
+Checkpointer.
 """
 
 import os
@@ -30,7 +31,7 @@ RATE = 16_000
 
 
 def make_tiny(folder):
-    """wav2vec2-base's architecture, but for its widths and depth."""
+    """Make a tiny wav2vec2 with the architecture of wav2vec2-base."""
     torch.manual_seed(0)
     config = transformers.Wav2Vec2Config(
         hidden_size=64,
@@ -46,7 +47,7 @@ def make_tiny(folder):
 
 
 def make_lobe(folder, **arguments):
-    """As in that recipe's YAML."""
+    """Make the lobe as in that recipe's YAML."""
     return Wav2Vec2(folder, folder, output_norm=True, freeze_feature_extractor=True, **arguments)
 
 
@@ -55,7 +56,7 @@ def noise(seconds, seed):
 
 
 def padding(folder, clips=8):
-    """How far a clip's pooled vector moves when it is padded, as a share of its length."""
+    """Measure the relative change of a clip's pooled vector when the clip is padded."""
     lobe, theirs = make_lobe(folder).eval(), StatisticsPooling(return_std=False)
     encoder, ours = make_encoder(folder).eval(), MeanPooling(64)
 
@@ -79,28 +80,28 @@ def padding(folder, clips=8):
 
 
 def frozen(folder):
-    """Two passes over one clip in training mode, the encoder frozen: how far they differ."""
+    """Measure the difference between two passes of a frozen encoder in training mode over one clip."""
     clip = noise(2.0, 0)[None]
     lobe, own = make_lobe(folder, freeze=True).train(), make_encoder(folder, freeze=True).train()
     for name, encode in (("SpeechBrain", lambda: lobe(clip, torch.ones(1))), ("accent_plugin", lambda: own(clip)[0])):
         first, second = encode(), encode()
         moved = float((first - second).norm() / first.norm())
-        print(f"frozen, in training mode, twice the same clip: {name} differs by {moved:.1%}")
+        print(f"two passes of a frozen encoder in training mode: {name} differs by {moved:.1%}")
 
 
 def convolutions(folder):
-    """Whether the frozen CNN's output carries a gradient, that is whether a backward pass goes through it."""
+    """Check whether the backward pass goes through the frozen CNN."""
     lobe, called, own = make_lobe(folder), make_lobe(folder), make_encoder(folder)
     called.model.feature_extractor._freeze_parameters()
     cases = {"lobe alone": lobe, "lobe, and the recipe's own call": called, "accent_plugin": own}
     for name, encoder in cases.items():
         encoder.train()
         inside = encoder.model.feature_extractor(noise(1.0, 0)[None]).requires_grad
-        print(f"frozen CNN in the graph: {name}: {'yes' if inside else 'no'}")
+        print(f"frozen CNN in the backward pass: {name}: {'yes' if inside else 'no'}")
 
 
 def pooling_noise():
-    """What StatisticsPooling adds to the mean of zeros, in evaluation mode."""
+    """Measure the noise that StatisticsPooling adds to the mean of zeros in evaluation mode."""
     pooled = StatisticsPooling(return_std=False).eval()(torch.zeros(8, 100, 64), torch.ones(8))
     print(f"StatisticsPooling, mean of zeros: {float(pooled.min()):.0e} to {float(pooled.max()):.0e}")
     ours = MeanPooling(64)(torch.zeros(8, 100, 64), torch.ones(8, 100, dtype=torch.bool))
@@ -124,11 +125,13 @@ def accumulation(batches=10, factor=4):
     options = {"grad_accumulation_factor": factor, "device": "cpu", "noprogressbar": True}
     brain = _Steps({"layer": layer}, lambda parameters: torch.optim.SGD(parameters, 0.1), run_opts=options)
     brain.fit(range(1), DataLoader(torch.randn(batches, 2), batch_size=1))
-    print(f"{batches} batches, a step every {factor}: SpeechBrain takes {brain.optimizer_step} steps, the rest is lost")
+    print(
+        f"{batches} batches, a step every {factor}: SpeechBrain takes {brain.optimizer_step} steps and ignores the rest"
+    )
 
 
 def clipping():
-    """Gradient of two groups of one optimizer after SpeechBrain's clipping at 1, each 10 before."""
+    """Clip two parameter groups with gradients of 10 at 1 with SpeechBrain, and print the resulting steps."""
     groups = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
     layer = torch.nn.ParameterList(groups)
     made = torch.optim.SGD([{"params": [group]} for group in groups], lr=1.0)
@@ -154,7 +157,7 @@ def one_bad_batch():
 
 
 def padding_in_batches(clips=4000):
-    """Share of a batch that is padding, with lengths like Common Voice's (as in memory.py)."""
+    """Measure the fraction of padding in a batch, with lengths like Common Voice's (as in memory.py)."""
     rng = np.random.default_rng(0)
     seconds = np.clip(rng.lognormal(np.log(5.3) - 0.06, 0.35, clips), 1, 20)
     batches = rng.permutation(clips).reshape(-1, 4)
@@ -171,7 +174,7 @@ def _places(batch):
 
 @register_checkpoint_hooks
 class _Fatal:
-    """A part of a checkpoint; its process is killed while it saves, when it is told so."""
+    """A part of a checkpoint that, if set so, kills its process while it is saved."""
 
     deadly = False
 
@@ -187,7 +190,7 @@ class _Fatal:
 
 
 def killed_save(folder):
-    """Save, save again and be killed in it, start anew."""
+    """Save, be killed inside the second save, and restart."""
     for kind in (Checkpointer, AtomicCheckpointer):
         where = Path(folder, kind.__name__)
         where.mkdir()

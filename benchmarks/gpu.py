@@ -1,10 +1,10 @@
-"""Everything that is to be known about one GPU, in one command and in a limited time; see benchmarks/GPU.md.
+"""Measurements of one GPU in one command and in a limited time; see benchmarks/GPU.md.
 
     python benchmarks/gpu.py --data DATASETDICT --encoder FOLDER
-    python benchmarks/gpu.py --tiny        # a rehearsal of every part on a CPU; its figures say nothing
+    python benchmarks/gpu.py --tiny        # a rehearsal of every part on a CPU; its figures mean nothing
 
-The parts run one after the other, in the order of their value, each in a process of its own with a time limit. What one
-measures is in results.json and results.md within seconds; a part that fails or runs out of time stops no other.
+The parts run one after the other, the most valuable first, each in a separate process with a time limit. Their rows are
+in results.json and results.md within seconds. A part that fails or runs out of time does not stop the others.
 """
 
 import argparse
@@ -34,11 +34,11 @@ PARTS = {
     "end_to_end": ("five folds of real speech, fine-tuned", 240),
 }
 OUT_OF_TIME = "not run: out of time"
-# Seconds below which a part is not begun.
+# A part is not started with fewer seconds left.
 _LEAST = 5.0
 _POLL = 0.5
 _TAIL = 3000
-# A rehearsal on two cores is slower by that much, and imports take most of it.
+# Factor of a rehearsal on two cores, most of which is imports.
 _TINY_FACTOR = 3
 
 
@@ -46,7 +46,7 @@ _TINY_FACTOR = 3
 
 
 def replace(path, text):
-    """Write a file so that it is never there by half."""
+    """Write a file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -105,9 +105,9 @@ def _cell(value):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--budget", type=float, default=8.0, help="minutes in all")
+    parser.add_argument("--budget", type=float, default=8.0, help="total minutes")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu", help="folder for the results")
-    parser.add_argument("--clips", type=Path, help="folder of speech; default: that of --data, or else noise")
+    parser.add_argument("--clips", type=Path, help="folder of speech (default: the speech of --data, or noise)")
     parser.add_argument("--data", type=Path, help="DatasetDict of real speech, for end_to_end")
     parser.add_argument("--encoder", type=Path, help="folder of a pretrained Moonshine, for end_to_end")
     parser.add_argument("--tiny", action="store_true", help="rehearse all parts with tiny sizes on a CPU")
@@ -122,11 +122,11 @@ def main():
 
 
 def run(options):
-    """Run the parts; the exit code: 1 where one failed."""
+    """Run the parts, and return the exit code: 1 if one failed."""
     options.out.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
     chosen = [name for name in PARTS if name in options.parts]
-    # As if nothing more came: who is killed leaves the truth behind.
+    # Written first, so that the file is correct if this process is killed.
     parts = {name: {"about": PARTS[name][0], "status": OUT_OF_TIME, "tables": {}} for name in chosen}
     results = {"command": command, "tiny": options.tiny, "parts": parts}
     write(options.out, results)
@@ -142,7 +142,7 @@ def run(options):
 
 
 def run_part(name, limit, folder, log, options, results):
-    """Run one part in a process group of its own, and note what it has come to while it runs."""
+    """Run one part in its own process group, and record its results while it runs."""
     part, rows, errors = results["parts"][name], folder / f"{name}.jsonl", folder / f"{name}.err"
     part["status"] = "cut off"
     write(options.out, results)
@@ -156,7 +156,7 @@ def run_part(name, limit, folder, log, options, results):
     log.flush()
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     if options.tiny:
-        # Threads that wait for each other take longer than such sizes do.
+        # With such small sizes, several threads are slower than one.
         env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     with open(errors, "w", encoding="utf-8") as stderr:
         worker = subprocess.Popen(words, stdout=stderr, stderr=stderr, start_new_session=True, env=env, cwd=ROOT)
@@ -168,7 +168,7 @@ def run_part(name, limit, folder, log, options, results):
                 write(options.out, results)
         code = worker.poll()
     finally:
-        # Whatever it has started goes with it.
+        # Also ends the processes that it started.
         try:
             os.killpg(worker.pid, signal.SIGKILL)
         except ProcessLookupError:

@@ -1,11 +1,11 @@
-"""Start-up, memory and the sampler's time with 1,000 to 1.2 million clips, beside SpeechBrain's data set and sampler.
+"""Start-up time, memory and sampling time with 1,000 to 1.2 million clips, compared with SpeechBrain's sampler.
 
     python benchmarks/growth.py [--clips 1000 10000 100000 1200000] [--workers 2]
 
-The manifests are generated; their rows share a few clips of noise with lengths like Common Voice's (log-normal, mean
-5.3 s). Each size and peer has a process of its own, whose memory is given over what it held before it read the
-manifest. Of a worker it is what it shares with no other process (Private_Dirty in Linux's smaps_rollup), after some
-batches, and after a look at every row: counting references writes to objects, and what is written is copied. It
+The manifests are generated; their rows refer to a few clips of noise with lengths like Common Voice's (log-normal, mean
+5.3 s). Each combination of size and peer runs in a separate process. Its memory is the increase since before it read
+the manifest. For a worker it is the memory shared with no other process (Private_Dirty in Linux's smaps_rollup), after
+some batches, and after reading every row: reference counts are written to objects, and written pages are copied. It
 includes what Python itself writes, which is the same for all sizes.
 """
 
@@ -48,7 +48,7 @@ COLUMNS = (
 
 
 def make_audio(folder, seed=0):
-    """Write clips of noise; name -> seconds."""
+    """Write clips of noise, and return name -> seconds."""
     rng = np.random.default_rng(seed)
     (folder / "audio").mkdir()
     seconds = {}
@@ -60,7 +60,7 @@ def make_audio(folder, seed=0):
 
 
 def make_manifest(path, seconds, clips):
-    """Write the recipe's CSV: ids and clients as long as real ones, 30 clips of a client."""
+    """Write the recipe's CSV with IDs of realistic length and 30 clips per speaker."""
     files = list(seconds.items())
     with open(path, "w", encoding="utf-8") as file:
         file.write(",".join(data_manifests.COLUMNS) + "\n")
@@ -75,7 +75,7 @@ def make_manifest(path, seconds, clips):
 
 
 class Ours:
-    """The recipe's own loaders."""
+    """Make the recipe's own loaders."""
 
     def __init__(self, manifest, batch_seconds, workers):
         options = LoadingOptions(list(ACCENTS), 1986, "downsample", batch_seconds, None, None, workers)
@@ -92,7 +92,7 @@ class Ours:
 
 
 class SpeechBrains:
-    """DynamicItemDataset and DynamicBatchSampler, as in SpeechBrain's recipes."""
+    """Make DynamicItemDataset and DynamicBatchSampler, as in SpeechBrain's recipes."""
 
     def __init__(self, manifest, batch_seconds, workers):
         import speechbrain as sb
@@ -139,7 +139,7 @@ PEERS = {"accent_plugin": Ours, "speechbrain": SpeechBrains}
 
 
 def memory(which="Rss", pid="self"):
-    """Megabytes of a process in one of the lines of its smaps_rollup."""
+    """Read one line of a process's smaps_rollup in MB."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         name, _, rest = line.partition(":")
         if name == which:
@@ -148,7 +148,7 @@ def memory(which="Rss", pid="self"):
 
 
 def peak():
-    """Megabytes that this process once had; of `getrusage` a child also counts what its parent had."""
+    """Peak memory of this process in MB; `getrusage` of a child would include its parent's peak."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
 
@@ -160,8 +160,8 @@ def timed(function, *arguments):
 
 
 def measure(peer, manifest, options):
-    """Do what a run does at its start; print the figures as JSON."""
-    # What the peers import when they are first used is not what they hold.
+    """Do what a run does at its start, and print the measurements as JSON."""
+    # Imports at first use must not count as memory of the data.
     PEERS[peer](manifest.parent / "few.csv", options.batch_seconds, 0)
     gc.collect()
     before = memory()
@@ -189,7 +189,7 @@ def measure(peer, manifest, options):
 
 
 def after_an_epoch(made):
-    """Memory of its own of a forked process, as the loader's workers are, that has looked at every row."""
+    """Private memory of a forked process, such as a loader's worker, that has read every row."""
     fork = multiprocessing.get_context("fork")
     answers = fork.SimpleQueue()
 
@@ -212,8 +212,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_200_000])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--batches", type=int, default=200, help="to read before the workers are measured")
-    parser.add_argument("--batch_seconds", type=float, default=60.0, help="of audio in a batch, as in the YAMLs")
+    parser.add_argument("--batches", type=int, default=200, help="batches to read before the workers are measured")
+    parser.add_argument(
+        "--batch_seconds", type=float, default=60.0, help="seconds of audio in a batch, as in the YAMLs"
+    )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -235,7 +237,9 @@ def main():
                 found = json.loads(answer.splitlines()[-1])
                 numbers = [f"{found[name]:.2f}" if "(s)" in name else f"{found[name]:.0f}" for name in COLUMNS[2:]]
                 print(f"| {clips:,} | {peer} | {' | '.join(numbers)} |", flush=True)
-    print(f"\n{options.workers} workers; a worker is measured after {options.batches} batches (or all there are)")
+    print(
+        f"\n{options.workers} workers; workers are measured after {options.batches} batches, or all if there are fewer"
+    )
     print(", ".join(f"{name} {version}" for name, version in installed_versions().items()))
 
 

@@ -1,7 +1,7 @@
 """Files per second of this package's classifier against transformers' pipeline and SpeechBrain's stock interface.
 
-wav2vec2-base with random weights (the same for all but the head, which costs nothing), the same files, one process, the
-peers taking turns on small groups of files so that a machine whose speed drifts slows all of them.
+The model is wav2vec2-base with random weights; only the head, whose cost is negligible, differs between peers. All run
+in one process on the same files, in turns on small groups, so that a change in the machine's speed affects all of them.
 
 python benchmarks/inference.py FOLDER_OF_CLIPS --files 48 --group 12
 """
@@ -28,7 +28,7 @@ LABELS = ("us", "england", "australia")
 
 
 def make(folder, **shape):
-    """A Hugging Face checkpoint of wav2vec2-base's shape, or another, and a bundle around the same encoder."""
+    """Write a Hugging Face checkpoint of wav2vec2-base's or another shape, and a bundle with the same encoder."""
     torch.manual_seed(0)
     names = {"num_labels": 3, "id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
     model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(**names, **shape))
@@ -41,13 +41,13 @@ def make(folder, **shape):
 
 
 def decoded(path):
-    """A file as transformers' pipeline takes it: decoded here, since it would need FFmpeg; it resamples by itself."""
+    """Decode a file for transformers' pipeline, which would need FFmpeg; the pipeline resamples."""
     samples, rate = soundfile.read(path, dtype="float32")
     return {"raw": samples if samples.ndim == 1 else samples.mean(axis=1), "sampling_rate": rate}
 
 
 def peers(folder):
-    """Name -> function that classifies a list of paths."""
+    """Make a dict: name -> function that classifies a list of paths."""
     pipe = pipeline("audio-classification", model=str(folder / "hf"), device="cpu")
     stock = EncoderClassifier.from_hparams(source=str(folder / "bundle"), savedir=str(folder / "saved"))
 
@@ -67,7 +67,7 @@ def peers(folder):
 
 
 def in_turns(running, paths, group):
-    """Seconds that each peer took for each group of files, by turns, after two files each to get ready."""
+    """Measure each peer's seconds for each group of files, in turns, after a warm-up of two files each."""
     groups = [paths[i : i + group] for i in range(0, len(paths), group)]
     took = {name: [] for name in running}
     for run in running.values():
@@ -81,13 +81,13 @@ def in_turns(running, paths, group):
 
 
 def ratios(took, name):
-    """How many times faster than the first peer: median over groups, lowest and highest."""
+    """Format the speed-up over the first peer: median over groups, minimum and maximum."""
     found = [other / own for other, own in zip(next(iter(took.values())), took[name], strict=True)]
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def files_of(arguments):
-    """The first files of a folder and their seconds."""
+    """Find the first files of a folder, and their total duration."""
     paths = sorted(path for path in arguments.clips.iterdir() if path.is_file())[: arguments.files]
     seconds = sum(soundfile.info(path).duration for path in paths)
     print(f"{len(paths)} files, {seconds:.0f} s of audio; {torch.get_num_threads()} threads", file=sys.stderr)
@@ -104,7 +104,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder))
         took = in_turns(peers(Path(folder)), paths, arguments.group)
-    print(f"bf16 is faster on this processor: {bf16_is_faster('cpu')}")
+    print(f"bf16 is faster on this CPU: {bf16_is_faster('cpu')}")
     print("| | audio seconds per second | ratio to the pipeline (median of groups, lowest to highest) |\n|---|---|---|")
     for name, times in took.items():
         print(f"| {name} | {seconds / sum(times):.1f} | {ratios(took, name)} |")

@@ -1,9 +1,10 @@
-"""Parameters, and peak memory of training steps, of the recipe's YAMLs as they are; encoders with random weights.
+"""Parameters and peak training memory of the recipe's YAMLs, with encoders with random weights.
 
     python benchmarks/memory.py [hparams/wav2vec2_base.yaml ...] [--precision bf16] [--gradient_checkpointing]
 
-Without a YAML: all of hparams/, each in a process of its own. The clips are noise with lengths like Common Voice's
-(log-normal, mean 5.3 s, cut at max_seconds). On a GPU what PyTorch allocated there, otherwise the whole process.
+Without a YAML, all of hparams/ are measured, each in a separate process. The clips are noise with lengths like Common
+Voice's (log-normal, mean 5.3 s, cut at max_seconds). On a GPU the memory is what PyTorch allocated there, otherwise
+that of the whole process.
 """
 
 import argparse
@@ -54,7 +55,7 @@ SHAPES = {
 
 
 def make_encoder(name, folder, **shape):
-    """Write an encoder of the YAML's shape, or changed, with random weights, as Hugging Face saves it."""
+    """Save an encoder of the YAML's shape, or of a changed one, with random weights in Hugging Face's format."""
     family, changes, extractor = SHAPES[name]
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**changes, **shape))
@@ -118,7 +119,7 @@ def train(path, precision, steps, shape=None, **changes):
 
 
 def measure(path, options):
-    """Train a few steps in this process; print one row of the table."""
+    """Train a few steps in this process, and print one row of the table."""
     took = train(path, options.precision, options.steps, gradient_checkpointing=options.gradient_checkpointing)
     counts = f"{took['parameters'] / 1e6:.1f} | {took['trained'] / 1e6:.1f}"
     batch = f"{took['batch_seconds']:g} s, {took['batches_a_step']} a step"
@@ -129,8 +130,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yamls", type=Path, nargs="*")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--precision", default=devices.fastest_precision(DEVICE), help="default: what auto is here")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="with gradient_checkpointing: True")
+    parser.add_argument(
+        "--precision", default=devices.fastest_precision(DEVICE), help="(default: the result of auto on this machine)"
+    )
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="set gradient_checkpointing to True")
     options = parser.parse_args()
     if len(options.yamls) == 1:
         measure(options.yamls[0], options)

@@ -1,16 +1,16 @@
-"""Parts of the package beside those of PyTorch and SpeechBrain whose place they take.
+"""Components of the package compared with those of PyTorch and SpeechBrain that they replace.
 
     pip install -e '.[bench]'
     python -m pytest benchmarks/micro.py
     OMP_NUM_THREADS=1 python -m pytest benchmarks/micro.py --benchmark-timer=time.process_time   # CPU seconds
 
-Each group is one table; the factor in brackets beside each median is the ratio to the group's fastest. pytest-benchmark
-measures one after the other, and threads that wait for each other make times ten times as long on a machine that has
-other work: there trust the second line. `-k` chooses a part. Shapes are those of a batch of 60 s of audio,
-11 clips of 5.4 s, but for pooling. With xdist (`-n`) nothing is measured.
+Each group is one table; the factor in brackets beside each median is the ratio to the group's fastest. On a machine
+with other work, threads wait for each other and wall-clock times can be ten times too long: use the CPU times of the
+last command. `-k` selects a part. Shapes are those of a batch of 60 s of audio, 11 clips of 5.4 s, except for pooling.
+With xdist (`-n`) nothing is measured.
 
-What stands side by side is not the same everywhere: PyTorch's GroupNorm does not look at padding, SpeechBrain's mean
-adds noise, its attention has a weight for each feature of a frame, and its batch holds more than waveforms and labels.
+The peers do not do exactly the same work: PyTorch's GroupNorm includes the padding, SpeechBrain's mean adds noise, its
+attention has a weight for each feature of a frame, and its batch contains more than waveforms and labels.
 """
 
 import functools
@@ -21,25 +21,25 @@ import torch
 from torch import nn
 
 CLIPS, SECONDS, RATE = 11, 5.4, 16_000
-# Convolutions of stride 5 and 320 in all make so many frames of a clip.
+# Frames of a clip after convolutions with strides of 5 and of 320 in total.
 FIRST_FRAMES, FRAMES = 17_279, 269
 
 
 def measure(benchmark, group, work, rounds):
-    """Rounds of one call each: the shortest takes half a millisecond, which the timer resolves well."""
+    """Run rounds of one call each; the shortest takes half a millisecond, which the timer resolves well."""
     benchmark.group = group
     benchmark.pedantic(work, rounds=rounds, iterations=1, warmup_rounds=2)
 
 
 def backward(forward, *inputs):
-    """A function that runs `forward` of inputs and its backward pass."""
+    """Make a function that runs `forward` on inputs, and the backward pass."""
     inputs = [one.requires_grad_() for one in inputs]
     slope = torch.ones_like(forward(*inputs))
     return lambda: torch.autograd.grad(forward(*inputs), inputs, slope)
 
 
 def shares(clips):
-    """Lengths of clips as shares of the longest, evenly from 1 down to 0.7."""
+    """Make the relative lengths of clips: evenly from 1 down to 0.7."""
     return torch.linspace(1.0, 0.7, clips)
 
 
@@ -154,7 +154,7 @@ def test_collation(benchmark, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("way", ["forward", "forward and backward"])
 def test_dropout(benchmark, name, dtype, way):
-    """Of attention's weights, in wav2vec2-base."""
+    """Measure dropout of the attention weights of wav2vec2-base."""
     from accent_plugin.encoder.fast_dropout import dropout
 
     drop = nn.functional.dropout if name.startswith("PyTorch") else dropout

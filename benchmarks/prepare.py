@@ -1,12 +1,12 @@
-"""Speed and memory of preparation from MP3, beside the usual way with Hugging Face's datasets.
+"""Speed and memory of preparation from MP3, compared with `datasets.map`.
 
     python benchmarks/prepare.py CLIPS_FOLDER [--repeat 10] [--workers 2] [--turns 5]
 
-CLIPS_FOLDER holds *.mp3, such as a Common Voice release's `clips`; they are repeated under other names and speakers.
-All read the same DatasetDict. Hugging Face's way is `Dataset.map` of a function that decodes with soundfile and
-resamples to 16 kHz with torchaudio into datasets' cache: floats in arrow files. This package does more: it checks each
-clip, looks for copies, splits by speaker, and writes FLAC and manifests. Each peer is a process of its own; they take
-turns, so that a machine whose speed drifts slows all of them, and each ratio is of one turn.
+CLIPS_FOLDER contains *.mp3, such as a Common Voice release's `clips`; they are repeated under other names and speakers.
+All peers read the same DatasetDict. The peer's function decodes with soundfile and resamples to 16 kHz with torchaudio
+into datasets' cache: floats in Arrow files. This package does more: it checks each clip, finds duplicates, splits by
+speaker, and writes FLAC and manifests. The peers have separate processes and take turns, so that a change in the
+machine's speed affects all of them; ratios are computed within a turn.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from pathlib import Path
 
 ACCENTS = ("us", "england", "australia")
 RATE = 16_000
-# By the numbers in a frame's header, MPEG 1 layer III: kilobits a second, and hertz.
+# MPEG 1 layer III: index in a frame's header -> kilobits per second, and Hz.
 KBITS = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 RATES = (44_100, 48_000, 32_000)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a peer says of a turn; memory is the largest process's so far, seconds of audio are at `RATE`."""
+    """Measurements of a turn; memory is the peak of the largest process so far."""
 
     wall: float
     cpu: float
@@ -45,7 +45,7 @@ class Turn:
 
 
 def later(mp3, copy):
-    """An MP3 without so many of its first frames: the same clip twice would be left out as a duplicate."""
+    """Cut a number of frames from the start of an MP3, so that its copy is not dropped as a duplicate."""
     at = mp3.find(b"\xff\xfb") if copy else 0
     for _ in range(copy):
         bits = mp3[at + 2]
@@ -84,7 +84,7 @@ def make(folder, clips, repeat):
 
 
 def run_ours(data, out, processes, threads):
-    """Prepare; return the seconds of audio that were kept, and what was left out."""
+    """Prepare, and return the seconds of audio that were kept and the clips that were dropped."""
     from accent_plugin.data.prepare import prepare_data
 
     prepared = prepare_data(data, out, accents=ACCENTS, seed=0, balance="none", workers=processes or 1, progress=False)
@@ -93,11 +93,11 @@ def run_ours(data, out, processes, threads):
 
 
 def run_datasets(data, out, processes, threads):
-    """Fill datasets' cache; return the seconds of audio in it."""
+    """Fill datasets' cache, and return the seconds of audio in it."""
     import datasets
     import pyarrow.compute
     import torch
-    import torchaudio  # noqa: F401 - here, so that the processes need not import it once more each turn
+    import torchaudio  # noqa: F401 - here, so that the processes do not import it in each turn
 
     datasets.disable_progress_bars()
     torch.set_num_threads(threads)
@@ -116,7 +116,7 @@ def run_datasets(data, out, processes, threads):
 
 
 def resampled(row):
-    """What users of datasets write for `map`."""
+    """Make a typical function for `map`."""
     import soundfile
     import torch
 
@@ -127,7 +127,7 @@ def resampled(row):
 
 @functools.cache
 def resampler(rate):
-    """torchaudio's, which computes its filter once."""
+    """Make torchaudio's resampler, which computes its filter once."""
     import torchaudio
 
     return torchaudio.transforms.Resample(rate, RATE)
@@ -137,7 +137,7 @@ RUN = {"accent_plugin": run_ours, "datasets": run_datasets}
 
 
 def serve(connection, name, folder, processes, threads):
-    """Take a turn, into a new folder, as often as one is asked for."""
+    """Run a turn in a new folder for each request."""
     out = Path(folder, f"{name}-{processes}")
     while _wanted(connection):
         wall, cpu = time.perf_counter(), usage("ru_utime", "ru_stime")
@@ -152,12 +152,12 @@ def serve(connection, name, folder, processes, threads):
 def _wanted(connection):
     try:
         return connection.recv()
-    except EOFError:  # the other end is closed: all turns are over, or another peer failed
+    except EOFError:  # all turns are over, or another peer failed
         return False
 
 
 def usage(*kinds):
-    """Sum over this process and the ended ones that it started."""
+    """Sum over this process and its ended children."""
     return sum(
         getattr(resource.getrusage(who), kind)
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -169,7 +169,7 @@ def usage(*kinds):
 
 
 def in_turns(folder, peers, turns, threads):
-    """What each peer said of its turns; the first one, which warms up, is left out."""
+    """Collect the measurements of each peer's turns, without the first, which is a warm-up."""
     context = multiprocessing.get_context("spawn")
     connections, took = {}, {peer: [] for peer in peers}
     for name, processes in peers:
@@ -193,13 +193,13 @@ def in_turns(folder, peers, turns, threads):
 
 
 def spread(ours, theirs, kind):
-    """How many times less than the other's: median over turns, lowest and highest."""
+    """Format the ratio to the other peer: median over turns, minimum and maximum."""
     found = [getattr(it, kind) / getattr(own, kind) for own, it in zip(ours, theirs, strict=True)]
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
-def say(took):
-    """A table with a row for each peer; the ratio is to datasets with as many processes."""
+def print_table(took):
+    """Print a table with a row per peer; ratios are to datasets with the same number of processes."""
     print(
         "| | audio-s per s | per CPU second | seconds, ratio | CPU seconds, ratio | MB written | largest process, GB |"
     )
@@ -218,13 +218,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path, help="folder of *.mp3")
     parser.add_argument("--repeat", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=2, help="processes of the second pair; 1 leaves it out")
-    parser.add_argument("--turns", type=int, default=5, help="that count; one more warms up")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the second pair; 1 skips it")
+    parser.add_argument("--turns", type=int, default=5, help="measured turns; one more is the warm-up")
     parser.add_argument(
         "--torch_threads",
         type=int,
         default=1,
-        help="of each process that resamples with torchaudio; clips are so short that more of them wait for each other",
+        help="of each process that resamples with torchaudio; more are slower for clips this short",
     )
     arguments = parser.parse_args()
     clips = sorted(arguments.clips.glob("*.mp3"))
@@ -238,7 +238,7 @@ def main():
         took = in_turns(folder, peers, arguments.turns, arguments.torch_threads)
     for (name, _), turns in took.items():
         print(f"{name}: {turns[0].audio:.0f} s of audio in a turn; {turns[0].remark}".rstrip("; "))
-    say(took)
+    print_table(took)
     # Imports torch, which the processes above need not share.
     from accent_plugin.versions import installed_versions
 

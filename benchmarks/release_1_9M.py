@@ -1,8 +1,8 @@
-"""Seconds and peak memory of reading, choosing, splitting and writing a release as large as Common Voice 27 in English.
+"""Time and peak memory of reading, selecting, splitting and writing a release as large as Common Voice 27 in English.
 
-The release is generated: 1.9 million rows in the columns of version 27, with that release's numbers of the three
-accents, of compound values and of distinct strings, durations for all, and an empty file for each clip. Audio is
-referred to, not read; all text is synthetic.
+The release is generated: 1.9 million rows with the columns of version 27, the same numbers of clips of the three
+accents, of compound values and of distinct strings, durations for all, and an empty file for each clip. Audio is not
+read; all text is synthetic.
 
 python benchmarks/release_1_9M.py FOLDER                          # makes FOLDER/release, then measures
 python benchmarks/release_1_9M.py FOLDER --accents sixteen
@@ -23,7 +23,7 @@ from accent_plugin.data import labels
 HEADER = (
     "client_id path sentence_id sentence sentence_domain up_votes down_votes age gender accents variant locale segment"
 ).split()
-# Rows of version 27; what is left of the named ones has no accent, as about half of the real rows.
+# Rows of version 27; the remaining rows have no accent, like about half of the real ones.
 KNOWN = {"United States English": 460_977, "England English": 163_648, "Australian English": 56_516}
 COMPOUND = 81_035
 FREE_STRINGS = 868
@@ -31,7 +31,7 @@ WORDS = [f"word{i}" for i in range(20_000)]
 
 
 def make(folder, rows, clients, clip):
-    """Write the release, a client's rows scattered over the table."""
+    """Write the release, with each speaker's rows scattered over the table."""
     rng = random.Random(0)
     release = folder / "cv-corpus-27.0-generated" / "en"
     (release / "clips").mkdir(parents=True)
@@ -44,7 +44,7 @@ def make(folder, rows, clients, clip):
     values += sorted(rng.choice(others) for _ in range(int(200_000 * share)))
     values += [f"free text {rng.randrange(FREE_STRINGS)}" for _ in range(int(5_000 * share))]
     values += [""] * (rows - len(values))
-    # One accent for a client: clients are numbered along the values, a few of them with most of the clips.
+    # One accent per speaker; a few speakers have most of the clips.
     numbers = sorted(int(clients * rng.random() ** 2) for _ in range(rows))
     pairs = list(zip(numbers, values, strict=True))
     rng.shuffle(pairs)
@@ -85,17 +85,19 @@ def peak():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the release is, or is made: 1 GB and as many files as rows")
+    parser.add_argument(
+        "folder", type=Path, help="folder of the release, or to create it in: 1 GB and one file per row"
+    )
     parser.add_argument("--rows", type=int, default=1_900_000)
     parser.add_argument("--clients", type=int, default=100_000)
     parser.add_argument("--accents", default="three")
-    parser.add_argument("--clip", help="file that every clip is a link to, on the same disk; none: empty files")
+    parser.add_argument("--clip", help="file on the same disk to which every clip is linked (default: empty files)")
     parser.add_argument("--embed", action="store_true")
     arguments = parser.parse_args()
     release = arguments.folder / "cv-corpus-27.0-generated" / "en"
     if not release.exists():
         make(arguments.folder, arguments.rows, arguments.clients, arguments.clip)
-        print("made the release; run again to measure, since making it takes memory")
+        print("created the release; run again to measure, because creating it takes memory")
         return
     out = arguments.folder / "out"
     shutil.rmtree(out, ignore_errors=True)
@@ -103,7 +105,7 @@ def main():
     built = build_corpus(release, out, accents=arguments.accents, embed=arguments.embed, progress=False)
     wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     clips = sum(n["clips"] for by_accent in built.counts.values() for n in by_accent.values())
-    print(f"{clips:,} clips chosen in {wall:.1f} s ({cpu:.1f} s of CPU), peak {peak():.2f} GiB")
+    print(f"{clips:,} clips selected in {wall:.1f} s ({cpu:.1f} s of CPU), peak {peak():.2f} GiB")
     print(built.dropped)
 
 

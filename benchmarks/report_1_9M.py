@@ -1,4 +1,4 @@
-"""Seconds and peak memory of `metrics.evaluate` on as many predictions as the largest Common Voice could give.
+"""Time and peak memory of `evaluate` on as many predictions as the largest Common Voice release has clips.
 
 python benchmarks/report_1_9M.py --clips 1900000 --speakers 100000 --classes 16
 """
@@ -39,7 +39,7 @@ def make(clips, speakers, classes, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=1_900_000)
-    parser.add_argument("--speakers", type=int, default=100_000, help="as many as clips: without client ids")
+    parser.add_argument("--speakers", type=int, default=100_000, help="equal to --clips: without client IDs")
     parser.add_argument("--classes", type=int, default=16)
     parser.add_argument("--draws", type=int, default=1000)
     arguments = parser.parse_args()

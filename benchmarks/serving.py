@@ -1,8 +1,8 @@
-"""Requests per second of `accent-plugin serve`, with common batches and without.
+"""Requests per second of `accent-plugin serve` with and without dynamic batching.
 
-Two servers of the same bundle; clients send one file per request, so many at once, now to one server and now to the
-other, so that a machine whose speed drifts slows both. Answers of both are compared. Without common batches means that
-a batch may hold next to no audio, so that every window goes alone.
+Two servers serve the same bundle. Clients send one file per request, several at once, to the two servers in turns, so
+that a change in the machine's speed affects both. The answers of both are compared. To turn dynamic batching off, the
+batch size is set to almost no audio, so that a batch holds one window.
 
     python benchmarks/serving.py BUNDLE FOLDER_OF_CLIPS
 """
@@ -25,7 +25,7 @@ ALONE = ("--batch_seconds", "0.01")
 
 
 def ask(server, clients, files):
-    """Seconds for all files, and their probabilities."""
+    """Classify all files, and return the seconds taken and the probabilities."""
     started = time.perf_counter()
     answers = list(clients.map(server.classify, files))
     seconds = time.perf_counter() - started
@@ -39,7 +39,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("source", type=Path)
-    parser.add_argument("--requests", type=int, default=60, help="in a turn")
+    parser.add_argument("--requests", type=int, default=60, help="requests in a turn")
     parser.add_argument("--at_once", type=int, default=16)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--precision", default="fp32")
@@ -67,7 +67,7 @@ def main():
         ratios, speeds = ratios[1:], {name: values[1:] for name, values in speeds.items()}
         about = json.loads(together.get("/api/model")[1])
         memory = {"together": together.memory(), "alone": alone.memory()}
-    print(f"{about['encoder']}, {options.precision}: {len(files)} requests, {options.at_once} at once, medians of "
+    print(f"{about['encoder']}, {options.precision}: {len(files)} requests, {options.at_once} concurrent, medians of "
           f"{len(ratios)} turns")  # fmt: skip
     print("| | requests per second | ratio | MiB |")
     print("|---|---|---|---|")
@@ -76,7 +76,7 @@ def main():
         values = speeds[name]
         speed = f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
         print(f"| {name} | {speed} | {shown} | {memory[name] >> 20} |")
-    print(f"probabilities differ by {most:.1e} at most")
+    print(f"probabilities differ by at most {most:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Audio-seconds a second of a training step: this recipe, transformers.Trainer, and SpeechBrain's IEMOCAP recipe.
+"""Audio seconds per second of training: this recipe, transformers.Trainer, and SpeechBrain's IEMOCAP recipe.
 
-wav2vec2-base's shape with random weights and its CNN frozen, three classes, real speech cut to the lengths of Common
-Voice. Each peer is a process of its own with its own loader and loop; they take turns of a few steps, so that a machine
-whose speed drifts slows all of them, and each ratio is of one turn.
+The model has wav2vec2-base's shape, random weights, a frozen CNN and three classes; the data are real speech cut to the
+lengths of Common Voice. Each peer has a separate process with its own loader and loop. The peers take turns of a few
+steps, so that a change in the machine's speed affects all of them; ratios are computed within a turn.
 
-    python benchmarks/training.py FOLDER_OF_CLIPS                      # (a) each at its defaults
-    python benchmarks/training.py FOLDER_OF_CLIPS --precision bf16     # (b) one precision, each batching as it does
-    python benchmarks/training.py FOLDER_OF_CLIPS --precision bf16 --same_batches   # (c) and the same batches for all
-    python benchmarks/training.py FOLDER_OF_CLIPS --peers accent_plugin checkpointing eight_layers   # our own levers
+    python benchmarks/training.py FOLDER_OF_CLIPS                      # (a) each peer at its defaults
+    python benchmarks/training.py FOLDER_OF_CLIPS --precision bf16     # (b) the same precision, each peer's own batches
+    python benchmarks/training.py FOLDER_OF_CLIPS --precision bf16 --same_batches   # (c) also the same batches
+    python benchmarks/training.py FOLDER_OF_CLIPS --peers accent_plugin checkpointing eight_layers   # our own options
 
 transformers: `Wav2Vec2ForSequenceClassification` as its audio-classification example sets it up, batches of 8.
 SpeechBrain: `Wav2Vec2(output_norm=True, freeze_feature_extractor=True)`, StatisticsPooling, two Adams, batches of 4.
@@ -34,7 +34,7 @@ from accent_plugin import devices
 from accent_plugin.audio import codecs
 
 PEERS = ("accent_plugin", "transformers", "speechbrain")
-# This package once more -> what is changed of its YAML, or `--compile` for any length of a batch.
+# Variant of this package -> changes of its YAML, or `--compile` for batches of any length.
 LEVERS = {
     "checkpointing": {"gradient_checkpointing": True},
     "eight_layers": {"num_layers": 8},
@@ -75,7 +75,7 @@ def make_clips(source, folder, count, length=None, seed=0):
 
 
 def _speech(source):
-    """Yield the samples of all files below a folder, again and again."""
+    """Yield the samples of all files below a folder, in an endless loop."""
     paths = sorted(path for path in source.rglob("*") if path.suffix in (".mp3", ".flac", ".wav"))
     if not paths:
         sys.exit(f"no audio under {source}")
@@ -90,7 +90,7 @@ def _noise(rng):
 
 
 def make_encoder(folder, **shape):
-    """wav2vec2-base, or another shape, with random weights; no dropout of activations or of whole layers."""
+    """Make a model of wav2vec2-base's or another shape with random weights, without layerdrop."""
     from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def write_manifest(rows, path):
 
 
 def load_hparams(encoder, **changes):
-    """The recipe's YAML for wav2vec2-base around an encoder's folder."""
+    """Load the recipe's YAML for wav2vec2-base with the encoder in a folder."""
     from hyperpyyaml import load_hyperpyyaml
 
     fixed = {"output_folder": tempfile.mkdtemp(), "number_of_epochs": 1000, "early_stopping": 0}
@@ -120,14 +120,14 @@ def load_hparams(encoder, **changes):
 
 
 class Turns:
-    """Counts what a peer does, and waits for its turn after every few steps."""
+    """Measures a peer, and makes it wait for its turn after every few steps."""
 
     def __init__(self, seconds_per_turn):
         self.wanted, self.audio, self.loading = seconds_per_turn, 0.0, 0.0
         self.start = None
 
     def begin(self):
-        """Before the first step of a turn."""
+        """Wait for the turn; called before its first step."""
         if self.start is None:
             print(json.dumps({"ready": True}), flush=True)
             if not sys.stdin.readline():
@@ -138,7 +138,7 @@ class Turns:
         self.loading += seconds
 
     def step(self, seconds_of_audio):
-        """After each step."""
+        """Count a step; called after each."""
         self.audio += seconds_of_audio
         if self.audio >= self.wanted:
             if torch.cuda.is_available():
@@ -151,7 +151,7 @@ class Turns:
 
 
 def timed(turns, loader):
-    """Batches of a loader; what they are waited for is counted."""
+    """Yield the batches of a loader, and measure the time spent waiting for them."""
     batches = iter(loader)
     while True:
         turns.begin()
@@ -164,7 +164,7 @@ def timed(turns, loader):
 
 
 def plan(rows, batch_seconds):
-    """One epoch of this package's length-bucketed batches, as lists of row numbers, for peers that have none."""
+    """Return one epoch of this package's length-bucketed batches as lists of row numbers, for the other peers."""
     from accent_plugin.training.batches import BucketBatchSampler
 
     sampler = BucketBatchSampler([row["duration"] for row in rows], batch_seconds)
@@ -172,14 +172,14 @@ def plan(rows, batch_seconds):
 
 
 def run_ours(rows, encoder, options, turns, compiled=False, **lever):
-    """The recipe's own Brain and YAML; `fit` is SpeechBrain's."""
+    """Train with the recipe's own Brain and YAML."""
     from accent_plugin.data.manifests import read_manifest
     from accent_plugin.training.brain import AccentBrain
     from accent_plugin.training.loaders import training_clips
 
     manifest = options.source / f"train_{os.getpid()}.csv"
     write_manifest(rows, manifest)
-    # What the YAML's "auto" comes to.
+    # The result of the YAML's "auto".
     precision = options.precision or devices.fastest_precision("cuda" if torch.cuda.is_available() else "cpu")
     hparams = load_hparams(encoder, precision=precision, **lever)
     loader = training_clips(read_manifest(manifest), hparams["loading"])
@@ -192,14 +192,14 @@ def run_ours(rows, encoder, options, turns, compiled=False, **lever):
             return loss
 
         def on_stage_end(self, *arguments):
-            """Nothing is kept."""
+            """Save nothing."""
 
     class Timed(torch.utils.data.DataLoader):
         batch_sampler = property(lambda self: loader.batch_sampler)
         dataset = property(lambda self: loader.dataset)
 
         def __init__(self):
-            """Only its interface is wanted."""
+            """Do nothing; only the interface is needed."""
 
         def __iter__(self):
             return timed(turns, loader)
@@ -214,7 +214,7 @@ def run_ours(rows, encoder, options, turns, compiled=False, **lever):
 
 
 def run_transformers(rows, encoder, options, turns):
-    """transformers.Trainer, as its audio-classification example sets it up."""
+    """Train with transformers.Trainer, as in its audio-classification example."""
     import transformers
 
     extractor = transformers.AutoFeatureExtractor.from_pretrained(encoder, return_attention_mask=True)
@@ -269,7 +269,7 @@ def run_transformers(rows, encoder, options, turns):
 
 
 def run_speechbrain(rows, encoder, options, turns):
-    """The loop of SpeechBrain's IEMOCAP wav2vec2 recipe: its encoder, pooling, output layer and optimizers."""
+    """Train with the loop of SpeechBrain's IEMOCAP recipe: its encoder, pooling, output layer and optimizers."""
     import speechbrain as sb
     from speechbrain.dataio.dataloader import SaveableDataLoader
     from speechbrain.dataio.dataset import DynamicItemDataset
@@ -333,11 +333,11 @@ RUN |= {name: functools.partial(run_ours, **lever) for name, lever in LEVERS.ite
 
 
 class PeerEnded(Exception):
-    """A peer ended where it was to take its turn."""
+    """A peer ended before its turn."""
 
 
 def compare(options):
-    """Let the peers take turns; print medians, ratios and memory."""
+    """Run the peers in turns, and print medians, ratios and memory."""
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         (place / "clips").mkdir()
@@ -346,8 +346,8 @@ def compare(options):
         make_encoder(place / "encoder")
         took, ended = take_turns(place, options)
     for name in ended:
-        print(f"{name} ended, see {options.log}", file=sys.stderr)
-    say(took, options)
+        print(f"{name} ended early: see {options.log}", file=sys.stderr)
+    print_table(took, options)
 
 
 def take_turns(place, options, warm_up=1, until=float("inf")):
@@ -388,7 +388,7 @@ def take_turns(place, options, warm_up=1, until=float("inf")):
                     took[name].append(done)
     finally:
         for worker in workers.values():
-            # Not terminated: this package's training would finish its step and save, and wait for its turn.
+            # Killed, because on SIGTERM this package finishes its step and saves, for which it would wait for its turn.
             worker.kill()
             worker.wait()
     return took, ended
@@ -403,7 +403,7 @@ def start(name, place, options):
 
 
 def answer(name, worker):
-    """Give a peer its turn; what it says of it."""
+    """Give a peer its turn, and return its measurements."""
     lines = []
     for _ in range(2):
         line = worker.stdout.readline()
@@ -432,14 +432,14 @@ def summarise(took):
             "turns": len(turns),
         }
         if "accent_plugin" in speeds:
-            # A peer that has not come to its last turn has one less.
+            # A peer that did not reach its last turn has one less.
             ratios = [ours / it for ours, it in zip(speeds["accent_plugin"], speeds[name], strict=False)]
             rows[name] |= {"ratio": statistics.median(ratios), "ratios": (min(ratios), max(ratios))}
     return rows
 
 
-def say(took, options):
-    print(f"\n{'peer':16}{'audio-s/s':>10}{'least':>8}{'most':>8}{'ours / it':>11}{'loading':>9}{'peak MiB':>10}")
+def print_table(took, options):
+    print(f"\n{'peer':16}{'audio-s/s':>10}{'min':>8}{'max':>8}{'speed-up':>11}{'loading':>9}{'peak MiB':>10}")
     for name, row in summarise(took).items():
         print(
             f"{name:16}{row['speed']:10.2f}{row['least']:8.2f}{row['most']:8.2f}"
@@ -454,15 +454,19 @@ def say(took, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of speech, in any format that libsndfile reads")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of all; default: each one's own")
-    parser.add_argument("--same_batches", action="store_true", help="give all this package's batches")
-    parser.add_argument("--batch_seconds", type=float, default=60.0, help="of the same batches")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="of all peers (default: that of each peer)"
+    )
+    parser.add_argument("--same_batches", action="store_true", help="use this package's batches for all peers")
+    parser.add_argument("--batch_seconds", type=float, default=60.0, help="length of the same batches")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--turn", type=float, default=60.0, help="seconds of audio in a turn")
     parser.add_argument("--clips", type=int, default=240)
-    parser.add_argument("--length", type=float, help="seconds of each clip, in place of Common Voice's lengths")
+    parser.add_argument(
+        "--length", type=float, help="length of every clip in seconds (default: the lengths of Common Voice)"
+    )
     parser.add_argument("--peers", nargs="+", choices=RUN, default=list(PEERS))
-    parser.add_argument("--log", default=os.devnull, help="file for what the peers print")
+    parser.add_argument("--log", default=os.devnull, help="file for the output of the peers")
     parser.add_argument("--worker", choices=RUN, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is None:
