@@ -187,7 +187,6 @@ def require_identity(path, config):
 
 
 def _problems(config):
-    """Yield a description of each invalid value in a configuration."""
     labels, model, weights = (config.get(key) for key in ("labels", "model", "weights"))
     named = isinstance(labels, list) and all(_is_name(label) for label in labels)
     if not named or not 1 <= len(labels) <= _MOST_LAYERS or len(set(labels)) < len(labels):
@@ -258,7 +257,6 @@ def _problems_of_encoder(encoder):
 
 
 def _outside(name, values):
-    """Yield the values in a part of an encoder's description that are outside their limits."""
     for key, value in values.items():
         path = f"{name}.{key}" if key.isidentifier() else f"{name}[{_short(key)}]"
         largest = _MOST_LAYERS if "layers" in key else _LARGEST_NUMBER
@@ -272,7 +270,6 @@ def _outside(name, values):
 
 
 def _problems_of_frames(config):
-    """Yield conflicts between values that are each within their limits."""
     kernels, strides = config.get("conv_kernel"), config.get("conv_stride")
     if kernels and strides:
         samples = 1

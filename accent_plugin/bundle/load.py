@@ -98,7 +98,7 @@ def build(config):
 
 
 def make_label_encoder(config):
-    """Make SpeechBrain's label encoder with the labels of a bundle, in order; ``config`` as in `build`."""
+    """Make SpeechBrain's label encoder with the labels of a bundle, in order; ``config`` as for `build`."""
     labels = json.loads(config)["labels"]
     encoder = CategoricalEncoder()
     encoder.update_from_iterable(labels, sequence_input=False)

@@ -196,12 +196,14 @@ def _contents(config, metrics):
     for sentence in [sentence for _, sentence in warnings] if metrics else [NOT_EVALUATED]:
         yield "warning", sentence
     encoder = model["encoder"]
+    imported = config.get("imported_from")
+    origin = f"Imported from {imported}, a transformers classifier." if imported else "Trained with accent_plugin."
     pooling = f", {model['pooling'].replace('_', ' ')} pooling" if model.get("pooling") else ""
     yield (
         "text",
         f"Classifies recordings of English into {len(labels)} accents: {', '.join(labels)}. Encoder: "
         f"{encoder.get('name') or 'not named'} ({encoder['family']}){pooling}. Input: {config['sample_rate']:,} Hz, "
-        f"mono. {_origin(config)}",
+        f"mono. {origin}",
     )
 
     yield "heading", 2, _USE_HEADING
@@ -241,12 +243,6 @@ def _contents(config, metrics):
     if versions:
         yield "heading", 2, "Versions"
         yield "table", ["", "version"], list(table_rows(versions))
-
-
-def _origin(config):
-    if config.get("imported_from"):
-        return f"Imported from {config['imported_from']}, a classifier of Hugging Face's transformers."
-    return "Trained with accent_plugin, a SpeechBrain plugin."
 
 
 def _figures(metrics):

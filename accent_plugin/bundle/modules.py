@@ -41,14 +41,7 @@ class AsIs(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Waveforms -> one vector for each clip and speed.
-
-    Arguments
-    ---------
-    model : AccentModel
-    speeds : sequence of float
-        Speed factors; 1 leaves the clip unchanged.
-    """
+    """Waveforms -> one vector for each clip and speed, from an `AccentModel`; speed 1 leaves the clip unchanged."""
 
     def __init__(self, model, speeds=(1.0,)):
         super().__init__()
@@ -62,12 +55,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Vectors of a clip's copies -> log-probabilities, averaged over the copies and normalised again.
-
-    Arguments
-    ---------
-    model : AccentModel
-    """
+    """Vectors of a clip's copies -> log-probabilities, averaged over the copies and normalised again."""
 
     def __init__(self, model):
         super().__init__()

@@ -10,17 +10,16 @@ from accent_plugin.errors import AccentPluginError
 
 def run_classify(arguments):
     """Classify files."""
-    from accent_plugin.inference import bulk as inference_bulk
-    from accent_plugin.inference.bulk import find
+    from accent_plugin.inference import bulk
 
     format = arguments.format or format_of(arguments.output)
-    sources = list(find(arguments.files))
+    sources = list(bulk.find(arguments.files))
     reading = {"workers": arguments.workers, "batch_seconds": arguments.batch_seconds}
     _require_use_of_labels(arguments, [arguments.model])
     if arguments.segments or arguments.channels == "each":
         return _classify_segments(arguments, sources, format)
     classifier = _classifier(arguments, arguments.model, **_window_options(arguments))
-    _, failed = inference_bulk.run(classifier, sources, format, arguments.output, **reading)
+    _, failed = bulk.run(classifier, sources, format, arguments.output, **reading)
     return 1 if failed else 0
 
 
@@ -75,39 +74,32 @@ def run_evaluate(arguments):
 
     from accent_plugin import files
     from accent_plugin.evaluation.compare import compare_models
-    from accent_plugin.inference.labelled import (
-        WHOLE_CLIPS,
-        evaluate_both,
-        evaluate_model,
-        folder_of,
-        remove_earlier,
-        write_evaluation,
-    )
+    from accent_plugin.inference import labelled
     from accent_plugin.report.comparisons import write_comparison
     from accent_plugin.report.write import MARKDOWN_FILE
 
     if len(arguments.model) > 2:
         raise AccentPluginError(f"--model is given {len(arguments.model)} times: give one model, or two to compare")
     _require_use_of_labels(arguments, arguments.model)
-    classifiers = [_classifier(arguments, model, **WHOLE_CLIPS) for model in arguments.model]
-    labelled = _read_rows(arguments, classifiers)
+    classifiers = [_classifier(arguments, model, **labelled.WHOLE_CLIPS) for model in arguments.model]
+    clips = _read_rows(arguments, classifiers)
     out, command, found, failed = Path(arguments.out), shlex.join(["accent-plugin", *arguments.argv]), [], 0
     with files.writable_folder(out, "--out"):
         pass
     for number, (model, classifier) in enumerate(zip(arguments.model, classifiers, strict=True), 1):
-        predictions, failures = evaluate_model(
-            classifier, labelled.rows, sys.stderr.isatty(), workers=arguments.workers
+        predictions, failures = labelled.evaluate_model(
+            classifier, clips.rows, sys.stderr.isatty(), workers=arguments.workers
         )
         if number == 1:
-            remove_earlier(out)
-        folder = out if len(classifiers) == 1 else folder_of(out, number)
-        metrics = write_evaluation(folder, classifier, predictions, arguments.data, labelled, failures, command)
+            labelled.remove_earlier(out)
+        folder = out if len(classifiers) == 1 else labelled.folder_of(out, number)
+        metrics = labelled.write_evaluation(folder, classifier, predictions, arguments.data, clips, failures, command)
         found.append(predictions)
         failed += failures.total()
         print(f"{model}: {folder / MARKDOWN_FILE}")
         print(json.dumps({scope: metrics[scope] for scope in ("clip", "speaker")}, indent=1))
     if len(found) == 2:
-        write_comparison(out, *short_names(arguments.model), compare_models(*evaluate_both(*found)))
+        write_comparison(out, *short_names(arguments.model), compare_models(*labelled.evaluate_both(*found)))
         print((out / "comparison.md").read_text(encoding="utf-8"))
     return 1 if failed else 0
 

@@ -80,8 +80,7 @@ def fit_temperature(log_probabilities, truth):
     >>> round(fit_temperature(sure, [0, 0, 0, 1]), 3)
     4.183
     """
-    log_probabilities, truth = _checked(log_probabilities, truth)
-    return _fit(log_probabilities, truth)
+    return _fit(*_checked(log_probabilities, truth))
 
 
 def _fit(log_probabilities, truth):
@@ -99,17 +98,7 @@ def _fit(log_probabilities, truth):
 
 
 def apply_temperature(log_probabilities, temperature):
-    """Scale log-probabilities and normalise them again.
-
-    Arguments
-    ---------
-    log_probabilities : (..., classes) array
-    temperature : float
-        Above 0; 1 changes nothing.
-
-    Returns
-    -------
-    log_probabilities : (..., classes) np.ndarray
+    """Scale log-probabilities, (..., classes), by a temperature above 0, and normalise them again.
 
     Raises
     ------

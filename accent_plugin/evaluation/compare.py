@@ -70,7 +70,6 @@ def compare_models(a, b, draws=1000, seed=0):
 
 
 def _aligned(a, b):
-    """Return b with its clips and labels in a's order."""
     if sorted(a.labels) != sorted(b.labels):
         raise ReportError(f"predictions for different labels cannot be compared: {list(a.labels)} and {list(b.labels)}")
     where = {clip: i for i, clip in enumerate(b.ids)}

@@ -179,7 +179,6 @@ def _per_accent(confusion, units, labels):
 
 
 def _notes(p, units, metrics):
-    """List the caveats of the figures."""
     notes, present = [], np.flatnonzero(units.per_accent)
     if metrics["absent_accents"]:
         names = ", ".join(metrics["absent_accents"])

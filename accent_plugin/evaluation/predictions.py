@@ -180,15 +180,6 @@ def _text(value):
 def pool_clips(parts):
     """Concatenate the predictions of several folds, as if one model had made them.
 
-    Arguments
-    ---------
-    parts : list of ScoredClips
-        With the same labels, and no clip in common.
-
-    Returns
-    -------
-    predictions : ScoredClips
-
     Raises
     ------
     ReportError

@@ -70,17 +70,12 @@ def confusion_matrix(truth, predicted, classes):
 
 
 def calibration_bins(probabilities, truth):
-    """Count, confidence and accuracy in each of the 15 bins of the reliability diagram.
+    """Count, confidence and accuracy in each of the 15 bins of the reliability diagram; 0 in empty bins.
 
     Arguments
     ---------
     probabilities : (clips, classes) np.ndarray
     truth : (clips,) np.ndarray of int
-
-    Returns
-    -------
-    count, confidence, accuracy : (15,) np.ndarray
-        The latter two are 0 in empty bins.
     """
     top, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
     bins = np.minimum((top * BINS).astype(int), BINS - 1)
@@ -91,14 +86,7 @@ def calibration_bins(probabilities, truth):
 def expected_calibration_error(probabilities, truth):
     """Mean over clips of the gap between the accuracy and the mean probability of their bin (Guo et al., 2017).
 
-    Arguments
-    ---------
-    probabilities : (clips, classes) np.ndarray
-    truth : (clips,) np.ndarray of int
-
-    Returns
-    -------
-    error : float
+    Arguments as for `calibration_bins`.
 
     Example
     -------

@@ -61,7 +61,7 @@ class Curve:
         >>> curve.threshold_for(max_risk=0.1), curve.threshold_for(min_coverage=0.7)
         (0.8, 0.6)
         """
-        given = {k: v for k, v in (("max_risk", max_risk), ("min_coverage", min_coverage)) if v is not None}
+        given = {k: v for k, v in {"max_risk": max_risk, "min_coverage": min_coverage}.items() if v is not None}
         if len(given) != 1:
             raise ReportError(f"give either max_risk or min_coverage to choose a threshold, not {given or 'neither'}")
         ((name, value),) = given.items()
@@ -80,19 +80,14 @@ class Curve:
 
 
 def risk_coverage(top, right):
-    """Compute the risk-coverage curve.
+    """Compute the risk-coverage curve from each clip's largest probability and whether its answer is right.
+
+    The `Curve` has at most 200 points, evenly spaced in coverage, including both ends.
 
     Arguments
     ---------
     top : (clips,) np.ndarray
-        Largest probability of each clip.
     right : (clips,) np.ndarray of bool
-        Whether each answer is correct.
-
-    Returns
-    -------
-    curve : Curve
-        At most 200 points, evenly spaced in coverage, including both ends.
 
     Example
     -------

@@ -20,16 +20,9 @@ from accent_plugin.errors import ReportError
 
 
 def similarities(vectors):
-    """Cosine similarities between all clips, after subtracting their mean.
+    """Cosine similarities, (clips, clips), between all rows of (clips, features) after subtracting their mean.
 
-    Arguments
-    ---------
-    vectors : (clips, features) np.ndarray
-
-    Returns
-    -------
-    (clips, clips) np.ndarray of float64
-        A vector equal to the mean has similarity 0 to all.
+    A vector equal to the mean has similarity 0 to all.
 
     Raises
     ------

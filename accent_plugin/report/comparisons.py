@@ -12,15 +12,7 @@ COMPARISON_FILES = ("comparison.json", "comparison.md")
 
 
 def write_comparison(folder, a_name, b_name, comparison):
-    """Write comparison.json and comparison.md.
-
-    Arguments
-    ---------
-    folder : str or Path
-    a_name, b_name : str
-    comparison : dict
-        From `accent_plugin.evaluation.compare.compare_models`.
-    """
+    """Write comparison.json and comparison.md from the dict of `accent_plugin.evaluation.compare.compare_models`."""
     figures, text = (Path(folder) / name for name in COMPARISON_FILES)
     write_json(figures, {"a": a_name, "b": b_name, **comparison})
     write_text(text, to_markdown(_compared(a_name, b_name, comparison)))
@@ -58,14 +50,7 @@ def _compared(a_name, b_name, comparison):
 
 
 def write_summary(folder, summary):
-    """Write summary.json and summary.md.
-
-    Arguments
-    ---------
-    folder : str or Path
-    summary : dict
-        From `accent_plugin.evaluation.compare.summarise_runs`.
-    """
+    """Write summary.json and summary.md from the dict of `accent_plugin.evaluation.compare.summarise_runs`."""
     write_json(Path(folder) / "summary.json", summary)
     write_text(Path(folder) / "summary.md", to_markdown(_summarised(summary)))
 
@@ -89,11 +74,7 @@ def _summarised(summary):
 def write_leak(folder, runs):
     """Write leak.md: a test on the training split's speakers compared with a test on new speakers.
 
-    Arguments
-    ---------
-    folder : str or Path
-    runs : dict
-        Name of a run -> the content of its metrics.json. The run split by speaker comes first.
+    ``runs`` maps the name of a run to the content of its metrics.json; the run split by speaker comes first.
     """
     write_text(Path(folder) / LEAK_FILE, to_markdown(_leaked(runs)))
 

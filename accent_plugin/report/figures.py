@@ -53,15 +53,7 @@ def figure_style(index):
 
 
 def confusion(path, labels, matrices):
-    """Draw confusion matrices with counts and row percentages.
-
-    Arguments
-    ---------
-    path : Path
-    labels : list of str
-    matrices : dict
-        Title -> (classes, classes) counts; rows are the true accents.
-    """
+    """Draw confusion matrices (title -> counts; rows are the true accents) with counts and row percentages."""
     n = len(labels)
     side = max(3.6, 1.2 + 0.62 * n)
     across, size = n <= 6, 11 if n <= 4 else 9 if n <= 10 else 8
@@ -97,12 +89,7 @@ def confusion(path, labels, matrices):
 def curves(path, rows, selected_epoch=None):
     """Draw losses and scores by epoch, and mark the selected epoch.
 
-    Arguments
-    ---------
-    path : Path
-    rows : list of dict
-        One per epoch: "epoch", and any of "train_loss", "valid_loss", "valid_macro_f1", "valid_uar", ...
-    selected_epoch : int, or None
+    ``rows`` has a dict per epoch: "epoch", and any of "train_loss", "valid_loss", "valid_macro_f1", "valid_uar", ...
     """
     names = list(dict.fromkeys(key for row in rows for key in row))
     panels = {
@@ -248,14 +235,7 @@ def true_accent_probability(path, predictions):
 
 
 def coverage(path, part):
-    """Draw the risk-coverage curve: the fraction of wrong answers by the fraction of clips answered.
-
-    Arguments
-    ---------
-    path : Path
-    part : dict
-        "risk_coverage" of `accent_plugin.evaluation.evaluate.evaluate`.
-    """
+    """Draw the risk-coverage curve from "risk_coverage" of `accent_plugin.evaluation.evaluate.evaluate`."""
     figure = make_figure(5.6, 3.9)
     ax = figure.subplots()
     coverage, risk = part["coverage"], part["risk"]
@@ -279,19 +259,13 @@ def coverage(path, part):
 
 
 def _bar(x, y, width, half=0.41):
-    """Return the corners of a horizontal bar."""
     return [(x, y - half), (x + width, y - half), (x + width, y + half), (x, y + half)]
 
 
 def speakers(path, rows, labels):
     """Draw one bar per speaker with the answers to their clips, the worst speakers first.
 
-    Arguments
-    ---------
-    path : Path
-    rows : list of dict
-        From `accent_plugin.evaluation.evaluate.speaker_rows`.
-    labels : list of str
+    ``rows`` is from `accent_plugin.evaluation.evaluate.speaker_rows`.
     """
     groups = {label: [row for row in rows if row["accent"] == label] for label in labels}
     groups = {label: sorted(g, key=lambda r: (r["share_right"], r["client_id"])) for label, g in groups.items() if g}

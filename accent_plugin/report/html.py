@@ -107,18 +107,18 @@ def _errors(players):
 
 
 def players(predictions, audio):
-    """Choose the most confident errors and encode their audio for the report.
+    """Choose the most confident errors and encode their audio for the report; unreadable clips are skipped.
 
     Arguments
     ---------
-    predictions : Predictions
+    predictions : ScoredClips
     audio : callable, or None
         Clip ID -> path of its audio, or None.
 
     Returns
     -------
     players : list of dict
-        "id", "client_id", "accent", "answer", "probability", "source" (a data URI). Unreadable clips are skipped.
+        "id", "client_id", "accent", "answer", "probability", "source" (a data URI).
     """
     if audio is None:
         return []

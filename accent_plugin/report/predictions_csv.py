@@ -14,13 +14,7 @@ PROBABILITY = "p_"  # prefix of the probability columns
 
 
 def write_predictions(path, predictions):
-    """Write predictions.csv: one row per clip, with enough digits to recompute the report.
-
-    Arguments
-    ---------
-    path : str or Path
-    predictions : Predictions
-    """
+    """Write `ScoredClips` as predictions.csv: one row per clip, with enough digits to recompute the report."""
     p, path = predictions, Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {"ID": p.ids, "client_id": p.client_ids or ("",) * len(p.ids)}
@@ -34,16 +28,7 @@ def write_predictions(path, predictions):
 
 
 def read_predictions(path):
-    """Read predictions.csv.
-
-    Arguments
-    ---------
-    path : str or Path
-        The file, or the report's folder.
-
-    Returns
-    -------
-    predictions : Predictions
+    """Read predictions.csv, given the file or the report's folder.
 
     Raises
     ------

@@ -124,7 +124,6 @@ def _distribution_of_errors(rows):
 
 
 def _effect_of_abstaining(part, accuracy):
-    """State the effect of abstaining on the least confident clips."""
     points = {sure["threshold"]: sure for sure in reversed(part["surest"].values())}  # ties make some thresholds equal
     return " ".join([
         f"Answering all clips: accuracy {format_figure(accuracy)}.",

@@ -146,14 +146,12 @@ def _speakers(p):
 
 
 def _band(clean, degraded, draws, seed):
-    """Compute the figures of degraded clips and their difference from the clean clips."""
     clip = evaluate(degraded, draws=draws, seed=seed)["clip"]
     compared = compare_models(clean, degraded, draws=draws, seed=seed)["clip"]["unweighted_average_recall"]
     return {**clip, "difference": compared["difference"]}
 
 
 def _draw(folder, p, metrics, rows, curves, selected_epoch):
-    """Draw all figures and return their file names."""
     images = {name: f"{name}.png" for name in _PICTURES}
     counts = metrics["confusion"]
     matrices = {"by clip": counts["clips"], "by speaker": counts["speakers"]}

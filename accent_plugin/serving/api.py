@@ -67,20 +67,12 @@ class Health(BaseModel):
     busy: int = Field(description="requests that are being answered or are waiting")
 
 
+_FILE = {"type": "string", "format": "binary"}
+_FORM = {"type": "object", "properties": {"files": {"type": "array", "items": _FILE}}, "required": ["files"]}
 _BODY = {
     "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {"files": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                "required": ["files"],
-            }
-        },
-        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-    },
+    "content": {"multipart/form-data": {"schema": _FORM}, "application/octet-stream": {"schema": _FILE}},
 }
-
 _REFUSALS = {
     400: "the form is malformed",
     401: "the token is missing or wrong",
@@ -92,16 +84,7 @@ _REFUSALS = {
 
 
 def make_app(service):
-    """Make the API, without the `Guard` middleware.
-
-    Arguments
-    ---------
-    service : accent_plugin.serving.service.Service
-
-    Returns
-    -------
-    fastapi.FastAPI
-    """
+    """Make the FastAPI app of a `Service`, without the `Guard` middleware."""
     # FastAPI's own documentation pages would load external scripts.
     app = FastAPI(
         title="accent-plugin",
@@ -160,7 +143,6 @@ def make_app(service):
 
 
 async def _read_files(request, limits):
-    """Read the names and contents of a request's files."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind != "multipart/form-data":

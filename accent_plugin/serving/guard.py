@@ -253,7 +253,6 @@ class _DrainingResponse:
 
 
 def _is_local(host):
-    """Whether a Host header names this machine."""
     try:
         name = urllib.parse.urlsplit(f"//{host}").hostname or ""
         if name == "localhost" or name.endswith(".localhost"):

@@ -234,12 +234,7 @@ def read_card(folder):
 def is_served(method, path, folder):
     """Whether the page needs a request; Gradio's other routes are blocked.
 
-    Arguments
-    ---------
-    method, path : str
-        Method and decoded path of the request.
-    folder : str or Path
-        Folder of uploads, the only files that are served.
+    ``path`` is the decoded path. Only files in ``folder``, the folder of uploads, are served.
     """
     if method == "POST":
         return path in _POSTS
@@ -253,13 +248,9 @@ def is_served(method, path, folder):
 _FILE = "/gradio_api/file="
 _POSTS = {UPLOAD, "/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset"}
 
-_GETS = {"/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/gradio_api/theme.css", "/gradio_api/info"} | {
-    "/gradio_api/queue/data",
-    "/gradio_api/upload_progress",
-    "/gradio_api/startup-events",
-    "/gradio_api/app_id",
+_GETS = {"/", "/config", "/theme.css", "/favicon.ico", "/robots.txt"} | {
+    f"/gradio_api/{name}" for name in ("theme.css", "info", "queue/data", "upload_progress", "startup-events", "app_id")
 }
-
 _LONGEST_PATH = 500
 _BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
 
@@ -316,20 +307,7 @@ def _size(path):
 
 
 def make_page(service, card, folder):
-    """Make the Gradio app.
-
-    Arguments
-    ---------
-    service : accent_plugin.serving.service.Service
-    card : str
-        The model card as Markdown.
-    folder : str or Path
-        Private folder for uploads, also set as Gradio's GRADIO_TEMP_DIR.
-
-    Returns
-    -------
-    gradio.Blocks
-    """
+    """Make the Gradio app; ``card`` is Markdown, ``folder`` is where Gradio stores uploads."""
     import gradio
 
     async def classify(path):

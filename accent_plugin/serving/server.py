@@ -76,7 +76,6 @@ def run(classifier, card, limits=None, host=HOST, port=PORT, token=None, page=Tr
 
 
 def _make(classifier, card, limits, token, page, local, folder):
-    """Make the server, its guard and its service."""
     # Gradio reads these variables on import.
     os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "false"}
     try:
@@ -106,25 +105,25 @@ def _make(classifier, card, limits, token, page, local, folder):
     guarded = guard.Guard(app, service, token, local=local, **rules)
 
     class Server(uvicorn.Server):
-        ending: _Flag
+        ending: asyncio.Event
+        loop: asyncio.AbstractEventLoop
 
         def handle_exit(self, sig, frame):
             # uvicorn's own handler raises the signal again at the end, before the uploads are deleted. A second
             # signal stops the server without waiting.
             self.force_exit = self.should_exit
             self.should_exit = True
-            self.ending.set()
+            self.loop.call_soon_threadsafe(self.ending.set)
 
     config = uvicorn.Config(
         guarded, http=guard.Connection, ws="none", log_level="warning", access_log=False, server_header=False,
         timeout_keep_alive=5, timeout_graceful_shutdown=round(limits.timeout) + 5,
     )  # fmt: skip
-    server = Server(config)
-    return server, guarded, service
+    return Server(config), guarded, service
 
 
 async def _serve(server, guard, listening, service, folder, page):
-    server.ending = _Flag(asyncio.get_running_loop())
+    server.ending, server.loop = asyncio.Event(), asyncio.get_running_loop()
     tasks = [asyncio.create_task(_close_streams_when_idle(server.ending, guard, service))]
     if page:
         tasks.append(asyncio.create_task(_sweep(folder)))
@@ -134,7 +133,7 @@ async def _serve(server, guard, listening, service, folder, page):
 
 
 async def _sweep(folder, keep_seconds=None):
-    """Delete old uploads, again and again until cancelled."""
+    """Delete old uploads repeatedly until cancelled."""
     from accent_plugin.serving import page as serving_page
 
     keep_seconds = serving_page.KEEP_SECONDS if keep_seconds is None else keep_seconds
@@ -143,21 +142,8 @@ async def _sweep(folder, keep_seconds=None):
         await asyncio.to_thread(serving_page.sweep, folder, keep_seconds)
 
 
-class _Flag:
-    """An asyncio event that a signal handler can set."""
-
-    def __init__(self, loop):
-        self._loop, self._event = loop, asyncio.Event()
-
-    def set(self):
-        self._loop.call_soon_threadsafe(self._event.set)
-
-    async def wait(self):
-        await self._event.wait()
-
-
 async def _close_streams_when_idle(ending, guard, service):
-    """Once the server is ending and no request is in progress, close the event streams of open pages."""
+    """Close the event streams of open pages once the server is ending and no request is in progress."""
     await ending.wait()
     while service.busy:
         await asyncio.sleep(0.05)

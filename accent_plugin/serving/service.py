@@ -130,18 +130,7 @@ class Service:
             self._active -= 1
 
     async def classify(self, files):
-        """Classify the files of one request concurrently.
-
-        Arguments
-        ---------
-        files : list of (str, bytes)
-            Name and content of each file.
-
-        Returns
-        -------
-        list of ServiceAnswer
-            In the order of the files.
-        """
+        """Classify the files of one request, (name, bytes) each, concurrently; return a `ServiceAnswer` per file."""
         deadline = time.monotonic() + self.limits.timeout
         loop = asyncio.get_running_loop()
         work = (loop.run_in_executor(self._threads, self._answer, name, content, deadline) for name, content in files)

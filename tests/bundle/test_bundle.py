@@ -333,7 +333,7 @@ def test_a_folder_that_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"format_version": 2}, "format_version 2; .* understands 1"),
+        ({"format_version": 2}, "format_version 2; .* reads 1"),
         ({"format_version": None}, "format_version None"),
         ({"format_version": True}, "format_version True"),
         ({"format_version": 1.0}, "format_version 1.0"),
@@ -425,7 +425,7 @@ def test_a_configuration_of_enormous_size_takes_no_memory(spoilt):
         ("moonshine", "config__pad_head_dim_to_multiple_of", 0, "multiple_of is 0, not 1 to 256"),
         ("moonshine", "config__rope_parameters__partial_rotary_factor", 10**6, "rotary_factor is 1000000, not 0.0 to"),
         ("wavlm-group", "config__num_buckets", 0, "num_buckets is 0, not 4 to 65536"),
-        ("wavlm-group", "config__max_bucket_distance", 80, "max_bucket_distance is 80, too little for 320 buckets"),
+        ("wavlm-group", "config__max_bucket_distance", 80, "max_bucket_distance is 80, too small for 320 buckets"),
         ("data2vec-audio", "config__num_conv_pos_embeddings", 10**6, "num_conv_pos_embeddings is 1000000, not 1 to"),
     ],
 )

@@ -159,7 +159,7 @@ def test_an_imported_bundle_names_its_source(template, imported):
 
 def test_an_imported_bundles_card_claims_no_training(template, tmp_path):
     card = (import_hugging_face(template, tmp_path / "b") / "README.md").read_text(encoding="utf-8")
-    assert "imported from wav2vec2-group" in card and "Trained with accent_plugin" not in card
+    assert "Imported from wav2vec2-group" in card and "Trained with accent_plugin" not in card
 
 
 def test_importing_over_a_checkpoint_is_refused(template, spoilt):
