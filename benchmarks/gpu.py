@@ -71,7 +71,7 @@ def write(out, results):
 def as_markdown(results):
     lines = ["# Measurements on a GPU", ""]
     if results["tiny"]:
-        lines += ["**A rehearsal with tiny sizes: these figures say nothing.**", ""]
+        lines += ["**A rehearsal with tiny sizes: these figures mean nothing.**", ""]
     lines += [f"`{results['command']}`", ""]
     for name, part in results["parts"].items():
         lines += [f"## {name}: {part['about']}", "", f"{part['status']}{_seconds(part)}", ""]

@@ -76,7 +76,7 @@ def make_clips(folder, count, longest, accents, seed=0):
 
 
 def train(path, precision, steps, shape=None, **changes):
-    """Train a few steps as a YAML says, the longest batch among them; what that took.
+    """Train a few steps with a YAML, including the longest batch, and return the measurements.
 
     Arguments
     ---------
@@ -85,9 +85,9 @@ def train(path, precision, steps, shape=None, **changes):
     precision : str
     steps : int
     shape : dict
-        What is changed of the encoder's configuration.
+        Changes of the encoder's configuration.
     **changes
-        Of the YAML.
+        Changes of the YAML.
 
     Returns
     -------

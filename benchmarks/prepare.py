@@ -89,7 +89,7 @@ def run_ours(data, out, processes, threads):
 
     prepared = prepare_data(data, out, accents=ACCENTS, seed=0, balance="none", workers=processes or 1, progress=False)
     seconds = sum(cell["seconds"] for split in prepared.counts.values() for cell in split.values())
-    return seconds, f"left out: {prepared.dropped}"
+    return seconds, f"dropped: {prepared.dropped}"
 
 
 def run_datasets(data, out, processes, threads):

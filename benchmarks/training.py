@@ -358,18 +358,18 @@ def take_turns(place, options, warm_up=1, until=float("inf")):
     place : Path
         Folder with rows.json of `make_clips` and the encoder.
     options : argparse.Namespace
-        Of this file's command line.
+        From the command line of this script.
     warm_up : int
-        Turns at first that do not count.
+        Number of first turns that do not count.
     until : float
-        Of `time.monotonic`: no other turn begins later, but the first one that counts.
+        `time.monotonic` after which no turn starts, except the first one that counts.
 
     Returns
     -------
     took : dict
-        Peer -> list of what it said of each turn.
+        Peer -> its measurements of each turn.
     ended : list of str
-        Peers that ended with an error; they are left out.
+        Peers that ended with an error; they are skipped.
     """
     workers = {name: start(name, place, options) for name in options.peers}
     took, ended = collections.defaultdict(list), []

@@ -19,7 +19,7 @@ from accent_plugin.report.text import (
     NAMES,
     UNCALIBRATED,
     count_in_words,
-    format_duration,
+    describe_amount,
     format_figure,
     limit_of_labels,
     warnings_of,
@@ -247,14 +247,11 @@ def _contents(config, metrics):
 
 def _figures(metrics):
     data = metrics["data"]
-    tested = [count_in_words(data["clips"], "clip"), format_duration(data["seconds"])]
-    if data["speakers"] is not None:
-        tested.insert(0, count_in_words(data["speakers"], "speaker"))
     accents = metrics["per_accent"]
     unit = "speakers within their accent" if data["speakers"] is not None else "clips (speakers are not known)"
     yield (
         "text",
-        f"Test data: {data['name'] or 'not named'}, {', '.join(tested)}. Chance level of the unweighted average "
+        f"Test data: {data['name'] or 'not named'}, {describe_amount(data)}. Chance level of the unweighted average "
         f"recall: {1 / len(accents):.2f}. In brackets: 95 % intervals, from a bootstrap over {unit}. By speaker, each "
         "speaker counts once.",
     )

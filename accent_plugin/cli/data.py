@@ -26,7 +26,7 @@ def run_accents(arguments):
     if arguments.format == "json":
         print(json.dumps([vars(each) for each in found], indent=1, ensure_ascii=False))
         return
-    rows = [("clips", "clients", "label", "value")]
+    rows = [("clips", "speakers", "label", "value")]
     rows += [(str(e.clips), str(e.clients), e.label or f"({e.reason})", printable(e.raw)) for e in found]
     if arguments.format == "tsv":
         print("\n".join("\t".join(row) for row in rows))

@@ -27,7 +27,7 @@ def compare_models(a, b, draws=1000, seed=0):
     -------
     comparison : dict
         "clip" and "speaker": {figure: {"a", "b", "difference": {"value", "low", "high", "n"}}} ("speaker" is None
-        without client ids); "changed": the speakers whose answers differ; "clips", "speakers", "notes".
+        if the speakers are unknown); "changed": the speakers whose answers differ; "clips", "speakers", "notes".
 
     Raises
     ------
@@ -65,7 +65,7 @@ def compare_models(a, b, draws=1000, seed=0):
         "changed": changed,
         "clips": len(a.ids),
         "speakers": len(units) if known else None,
-        "notes": [] if known else ["No client ids: intervals resample clips and are too narrow."],
+        "notes": [] if known else ["Speakers unknown: intervals resample clips and are too narrow."],
     }
 
 
@@ -89,7 +89,7 @@ def _aligned(a, b):
         raise ReportError(f"clip {a.ids[clip]!r} has two true accents, {names}: these are not the same data")
     b = b.select(order)
     if b.client_ids != a.client_ids:
-        raise ReportError("the client ids of the two sets of predictions differ: these are not the same data")
+        raise ReportError("the speakers of the two sets of predictions differ: these are not the same data")
     return replace(a, log_probabilities=b.log_probabilities[:, columns])
 
 

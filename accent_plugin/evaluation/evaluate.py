@@ -5,7 +5,7 @@ Conventions
 * The rows of a confusion matrix are the truth, the columns the answers. The answer is the class with the largest
   probability, the first one on a tie.
 * By clip, every clip counts once. By speaker, every speaker counts once: a speaker's log-probabilities are the
-  normalised means over the clips. A client id with clips of two accents counts as one speaker in each accent.
+  normalised means over the clips. A speaker with clips of two accents counts as one speaker in each accent.
 * An accent without clips is excluded from every average and listed under ``absent_accents``; answering with it is still
   an error. An accent that is never the answer has precision 0 and F1 0.
 * Log-loss is in nats. Log-probabilities are floored at -700, so that a single wrong answer cannot make it infinite.
@@ -17,8 +17,8 @@ Conventions
   risk at the clip's own probability (AURC of Geifman and El-Yaniv, 2017; clips with equal probability have the same
   risk). Its interval is computed from tenths of the clips by probability, and shifted to match the exact value.
 * Intervals are 95 % percentile intervals of a bootstrap that draws speakers with replacement within each accent and
-  keeps all clips of a speaker together, because their errors are correlated. Without client ids it draws clips; the
-  intervals are then too narrow, and a note says so. ``n`` is the number of units drawn for the figure.
+  keeps all clips of a speaker together, because their errors are correlated. If speakers are unknown it draws clips;
+  the intervals are then too narrow, which a note states. ``n`` is the number of units drawn for the figure.
 * With no error at all, the interval has no width.
 * A group's unweighted average recall is over the accents in the group. A group of fewer than 5 speakers is ``small``:
   too small for conclusions.
@@ -92,7 +92,7 @@ def evaluate(predictions, draws=1000, seed=0):
     Returns
     -------
     metrics : dict
-        "clip", "speaker" (None without client ids), "per_accent", "confusion", "risk_coverage" (by clip: "threshold",
+        "clip", "speaker" (None if unknown), "per_accent", "confusion", "risk_coverage" (by clip: "threshold",
         "coverage", "risk", "area", and "surest": accuracy of the 50, 80 and 90 % of clips with the largest
         probabilities), "groups", "absent_accents", "notes"; every figure is {"value", "low", "high", "n"}, never NaN.
 
@@ -185,14 +185,14 @@ def _notes(p, units, metrics):
         notes.append(f"These data have no clips of {names}: excluded from every average.")
     if units.names is None:
         notes.append(
-            "No client ids: intervals resample clips, so they are too narrow, and there are no figures by speaker."
+            "Speakers unknown: intervals resample clips, so they are too narrow, and there are no figures by speaker."
         )
         return notes
     unnamed = sum(not c for c in p.client_ids)
     if unnamed:
-        notes.append(f"{unnamed} clips have no client id; each counts as a speaker of its own.")
+        notes.append(f"{unnamed} clips have no speaker ID; each counts as a separate speaker.")
     if len(set(p.client_ids) - {""}) + unnamed < len(units):
-        notes.append("Client ids with clips of several accents count as one speaker in each of these accents.")
+        notes.append("Speakers with clips of several accents count as one speaker in each of these accents.")
     few = [f"{p.labels[a]} ({units.per_accent[a]})" for a in present if units.per_accent[a] < SMALL]
     if few:
         notes.append(f"Fewer than {SMALL} speakers of {', '.join(few)}: their intervals are too narrow to be reliable.")
@@ -212,14 +212,13 @@ def speaker_rows(predictions):
     Arguments
     ---------
     predictions : ScoredClips
-        With client ids.
 
     Returns
     -------
     rows : list of dict
         "client_id", "accent", "answer", "probability" (of the answer), "right", "clips", "clips_right", "share_right"
-        and "answers" (clips per answer, in the order of the labels), sorted by accent and client id. Empty without
-        client ids.
+        and "answers" (clips per answer, in the order of the labels), sorted by accent and client id. Empty if the
+        speakers are unknown.
     """
     p, units = predictions, ResamplingUnits(predictions)
     if units.names is None:

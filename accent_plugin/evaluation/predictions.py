@@ -22,7 +22,7 @@ class ScoredClips:
         Unique name of each clip.
     client_ids : tuple of str, or None
         Speaker of each clip; None (or all empty) if the speakers are unknown. A clip with an empty id counts as a
-        speaker of its own.
+        separate speaker.
     truth : (clips,) np.ndarray of int
         Index of the true accent in `labels`.
     log_probabilities : (clips, classes) np.ndarray

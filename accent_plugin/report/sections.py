@@ -7,7 +7,7 @@ from accent_plugin.report.text import (
     MOST_ROWS,
     NAMES,
     count_in_words,
-    format_duration,
+    describe_amount,
     format_figure,
     percent,
     report_title,
@@ -36,13 +36,12 @@ def report_blocks(metrics, rows, images):
     yield "heading", 1, report_title(data)
     for _, sentence in warnings_of(data):
         yield "warning", sentence
-    amount = [count_in_words(data["clips"], "clip"), format_duration(data["seconds"])]
-    if data["speakers"] is not None:
-        amount.insert(0, count_in_words(data["speakers"], "speaker"))
     levels = [("clip", clip)] + ([("speaker", speaker)] if speaker else [])
     average = " and ".join(f"{format_figure(v['unweighted_average_recall'])} by {name}" for name, v in levels)
     present = len(metrics["per_accent"])
-    text = f"Unweighted average recall {average}; chance level {1 / present:.2f}. Tested on {', '.join(amount)} with "
+    text = (
+        f"Unweighted average recall {average}; chance level {1 / present:.2f}. Tested on {describe_amount(data)} with "
+    )
     yield "text", text + f"the accents {', '.join(metrics['per_accent'])}."
     yield figures_table({f"by {name}": v for name, v in levels})
     unit = "speakers within their accent" if speaker else "clips (speakers are not known)"

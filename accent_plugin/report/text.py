@@ -1,4 +1,4 @@
-"""Format figures, counts and durations for reports."""
+"""Texts, figures, counts and durations of reports."""
 
 MOST_ROWS = 250  # rows in the table of speakers; predictions.csv has all speakers
 SYNTHETIC = "Synthetic speech: shows that the pipeline works, and says nothing about accuracy on real speech."
@@ -47,6 +47,12 @@ def format_duration(seconds):
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def describe_amount(data):
+    """Format the amount of data: 22 speakers, 99 clips, 8.2 minutes."""
+    speakers = [] if data["speakers"] is None else [count_in_words(data["speakers"], "speaker")]
+    return ", ".join([*speakers, count_in_words(data["clips"], "clip"), format_duration(data["seconds"])])
 
 
 def limit_of_labels(labels):

@@ -71,7 +71,7 @@ def test_accents_lists_names_with_counts_and_labels(tmp_path, form):
         assert found == {"United States English": (2, 1, "us"), "Kentish": (1, 1, None), "": (1, 1, None)}
     elif form == "tsv":
         lines = [line.split("\t") for line in stdout.splitlines()]
-        assert lines[:2] == [["clips", "clients", "label", "value"], ["2", "1", "us", "United States English"]]
+        assert lines[:2] == [["clips", "speakers", "label", "value"], ["2", "1", "us", "United States English"]]
     else:
         assert ["2", "1", "us", "United", "States", "English"] in [line.split() for line in stdout.splitlines()]
 

@@ -122,7 +122,7 @@ def test_the_same_arguments_give_the_same_figures():
     [
         ([(0, 1)], [(2, 0)], "1 near and 0 far pairs"),
         ([(2, 0)], [(0, 1)], "0 near and 1 far pairs"),
-        ([(0, 1), (0, 2)], [(0, 1)], "2 near and 1 far pairs, 1 of them both"),
+        ([(0, 1), (0, 2)], [(0, 1)], "2 near and 1 far pairs, of which 1 are both"),
     ],
 )
 def test_missing_kinds_and_overlapping_kinds_of_pairs_are_refused(near, far, message):
