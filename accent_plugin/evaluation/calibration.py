@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from accent_plugin.errors import ReportError
-from accent_plugin.evaluation.predictions import FLOOR
+from accent_plugin.evaluation.predictions import FLOOR, require_indices
 from accent_plugin.evaluation.scores import expected_calibration_error
 from accent_plugin.evaluation.selective import risk_coverage
 
@@ -32,13 +32,7 @@ def _checked(log_probabilities, truth):
             f"log_probabilities has shape {scores.shape}; calibration needs (clips, classes) with at least one clip "
             "and two classes: is the validation split empty?"
         )
-    if truth.shape != (len(scores),) or not np.issubdtype(truth.dtype, np.integer):
-        raise ReportError(f"truth has type {truth.dtype} and shape {truth.shape}; give {len(scores)} integers")
-    outside = np.flatnonzero((truth < 0) | (truth >= scores.shape[1]))
-    if outside.size:
-        raise ReportError(
-            f"clip {outside[0]} has true accent {truth[outside[0]]}; indices range from 0 to {scores.shape[1] - 1}"
-        )
+    require_indices(truth, len(scores), scores.shape[1])
     bad = np.flatnonzero(~(scores < np.inf).all(axis=1) | ~np.isfinite(scores).any(axis=1))
     if bad.size:
         raise ReportError(

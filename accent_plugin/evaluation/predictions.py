@@ -91,14 +91,7 @@ class ScoredClips:
         if len(set(self.ids)) < clips:
             twice = next(i for i, times in Counter(self.ids).items() if times > 1)
             raise ReportError(f"clip {twice!r} occurs twice: give one prediction per clip")
-        if not (np.issubdtype(self.truth.dtype, np.integer) and self.truth.ndim == 1):
-            raise ReportError(f"truth must be a list of integers, not {self.truth.dtype} of shape {self.truth.shape}")
-        outside = np.flatnonzero((self.truth < 0) | (self.truth >= classes))
-        if outside.size:
-            clip = outside[0]
-            raise ReportError(
-                f"clip {self.ids[clip]!r} has true accent {self.truth[clip]}; indices range from 0 to {classes - 1}"
-            )
+        require_indices(self.truth, clips, classes, self.ids)
         with np.errstate(over="ignore", invalid="ignore"):
             sums = np.exp(self.log_probabilities).sum(axis=1)
         bad = np.flatnonzero(~(np.abs(sums - 1) < 1e-3))
@@ -109,8 +102,9 @@ class ScoredClips:
                 f"with log-probabilities {self.log_probabilities[clip].tolist()}: did training diverge, or are these "
                 "logits?"
             )
-        if not (np.isfinite(self.seconds) & (self.seconds >= 0)).all():
-            clip = np.flatnonzero(~(np.isfinite(self.seconds) & (self.seconds >= 0)))[0]
+        invalid = np.flatnonzero(~(np.isfinite(self.seconds) & (self.seconds >= 0)))
+        if invalid.size:
+            clip = invalid[0]
             raise ReportError(f"clip {self.ids[clip]!r} is {self.seconds[clip]} seconds long")
 
     @classmethod
@@ -160,6 +154,19 @@ class ScoredClips:
     def predicted(self):
         """(clips,) np.ndarray: index of each clip's answer."""
         return self.log_probabilities.argmax(axis=1)
+
+
+def require_indices(truth, clips, classes, ids=None):
+    """Raise a `ReportError` unless ``truth`` has the index of a class for each clip."""
+    if truth.shape != (clips,) or not np.issubdtype(truth.dtype, np.integer):
+        raise ReportError(f"truth has type {truth.dtype} and shape {truth.shape}; give {clips} integers")
+    outside = np.flatnonzero((truth < 0) | (truth >= classes))
+    if outside.size:
+        clip = outside[0]
+        raise ReportError(
+            f"clip {clip if ids is None else repr(ids[clip])} has true accent {truth[clip]}; indices range from 0 to "
+            f"{classes - 1}"
+        )
 
 
 def text_columns():
