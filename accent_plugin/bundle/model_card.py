@@ -218,7 +218,7 @@ def _contents(config, metrics):
     yield "heading", 2, "Limits"
     yield "list", list(_limits(config, metrics))
     if metrics and metrics.get("bands"):
-        yield "table", ["degradation", "unweighted average recall by clip", "cost"], [
+        yield "table", ["degradation", "unweighted average recall by clip", "difference"], [
             [name, format_figure(v["unweighted_average_recall"]), format_figure(v["difference"], signed=True)]
             for name, v in metrics["bands"].items()
         ]  # fmt: skip
@@ -232,7 +232,7 @@ def _contents(config, metrics):
     yield (
         "warning",
         "Do not use this model in decisions about people, such as asylum, hiring, credit, insurance, schooling or "
-        "policing. An accent shows neither where somebody comes from nor who they are, and the model makes errors.",
+        "policing. An accent does not show where people come from or who they are, and the model makes errors.",
     )
 
     if metrics:
@@ -248,7 +248,7 @@ def _contents(config, metrics):
 def _figures(metrics):
     data = metrics["data"]
     accents = metrics["per_accent"]
-    unit = "speakers within their accent" if data["speakers"] is not None else "clips (speakers are not known)"
+    unit = "speakers, stratified by accent" if data["speakers"] is not None else "clips (speakers are not known)"
     yield (
         "text",
         f"Test data: {data['name'] or 'not named'}, {describe_amount(data)}. Chance level of the unweighted average "

@@ -44,7 +44,7 @@ def report_blocks(metrics, rows, images):
     )
     yield "text", text + f"the accents {', '.join(metrics['per_accent'])}."
     yield figures_table({f"by {name}": v for name, v in levels})
-    unit = "speakers within their accent" if speaker else "clips (speakers are not known)"
+    unit = "speakers, stratified by accent" if speaker else "clips (speakers are not known)"
     yield "text", f"In brackets: 95 % intervals, from a bootstrap over {clip['accuracy']['n']:,} {unit}."
     if metrics["notes"]:
         yield "heading", 2, "Notes"
@@ -87,8 +87,8 @@ def report_blocks(metrics, rows, images):
 
     if "bands" in metrics:
         yield "heading", 2, "Degraded audio"
-        yield "text", "The same clips, degraded. Cost: the paired difference, with an interval from the same bootstrap."
-        yield "table", ["degradation", "unweighted average recall by clip", "cost", "accuracy by clip"], [
+        yield "text", "The same clips, degraded. Difference: degraded minus as recorded, from a paired bootstrap."
+        yield "table", ["degradation", "unweighted average recall by clip", "difference", "accuracy by clip"], [
             ["as recorded", format_figure(clip["unweighted_average_recall"]), "", format_figure(clip["accuracy"])],
             *([name, format_figure(v["unweighted_average_recall"]), format_figure(v["difference"], True),
                format_figure(v["accuracy"])] for name, v in metrics["bands"].items()),

@@ -58,7 +58,7 @@ def describe_amount(data):
 def limit_of_labels(labels):
     """State that the model gives one of its labels to any input."""
     return (
-        f"The model's labels are {', '.join(labels)}. Speech with other accents, other languages and noise also get "
+        f"The model's labels are {', '.join(labels)}. Speech in other accents or languages, and noise, also get "
         "one of these labels."
     )
 
