@@ -1,7 +1,7 @@
-"""The parts of benchmarks/gpu.py, each run in a process of its own: `measure` is called there.
+"""The parts of benchmarks/gpu.py. Each runs in a separate process, which calls `measure`.
 
-A part writes rows of tables, one line of JSON each, as soon as it has them. Where one measurement fails, its row says
-so, and the part goes on.
+A part writes its table rows as lines of JSON as soon as it has them. If a measurement fails, its row names the error,
+and the part continues.
 
 Operations of a training step (`operations`): two for each multiplication of a matrix product or a convolution, of the
 clips' own frames, without padding. A clip of n samples has T frames of width d. Forward: each convolution
@@ -55,7 +55,7 @@ AT_ONCE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much of everything."""
+    """Sizes of all measurements."""
 
     shape: dict  # of the encoder, where it is not wav2vec2-base's
     clips: int
@@ -75,7 +75,7 @@ TINY = Sizes(TINY_SHAPE, 24, 8.0, 8.0, 1, 5.0, 2, 2, 8, 256, 16.0)
 
 
 class Rows:
-    """Where a part's rows go."""
+    """Writes the rows of a part."""
 
     def __init__(self, path):
         self.path = path
@@ -87,7 +87,7 @@ class Rows:
 
     @contextlib.contextmanager
     def attempt(self, table, **cells):
-        """Let what is inside fail, with a row that says how."""
+        """Catch errors of the block, and write them as a row."""
         try:
             yield
         except (Exception, SystemExit) as error:
@@ -101,7 +101,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a part is given."""
+    """The inputs of a part."""
 
     rows: Rows
     sizes: Sizes
@@ -110,7 +110,7 @@ class Job:
 
     @functools.cached_property
     def place(self):
-        """The folder with clips, rows.json and an encoder; made by the first part that wants it."""
+        """The folder with clips, rows.json and an encoder; created by the first part that needs it."""
         place = self.options.work / "inputs"
         if not place.is_dir():
             making = self.options.work / f"inputs.{os.getpid()}"
@@ -129,11 +129,11 @@ class Job:
 
     @property
     def speech(self):
-        """What the clips are."""
+        """Describe the clips."""
         return "noise (synthetic)" if self.options.clips is self.options.data is None else "real speech"
 
     def _speech(self):
-        """A folder of speech, or None."""
+        """The folder of speech, or None."""
         if self.options.clips is not None or self.options.data is None:
             return self.options.clips
         from datasets import Audio, load_from_disk
@@ -147,12 +147,12 @@ class Job:
         return folder
 
     def has(self, seconds):
-        """Whether there is so much time left."""
+        """Whether this much time is left."""
         return time.monotonic() + seconds < self.end
 
 
 def measure(options):
-    """Measure the part that the options name."""
+    """Measure the part named in the options."""
     sizes = TINY if options.tiny else WHOLE
     job = Job(Rows(options.work / f"{options.worker}.jsonl"), sizes, options, time.monotonic() + options.limit)
     PARTS[options.worker](job)
@@ -164,7 +164,7 @@ def synchronize():
 
 
 def took(function, times, warm_up=3, in_a_row=1):
-    """Median seconds of a call; with several in a row a GPU need not wait for the next one."""
+    """Median seconds of a call; several calls in a row keep a GPU busy."""
     for _ in range(warm_up):
         function()
     found = []
@@ -179,7 +179,7 @@ def took(function, times, warm_up=3, in_a_row=1):
 
 
 def half():
-    """The precision that training takes here where it is to be a fast one."""
+    """The fast precision of training on this device."""
     return "bf16" if DEVICE == "cpu" or devices.bf16_is_faster("cuda") else "fp16"
 
 
@@ -191,13 +191,13 @@ def spread(values):
 
 
 def matrix_rate(kind, size, times):
-    """Operations per second of a product of square matrices of random numbers."""
+    """Operations per second of a product of random square matrices."""
     one, other = (torch.randn(size, size, device=DEVICE, dtype=kind) for _ in range(2))
     return 2 * size**3 / took(lambda: one @ other, times)
 
 
 def machine(job):
-    """What it is, and how fast its products and copies are."""
+    """Describe the machine, and measure its matrix products and copies."""
     names = ("torch", "torchaudio", "transformers", "speechbrain", "datasets", "numpy", "triton")
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -233,7 +233,7 @@ def machine(job):
 
 
 def measured_rate(job, precision):
-    """What `machine` measured, or else is measured now."""
+    """Throughput as measured by `machine`, or measured now."""
     path = job.options.work / f"rate_{precision}"
     if path.is_file():
         return float(path.read_text())
@@ -245,7 +245,7 @@ def measured_rate(job, precision):
 
 
 class Outcomes:
-    """A plugin of pytest that writes rows."""
+    """A pytest plugin that writes rows."""
 
     def __init__(self, rows):
         self.rows, self.file, self.counts, self.reasons = rows, None, {}, collections.Counter()
@@ -272,7 +272,7 @@ class Outcomes:
 
 
 def tests(job):
-    """The tests that differ on a GPU."""
+    """Run the tests that take another code path on a GPU."""
     import pytest
 
     outcomes = Outcomes(job.rows)
@@ -292,7 +292,7 @@ def tests(job):
 
 
 class Ready(list):
-    """A training set of batches that are read already; stands for its own sampler."""
+    """A training set of batches in memory; also serves as its sampler."""
 
     epoch = 1
     start = 0
@@ -303,7 +303,7 @@ class Ready(list):
 
 
 def make_brain(encoder, precision, batches, **changes):
-    """A Brain as the YAML for wav2vec2-base makes it, ready to do steps."""
+    """Make a Brain from the YAML for wav2vec2-base, ready for steps."""
     hparams = training_benchmark.load_hparams(encoder, **changes)
     run = {"device": DEVICE, "precision": precision, "noprogressbar": True}
     brain = AccentBrain(modules=hparams["modules"], options=hparams["training"], hparams=hparams, run_opts=run)
@@ -314,7 +314,7 @@ def make_brain(encoder, precision, batches, **changes):
 
 
 def read_batches(job, count, seconds=None, samples=None):
-    """Batches as the recipe's sampler makes them; `samples` pads all clips to one length, as for static shapes."""
+    """Make batches with the recipe's sampler; `samples` pads all clips to one length, for static shapes."""
     batches = Ready()
     for indices in training_benchmark.plan(job.clips, seconds or job.sizes.batch_seconds)[:count]:
         rows = [job.clips[index] for index in indices]
@@ -327,7 +327,7 @@ def read_batches(job, count, seconds=None, samples=None):
 
 
 def static_batches(job, count):
-    """Batches of one shape: clips of a narrow range of lengths, padded to its end."""
+    """Make batches of one shape: clips of similar length, padded to the longest."""
     lengths = np.array([round(row["duration"] * SAMPLE_RATE) for row in job.clips])
     longest = int(np.quantile(lengths, 0.6))
     near = np.flatnonzero(lengths <= longest)
@@ -356,7 +356,7 @@ def seconds_in(batches):
 
 
 def do_steps(brain, batches):
-    """Seconds that a step for each batch takes."""
+    """Seconds of a step on each batch."""
     synchronize()
     start = time.perf_counter()
     for batch in batches:
@@ -366,7 +366,7 @@ def do_steps(brain, batches):
 
 
 def compare_steps(job, table, what, base, changed, base_batches, changed_batches=None):
-    """Let two Brains do steps in turns, and write how much faster the second one is."""
+    """Run steps of two Brains in turns, and write the speed-up of the second."""
     changed_batches = changed_batches or base_batches
     do_steps(base, base_batches)
     start = time.perf_counter()
@@ -393,7 +393,7 @@ def compare_steps(job, table, what, base, changed, base_batches, changed_batches
 
 
 def memory(job):
-    """The default YAML on a card of 16 GB: whether it fits, and what batch does."""
+    """Measure whether the default YAML fits on a GPU of 16 GB, and the largest batch that fits."""
     if DEVICE == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CARD_BYTES / total))
@@ -427,7 +427,7 @@ def memory(job):
 
 
 def find_largest_batches(job, precision):
-    """The most seconds of audio in a batch that fit, of clips as long as usual and as long as are let through."""
+    """Find the largest batch that fits, in seconds of audio, for clips of usual and of maximum length."""
     brain = make_brain(job.place / "encoder", precision, Ready([None]))
 
     def fits(seconds, length):
@@ -468,7 +468,7 @@ def find_largest_batches(job, precision):
 
 
 def training(job):
-    """Beside transformers and SpeechBrain: each at its defaults, in one precision, with the same batches."""
+    """Compare with transformers and SpeechBrain: at their defaults, in the same precision, with the same batches."""
     precision = half()
     tables = {
         "each at its defaults": {"precision": None},
@@ -486,7 +486,7 @@ def training(job):
 
 
 def take_turns(job, table, peers, precision, same_batches=False):
-    """Write what `benchmarks/training.py` measures."""
+    """Write the measurements of `benchmarks/training.py`."""
     log = job.options.work / f"peers_{len(list(job.options.work.glob('peers_*')))}.log"
     options = SimpleNamespace(
         peers=list(peers), precision=precision, same_batches=same_batches, batch_seconds=job.sizes.batch_seconds,
@@ -525,7 +525,7 @@ def operations(config, samples):
 
 
 def operations_per_second(job):
-    """Operations for a second of audio, on average over the clips."""
+    """Mean operations per second of audio over the clips."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(job.place / "encoder")
@@ -534,7 +534,7 @@ def operations_per_second(job):
 
 
 def profile(job, precision):
-    """The ten kernels that take most of a step, and how much of its time any kernel runs."""
+    """Write the ten slowest kernels of a step, and the fraction of its time in which any kernel runs."""
     batches = read_batches(job, job.sizes.batches)
     brain = make_brain(job.place / "encoder", precision, batches)
     do_steps(brain, batches)
@@ -570,7 +570,7 @@ def profile(job, precision):
 
 
 class PlainAdamW(torch.optim.AdamW):
-    """Not fused; it cannot leave out a step by itself."""
+    """Unfused AdamW, which cannot skip a step by itself."""
 
     def step(self, closure=None):
         self.found_inf = self.grad_scale = None
@@ -583,7 +583,7 @@ def without_fused(brain):
 
 
 def convolve_channels_last(conv, inputs):
-    """A convolution over time as one over an image of one row, whose channels lie next to each other."""
+    """A convolution over time as a channels-last convolution over an image of one row."""
     weight = conv.weight.unsqueeze(2).to(memory_format=torch.channels_last)
     image = inputs.unsqueeze(2).to(memory_format=torch.channels_last)
     return torch.nn.functional.conv2d(image, weight, conv.bias, (1, conv.stride[0])).squeeze(2)
@@ -598,7 +598,7 @@ def channels_last(brain):
 
 
 def levers(job):
-    """One change each, beside the default, in turns."""
+    """Compare single changes with the default, in turns."""
     precision, table = half(), "steps"
     batches = read_batches(job, job.sizes.batches)
     encoder = job.place / "encoder"
@@ -648,7 +648,7 @@ _DROPOUTS = ("hidden_dropout", "attention_dropout", "feat_proj_dropout", "activa
 
 
 def peak_and_reset():
-    """Most memory since the last call."""
+    """Peak memory since the last call."""
     found = devices.peak_memory(DEVICE) / GIB
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -659,7 +659,7 @@ def peak_and_reset():
 
 
 def attend_packed(query, key, value, ends, longest, scale=None):
-    """Attention within each of several sequences that lie one after the other: (frames, heads, features) tensors."""
+    """Attention within each of several concatenated sequences: (frames, heads, features) tensors."""
     if DEVICE == "cuda":
         from torch.nn.attention.varlen import varlen_attn
 
@@ -673,7 +673,7 @@ def attend_packed(query, key, value, ends, longest, scale=None):
 
 
 class Packing:
-    """Where the frames of a batch are that belong to a clip; found on the host, before the step."""
+    """Indices of the valid frames of a batch; computed on the host, before the step."""
 
     # That of the batch which is being encoded.
     now = None
@@ -687,7 +687,7 @@ class Packing:
 
 
 def attend_packed_inside(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **keywords):
-    """As Hugging Face's models call attention; frames are packed before it and spread again after it."""
+    """Attention with Hugging Face's interface; frames are packed before and unpacked after it."""
     (batch, heads, frames, width), packing = query.shape, Packing.now
     packed = (one.transpose(1, 2).flatten(0, 1).index_select(0, packing.rows) for one in (query, key, value))
     output = attend_packed(*packed, packing.ends, packing.longest, scaling)
@@ -696,7 +696,7 @@ def attend_packed_inside(module, query, key, value, attention_mask, dropout=0.0,
 
 
 def attention(job):
-    """Attention alone at the encoder's shape, and steps with it."""
+    """Measure attention alone at the encoder's shape, and steps with it."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(job.place / "encoder")
@@ -718,7 +718,7 @@ def frames_of(encoder, batch):
 
 
 def attention_alone(job, name, counts, heads, width):
-    """Forward and backward of one layer's attention in the ways that there are."""
+    """Measure the forward and backward pass of one layer's attention in all implementations."""
     kind = torch.bfloat16 if half() == "bf16" else torch.float16
     frames, attend = max(counts), torch.nn.functional.scaled_dot_product_attention
     valid = (torch.arange(frames) < torch.tensor(counts)[:, None]).to(DEVICE)
@@ -760,7 +760,7 @@ def attention_alone(job, name, counts, heads, width):
 
 
 def attention_in_steps(job, encoder, batches, counts):
-    """Whole steps with packed attention beside those without, neither with dropout of attention weights."""
+    """Compare whole steps with and without packed attention, both without dropout of attention weights."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register("packed", attend_packed_inside)
@@ -791,7 +791,7 @@ def attention_in_steps(job, encoder, batches, counts):
 
 
 def encode_with(brain, batch, packing):
-    """The frames of a batch that belong to clips."""
+    """Number of valid frames of a batch."""
     Packing.now, encoder = packing, brain._model().wav2vec2.eval()
     batch = batch.to(DEVICE)
     with torch.no_grad(), brain.training_ctx:
@@ -804,7 +804,7 @@ def encode_with(brain, batch, packing):
 
 
 def compile(job):
-    """A recorded graph of a step, and torch.compile, on batches of one shape; neither with dropout of noise changed."""
+    """Measure a CUDA graph of a step, and torch.compile, on batches of one shape; dropout is unchanged."""
     precision, encoder = half(), job.place / "encoder"
     usual, static = read_batches(job, job.sizes.batches), static_batches(job, job.sizes.batches)
     base = make_brain(encoder, precision, usual)
@@ -842,7 +842,7 @@ def compile(job):
 
 
 def record(brain, example):
-    """Let a Brain replay a CUDA graph of forward and backward pass; its batches have to have one shape."""
+    """Make a Brain replay a CUDA graph of the forward and backward pass; all batches need the same shape."""
     held = example.to(DEVICE)
     fixed = dataclasses.replace(
         held, wavs=held.wavs.clone(), wav_lens=held.wav_lens.clone(), labels=held.labels.clone()
@@ -885,7 +885,7 @@ def record(brain, example):
 
 
 def inference(job):
-    """Files from disk to answer beside transformers' pipeline, and the network alone."""
+    """Compare classification of files with transformers' pipeline, and measure the network alone."""
     import inference as inference_benchmark
     from transformers import pipeline
 
@@ -925,7 +925,7 @@ def inference(job):
 
 
 def bundle_folder(job):
-    """A checkpoint of Hugging Face's and a bundle of the same encoder."""
+    """Write a Hugging Face checkpoint and a bundle of the same encoder."""
     import inference as inference_benchmark
 
     folder = job.options.work / "bundles"
@@ -936,7 +936,7 @@ def bundle_folder(job):
 
 
 def network_alone(job, folder):
-    """Clips of 5.4 s that are on the device already, by precision and size of batch."""
+    """Measure the network on clips of 5.4 s in device memory, by precision and batch size."""
     from accent_plugin.bundle.load import load_bundle
 
     model = load_bundle(folder / "bundle").modules["embedding_model"].model.to(DEVICE).eval()
@@ -955,7 +955,7 @@ def network_alone(job, folder):
 
 
 def serving(job):
-    """Threads that ask for one file each, in common batches and alone; the server around it is left out."""
+    """Measure concurrent requests of one file each with and without dynamic batching, without the HTTP server."""
     from accent_plugin.inference.classifier import AccentClassifier
 
     bundle = bundle_folder(job) / "bundle"
@@ -992,7 +992,7 @@ def serving(job):
 
 
 def end_to_end(job):
-    """Five folds with a pretrained encoder, fine-tuned as a whole, by the command that a user would type."""
+    """Fine-tune a pretrained encoder in five folds with the command that a user would type."""
     data, encoder = job.options.data, job.options.encoder
     more = ["--number_of_epochs", "15", "--lr_encoder", "0.0001", "--lr_head", "0.001"]
     more += ["--balance", "none", "--class_weights", "balanced", "--valid_fraction", "0.15", "--num_workers", "4"]
@@ -1025,7 +1025,7 @@ def end_to_end(job):
 
 
 def tell_metrics(job, path, seconds):
-    """Write what a report says."""
+    """Write the figures of a report."""
     metrics = json.loads(path.read_text(encoding="utf-8"))
     what = path.parents[1].name
     cells = {"fold": "all" if what == "end_to_end" else what, "after_s": seconds, "clips": metrics["data"]["clips"]}
@@ -1037,7 +1037,7 @@ def tell_metrics(job, path, seconds):
 
 
 def make_rehearsal(job):
-    """A DatasetDict of noise and a tiny encoder."""
+    """Make a DatasetDict of noise and a tiny encoder."""
     sys.path.insert(0, str(ROOT / "tests"))
     from helpers import dataset_dicts, encoders
 
