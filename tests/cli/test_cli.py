@@ -19,29 +19,42 @@ from accent_plugin.corpus.choices import CorpusChoices
 TWO = ("us", "england")
 
 
-def run(*arguments):
-    """Exit code, stdout and stderr of the command."""
-    done = subprocess.run(
-        [sys.executable, "-m", "accent_plugin.cli", *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
+def as_a_user(*arguments):
+    """Exit code, stdout and stderr of the command, in a process of its own."""
+    command = [sys.executable, "-m", "accent_plugin.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.fixture
+def run(capsys):
+    """Function: the command's arguments -> exit code, stdout and stderr of its main, in this process."""
+
+    def call(*arguments):
+        try:
+            code = main.main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            code = error.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
 def test_prepare_writes_a_dataset_dict_and_prints_its_card(tmp_path):
     source, out = release(tmp_path, 6, pool(accents=TWO)), tmp_path / "out"
-    code, stdout, stderr = run(
-        "prepare", source, "--out", out, "--accents", "us,england", "--max_clips_per_client", "none"
-    )
+    options = ("--accents", "us,england", "--max_clips_per_client", "none")
+    code, stdout, stderr = as_a_user("prepare", source, "--out", out, *options)
     assert code == 0, stderr
     built = load_corpus(out)
     assert corpus_card_to_markdown(built.card) in stdout
     assert built.card["arguments"]["max_clips_per_client"] is None
 
 
-def test_prepare_twice_with_other_arguments_is_refused(tmp_path):
+def test_prepare_twice_with_other_arguments_is_refused(run, tmp_path):
     source, out = release(tmp_path, 6, pool(accents=TWO)), tmp_path / "out"
-    assert main.main(["prepare", str(source), "--out", str(out), "--accents", "us,england"]) == 0
+    assert run("prepare", source, "--out", out, "--accents", "us,england")[0] == 0
     code, stdout, stderr = run("prepare", source, "--out", out, "--accents", "us,england", "--seed", "7")
     assert (code, stdout) == (2, "")
     assert "seed: 1986 -> 7" in stderr
@@ -62,7 +75,7 @@ def test_every_python_option_of_prepare_is_a_command_line_option(tmp_path, monke
 
 
 @pytest.mark.parametrize("form", ["table", "tsv", "json"])
-def test_accents_lists_names_with_counts_and_labels(tmp_path, form):
+def test_accents_lists_names_with_counts_and_labels(run, tmp_path, form):
     table = [row("a", "us"), row("a", "us", 1), row("b", "Kentish"), row("c")]
     code, stdout, _ = run("accents", release(tmp_path, 17, table), "--format", form)
     assert code == 0
@@ -76,7 +89,7 @@ def test_accents_lists_names_with_counts_and_labels(tmp_path, form):
         assert ["2", "1", "us", "United", "States", "English"] in [line.split() for line in stdout.splitlines()]
 
 
-def test_accents_with_a_mapping(tmp_path):
+def test_accents_with_a_mapping(run, tmp_path):
     (tmp_path / "more.yaml").write_text("Kentish: england\n", encoding="utf-8")
     source = release(tmp_path, 17, [row("b", "Kentish")])
     _, stdout, _ = run("accents", source, "--format", "json", "--mapping", tmp_path / "more.yaml")
@@ -92,12 +105,12 @@ def test_a_closed_pipe_is_not_an_error(tmp_path):
 
 def test_check_of_a_clean_dataset_exits_with_0(tmp_path):
     data = save(tmp_path / "data", **three_splits())
-    code, stdout, stderr = run("check", data, "--no_audio")
+    code, stdout, stderr = as_a_user("check", data, "--no_audio")
     assert (code, stderr) == (0, "")
     assert "data: 0 errors" in stdout
 
 
-def test_check_exits_with_1_unless_the_kind_is_ignored(tmp_path):
+def test_check_exits_with_1_unless_the_kind_is_ignored(run, tmp_path):
     tables = three_splits()
     tables["test"] += rows("us", 1)
     data = save(tmp_path / "data", **tables)
@@ -108,20 +121,20 @@ def test_check_exits_with_1_unless_the_kind_is_ignored(tmp_path):
     assert run("check", data, "--no_audio", "--ignore", "client")[0] == 1
 
 
-def test_check_writes_a_report(tmp_path):
+def test_check_writes_a_report(run, tmp_path):
     data = save(tmp_path / "data", **three_splits())
     assert run("check", data, "--report", tmp_path / "report", "--workers", "1", "--permutations", "100")[0] in (0, 1)
     assert {"check.md", "check.json", "composition.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
 
 
-def test_an_unknown_kind_to_ignore_is_an_error(tmp_path):
+def test_an_unknown_kind_to_ignore_is_an_error(run, tmp_path):
     code, _, stderr = run("check", tmp_path, "--ignore", "gossip")
     assert code == 2
     assert "gossip" in stderr and "client, sentence" in stderr
 
 
 @pytest.mark.parametrize("command", ["accents", "prepare", "check"])
-def test_a_missing_folder_is_an_error(tmp_path, command):
+def test_a_missing_folder_is_an_error(run, tmp_path, command):
     """A mistyped path below an existing folder is not looked up on the Hub, which would take half a minute."""
     out = ["--out", tmp_path / "out"] if command == "prepare" else []
     code, stdout, stderr = run(command, tmp_path / "nowhere", *out)
@@ -141,7 +154,7 @@ def test_help_imports_no_heavy_packages():
     assert done.stdout.endswith("[]\n")
 
 
-def test_a_sample_of_common_voice(tmp_path):
+def test_a_sample_of_common_voice(run, tmp_path):
     source = shared_data("common_voice_6_1_sample") / "en"
     found = {each.raw: each.clips for each in survey_accents(source)}
     assert found == {"": 50, "us": 35, "indian": 5, "england": 4, "australia": 3, "newzealand": 2, "ireland": 1}
@@ -150,7 +163,7 @@ def test_a_sample_of_common_voice(tmp_path):
     assert "us 34, england 4, australia 3" in stderr
 
 
-def test_check_reads_a_mapping(tmp_path):
+def test_check_reads_a_mapping(run, tmp_path):
     (tmp_path / "more.yaml").write_text("Kentish: england\n", encoding="utf-8")
     data = save(tmp_path / "data", **three_splits(("us", "Kentish")))
     code, stdout, stderr = run("check", data, "--no_audio", "--mapping", tmp_path / "more.yaml")
@@ -159,28 +172,28 @@ def test_check_reads_a_mapping(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["prepare", "check"])
-def test_fewer_than_one_worker_is_an_error(tmp_path, command):
+def test_fewer_than_one_worker_is_an_error(run, tmp_path, command):
     data = save(tmp_path / "data", **three_splits())
     out = ["--out", tmp_path / "out", "--accents", "us,england"] if command == "prepare" else []
     code, _, stderr = run(command, data, "--workers", "-1", *out)
     assert code == 2 and "workers is -1; give 1 or more" in stderr
 
 
-def test_a_report_inside_the_data_is_refused(tmp_path):
+def test_a_report_inside_the_data_is_refused(run, tmp_path):
     data = save(tmp_path / "data", **three_splits())
     code, _, stderr = run("check", data, "--no_audio", "--report", data / "report")
     assert code == 2 and "inside the data folder" in stderr
     assert not (data / "report").exists()
 
 
-def test_control_characters_in_values_are_escaped(tmp_path):
+def test_control_characters_in_values_are_escaped(run, tmp_path):
     table = tmp_path / "clips.csv"
     table.write_text('path,accent\na.wav,"Bell\x07\tand\nline"\n', encoding="utf-8")
     _, stdout, _ = run("accents", table, "--format", "tsv")
     assert stdout.splitlines()[1] == "1\t0\t(unknown accent)\tBell\\x07\\tand\\nline"
 
 
-def test_a_limit_that_is_not_a_number_is_an_error(tmp_path):
+def test_a_limit_that_is_not_a_number_is_an_error(run, tmp_path):
     code, _, stderr = run("prepare", tmp_path, "--out", tmp_path / "out", "--max_clips_per_client", "many")
     assert code == 2 and "'many' is not a whole number or none" in stderr
 
