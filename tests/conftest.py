@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import RECIPE, encoders, shared
+from helpers.recipe import NO_PIP_FREEZE
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +89,7 @@ def tiny_bundle(tmp_path_factory, tiny_encoder):
 @pytest.fixture
 def train(monkeypatch, capsys):
     """Run the recipe's main in this process, from its own folder, as `python train.py ...` would."""
+    monkeypatch.setattr(*NO_PIP_FREEZE)
     monkeypatch.chdir(RECIPE)
     monkeypatch.syspath_prepend(str(RECIPE))
     spec = importlib.util.spec_from_file_location("accent_recipe", RECIPE / "train.py")

@@ -1,24 +1,18 @@
 """The recipe as a user runs it: prepare, train, evaluate, again, and what it refuses."""
 
 import csv
+import errno
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT
 from helpers.recipe import ACCENTS, metrics_of
 
 
-def test_one_command_prepares_trains_and_evaluates(words, tmp_path):
-    # A process of its own, from the root, without the link: what a newcomer types.
-    command = [sys.executable, "recipes/CommonVoiceAccent/train.py", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    out = tmp_path / "out"
+def test_one_command_prepares_trains_and_evaluates(typed):
+    assert typed.code == 0, typed.err[-3000:]
+    out = typed.folder / "out"
     for name in ("hyperparams.yaml", "train_log.txt", "env.log", "save/history.json", "report/report.md"):
         assert (out / name).is_file(), name
     assert len(list((out / "report").glob("*.png"))) >= 5
@@ -33,22 +27,20 @@ def test_one_command_prepares_trains_and_evaluates(words, tmp_path):
     assert "train.py hparams/wav2vec2_base.yaml" in metrics["command"]
 
 
-def test_two_runs_give_the_same_figures(train, words, tmp_path):
-    assert train(*words).code == 0
-    first = metrics_of(tmp_path / "out")
+def test_two_runs_give_the_same_figures(train, words, finished, tmp_path):
+    first = metrics_of(finished)
     assert train(*words, "--output_folder", tmp_path / "again").code == 0
     second = metrics_of(tmp_path / "again")
     for part in ("clip", "speaker", "per_accent", "confusion", "groups"):
         assert first[part] == second[part]
 
 
-def test_a_finished_run_is_evaluated_again_alone(train, words, tmp_path):
-    assert train(*words).code == 0
-    first, log = metrics_of(tmp_path / "out"), (tmp_path / "out/train_log.txt").read_text()
-    (tmp_path / "out/report/metrics.json").unlink()
+def test_a_finished_run_is_evaluated_again_alone(train, words, finished):
+    first, log = metrics_of(finished), (finished / "train_log.txt").read_text()
+    (finished / "report/metrics.json").unlink()
     assert train(*words, "--test_only", "True").code == 0
-    assert metrics_of(tmp_path / "out")["clip"] == first["clip"]
-    assert (tmp_path / "out/train_log.txt").read_text() == log
+    assert metrics_of(finished)["clip"] == first["clip"]
+    assert (finished / "train_log.txt").read_text() == log
 
 
 @pytest.mark.parametrize("speeds", ["[1.0]", "[0.9, 1.1]"])
@@ -69,13 +61,14 @@ def test_a_run_leaves_a_bundle_with_the_scores_of_its_report(train, words, tmp_p
     assert metrics_of(out)["model"]["temperature"] == classifier.config["calibration"]["temperature"]
 
 
-def test_a_run_and_a_fold_are_exported_again(train, words, tmp_path):
+def test_one_fold_alone_is_trained_and_exported_again(train, words, tmp_path):
     from accent_plugin.cli import main
 
-    assert train(*words, "--n_folds", "3", "--fold", "1", "--number_of_epochs", "1").code == 0
-    run = next(path.parent for path in (tmp_path / "out").rglob("hyperparams.yaml"))
-    assert main.main(["export", str(run), "--out", str(tmp_path / "first")]) == 0
-    assert main.main(["export", str(run), "--out", str(tmp_path / "second")]) == 0
+    assert train(*words, "--n_folds", "3", "--fold", "2", "--number_of_epochs", "1").code == 0
+    (run,) = (tmp_path / "out").iterdir()
+    assert run.name == "fold_2"
+    for name in ("first", "second"):
+        assert main.main(["export", str(run), "--out", str(tmp_path / name)]) == 0
     weights = [(tmp_path / name / "model.ckpt").read_bytes() for name in ("first", "second")]
     assert weights[0] == weights[1]
 
@@ -169,25 +162,36 @@ def test_folds_test_every_speaker_once(train, words, tmp_path):
     assert "one per fold" in pooled["model"]["models"]
 
 
-def test_one_fold_alone(train, words, tmp_path):
-    assert train(*words, "--number_of_epochs", "1", "--n_folds", "3", "--fold", "2").code == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["fold_2"]
+def test_seeds_are_summarised_by_the_recipe_and_compared_on_the_command_line(train, words, tmp_path, capsys):
+    from accent_plugin.cli import main
 
-
-def test_seeds_are_summarised(train, words, tmp_path):
     assert train(*words, "--number_of_epochs", "1", "--seeds", "3,4").code == 0
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     values = [metrics_of(tmp_path / f"out/{seed}")["clip"]["accuracy"]["value"] for seed in (3, 4)]
     assert summary["clip"]["accuracy"]["values"] == values
+    runs = [str(tmp_path / f"out/{seed}") for seed in (3, 4)]
+    assert main.main(["compare", *runs, "--out", str(tmp_path / "compared")]) == 0
+    assert "difference" in capsys.readouterr().out
+    assert main.main(["summarise", *runs, "--out", str(tmp_path / "summary")]) == 0
+    assert "standard deviation" in capsys.readouterr().out
+    assert main.main(["compare", runs[0], str(tmp_path / "nowhere"), "--out", str(tmp_path / "x")]) == 2
+    assert "no predictions in" in capsys.readouterr().err
 
 
-def test_the_frozen_baseline_has_the_same_report(train, words, tmp_path):
-    assert train(*words, "--method", "logistic_regression").code == 0
+def test_the_frozen_baseline_has_the_same_report_from_audio_and_from_kept_features(train, words, tmp_path, monkeypatch):
+    from accent_plugin.training import feature_cache
+
+    baseline = ("--method", "logistic_regression", "--features_folder", tmp_path / "features")
+    assert train(*words, *baseline).code == 0
     metrics = metrics_of(tmp_path / "out")
     trials = json.loads((tmp_path / "out/save/trials.json").read_text())
     assert {trial["layer"] for trial in trials} == {0, 1, 2, 3}
     best = max(trials, key=lambda trial: (trial["valid_macro_f1"], -trial["valid_loss"]))
     assert metrics["model"]["layer"] == best["layer"] and metrics["clip"]["accuracy"]["n"] == 6
+    for name in ("kept", "again"):
+        assert train(*words, *baseline, "--output_folder", tmp_path / name, "--cache_features", "True").code == 0
+        assert metrics_of(tmp_path / name)["clip"] == metrics["clip"]
+        monkeypatch.setattr(feature_cache, "encode", None)
 
 
 def test_the_baseline_can_be_held_to_one_layer(train, words, tmp_path):
@@ -238,21 +242,6 @@ def test_a_report_repeats_how_its_data_were_made():
     assert describe_data(prepared)["made_before"] == {"dropped": {"client cap": 3}}
 
 
-def test_runs_are_compared_and_summarised_on_the_command_line(train, words, tmp_path, capsys):
-    from accent_plugin.cli import main
-
-    for seed in ("1", "2"):
-        folder = tmp_path / seed
-        assert train(*words, "--method", "logistic_regression", "--output_folder", folder, "--seed", seed).code == 0
-    runs = [str(tmp_path / "1"), str(tmp_path / "2")]
-    assert main.main(["compare", *runs, "--out", str(tmp_path / "compared")]) == 0
-    assert "difference" in capsys.readouterr().out
-    assert main.main(["summarise", *runs, "--out", str(tmp_path / "summary")]) == 0
-    assert "standard deviation" in capsys.readouterr().out
-    assert main.main(["compare", runs[0], str(tmp_path / "nowhere"), "--out", str(tmp_path / "x")]) == 2
-    assert "no predictions in" in capsys.readouterr().err
-
-
 # What is refused: exit code 2, one message, no traceback, nothing written
 
 
@@ -290,8 +279,7 @@ def test_an_output_folder_that_cannot_be_written(train, words, tmp_path):
     assert done.code == 2 and "cannot write" in done.err and "output_folder" in done.err
 
 
-def test_a_manifest_of_other_accents(train, words, tmp_path):
-    assert train(*words, "--number_of_epochs", "1").code == 0
+def test_a_manifest_of_other_accents(train, words, finished, tmp_path):
     done = train(*words, "--skip_prep", "True", "--accents", "[us, england]", "--output_folder", tmp_path / "other")
     assert done.code == 2 and "has the accent(s) scotland; accents lists us, england" in done.err
 
@@ -307,19 +295,16 @@ def test_the_gpus_memory_is_full(train, words, monkeypatch):
     assert done.code == 2 and "lower batch_seconds" in done.err
 
 
-def test_a_full_disk_is_named_and_what_was_made_stays(train, words, tmp_path, monkeypatch):
-    import errno
-
-    assert train(*words).code == 0
-    before = metrics_of(tmp_path / "out")
+def test_a_full_disk_is_named_and_what_was_made_stays(train, words, finished, monkeypatch):
+    before = metrics_of(finished)
 
     def full(*arguments, **keywords):
-        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
+        raise OSError(errno.ENOSPC, "No space left on device", str(finished))
 
     monkeypatch.setattr("accent_plugin.training.brain.AccentBrain.fit", full)
     done = train(*words)
     assert done.code == 2 and "No space left on device" in done.err and "Traceback" not in done.err
-    assert metrics_of(tmp_path / "out") == before
+    assert metrics_of(finished) == before
 
 
 # Real speech
@@ -380,14 +365,13 @@ def test_a_history_that_is_damaged_is_said_and_begun_anew(tmp_path, caplog, cont
     assert read_history(tmp_path / "history.json") == [] and "history.json is damaged" in caplog.text
 
 
-def test_where_every_checkpoint_is_damaged_nothing_is_evaluated(train, words, tmp_path):
-    assert train(*words, "--number_of_epochs", "1").code == 0
-    report = (tmp_path / "out/report/metrics.json").read_bytes()
-    for path in (tmp_path / "out/save").glob("CKPT*/model.ckpt"):
+def test_where_every_checkpoint_is_damaged_nothing_is_evaluated(train, words, finished):
+    report = (finished / "report/metrics.json").read_bytes()
+    for path in (finished / "save").glob("CKPT*/model.ckpt"):
         path.write_bytes(b"")
-    done = train(*words, "--number_of_epochs", "1", "--test_only", "True")
+    done = train(*words, "--test_only", "True")
     assert done.code == 2 and "no intact checkpoint" in done.err
-    assert (tmp_path / "out/report/metrics.json").read_bytes() == report
+    assert (finished / "report/metrics.json").read_bytes() == report
 
 
 def test_a_run_goes_on_in_the_precision_that_it_found_fastest_when_it_began(train, words, tmp_path, monkeypatch):
@@ -425,14 +409,3 @@ def test_a_head_on_kept_features_is_the_head_on_the_encoder(train, words, tmp_pa
     kept, plain = (metrics_of(tmp_path / name)["clip"] for name in ("kept", "plain"))
     for name in ("accuracy", "macro_f1", "log_loss"):
         assert kept[name]["value"] == pytest.approx(plain[name]["value"], abs=1e-4)
-
-
-def test_the_baseline_keeps_features_too(train, words, tmp_path, monkeypatch):
-    from accent_plugin.training import feature_cache
-
-    baseline = ("--method", "logistic_regression", "--features_folder", tmp_path / "features")
-    assert train(*words, *baseline, "--output_folder", tmp_path / "plain").code == 0
-    for name in ("kept", "again"):
-        assert train(*words, *baseline, "--output_folder", tmp_path / name, "--cache_features", "True").code == 0
-        assert metrics_of(tmp_path / name)["clip"] == metrics_of(tmp_path / "plain")["clip"]
-        monkeypatch.setattr(feature_cache, "encode", None)
