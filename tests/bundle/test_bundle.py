@@ -1,6 +1,7 @@
 """Bundles: written, read back, opened by SpeechBrain's own interface; and what is refused."""
 
 import copy
+import functools
 import json
 import os
 import shutil
@@ -65,6 +66,13 @@ def spoilt(template, tmp_path):
     return shutil.copytree(template, tmp_path / "spoilt")
 
 
+@pytest.fixture(scope="module")
+def bundle_of(tmp_path_factory, tiny_encoder):
+    """Function: name of `TINY` -> its bundle, made once, for tests that spoil a copy of it."""
+    folder = tmp_path_factory.mktemp("families")
+    return functools.cache(lambda family: written(folder / family, made_model(tiny_encoder(family))))
+
+
 def scores(found, wavs, lens):
     with torch.inference_mode():
         return found.modules["classifier"](found.modules["embedding_model"](wavs, lens)).squeeze(1)
@@ -91,15 +99,17 @@ def change(folder, **values):
 # ------------------------------------------------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("family", sorted(TINY))
-def test_scores_come_back(tiny_encoder, tmp_path, family):
-    model = made_model(tiny_encoder(family))
+def require_the_scores(model, folder):
+    """The bundle in a folder has the scores of a model."""
     wavs, lens = clips()
     with torch.inference_mode():
         expected = model(wavs, lens)
-    torch.testing.assert_close(
-        scores(load_bundle(written(tmp_path / "b", model)), wavs, lens), expected, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(scores(load_bundle(folder), wavs, lens), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_scores_come_back(tiny_encoder, bundle_of, family):
+    require_the_scores(made_model(tiny_encoder(family)), bundle_of(family))
 
 
 @pytest.mark.parametrize(
@@ -115,11 +125,7 @@ def test_every_head_comes_back(tiny_encoder, tmp_path, pooling, options):
     model = made_model(tiny_encoder("moonshine"), pooling=pooling, **options)
     if model.whitening:
         model.whitening.fit(torch.randn(50, model.pooling.out_features), torch.arange(50) % 3)
-    wavs, lens = clips()
-    with torch.inference_mode():
-        expected = model(wavs, lens)
-    found = load_bundle(written(tmp_path / "b", model, pooling=pooling))
-    torch.testing.assert_close(scores(found, wavs, lens), expected, atol=1e-6, rtol=0)
+    require_the_scores(model, written(tmp_path / "b", model, pooling=pooling))
 
 
 def test_layers_of_the_encoder_come_back(tiny_encoder, tmp_path):
@@ -129,12 +135,7 @@ def test_layers_of_the_encoder_come_back(tiny_encoder, tmp_path):
     )
     torch.nn.init.normal_(encoder.layer_weights)
     model = AccentModel(encoder, LABELS).eval()
-    wavs, lens = clips()
-    with torch.inference_mode():
-        expected = model(wavs, lens)
-    torch.testing.assert_close(
-        scores(load_bundle(written(tmp_path / "b", model)), wavs, lens), expected, atol=1e-6, rtol=0
-    )
+    require_the_scores(model, written(tmp_path / "b", model))
 
 
 def test_the_temperature_is_in_the_weights(tiny_encoder, tmp_path):
@@ -429,9 +430,9 @@ def test_a_configuration_of_enormous_size_takes_no_memory(spoilt):
         ("data2vec-audio", "config__num_conv_pos_embeddings", 10**6, "num_conv_pos_embeddings is 1000000, not 1 to"),
     ],
 )
-def test_numbers_that_no_tensor_shows(tiny_encoder, tmp_path, monkeypatch, family, name, value, message):
+def test_numbers_that_no_tensor_shows(bundle_of, tmp_path, monkeypatch, family, name, value, message):
     """They are refused before anything is built from them."""
-    folder = written(tmp_path / "b", made_model(tiny_encoder(family)))
+    folder = shutil.copytree(bundle_of(family), tmp_path / "b")
     change(folder, **{f"model__encoder__{name}": value})
     if "positions" not in name:
         monkeypatch.setattr(load, "_build_model", None)
@@ -439,9 +440,9 @@ def test_numbers_that_no_tensor_shows(tiny_encoder, tmp_path, monkeypatch, famil
         load_bundle(folder)
 
 
-def test_whisper_needs_positions_for_half_a_window(tiny_encoder, tmp_path):
+def test_whisper_needs_positions_for_half_a_window(bundle_of, tmp_path):
     """Of what is shorter, torch could not reflect the end."""
-    folder = written(tmp_path / "b", made_model(tiny_encoder("whisper")))
+    folder = shutil.copytree(bundle_of("whisper"), tmp_path / "b")
     change(folder, model__encoder__preprocessor__n_fft=4096, model__encoder__preprocessor__hop_length=1)
     load_bundle(folder)
     state = load_file(folder / "model.ckpt")

@@ -108,14 +108,14 @@ def test_one_clip_gives_hugging_faces_frames(tiny_encoder, name, path):
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("samples", [1, 399, 400, 719, 720, 895, 896, 5000, 16001])
-def test_valid_frames_are_those_of_the_clip_alone(tiny_encoder, name, samples):
+def test_valid_frames_are_those_of_the_clip_alone(tiny_encoder, name):
     encoder = make_encoder(str(tiny_encoder(name))).eval()
-    with torch.no_grad():
-        alone, _ = encoder(waves([samples])[0][None])
-        frames, valid = encoder(*padded(waves([samples, 20000])))
-    assert valid[0].sum() == alone.shape[1] >= 1
-    assert valid[1].all() and valid.shape[1] == frames.shape[1]
+    for samples in (1, 399, 400, 719, 720, 895, 896, 5000, 16001):
+        with torch.no_grad():
+            alone, _ = encoder(waves([samples])[0][None])
+            frames, valid = encoder(*padded(waves([samples, 20000])))
+        assert valid[0].sum() == alone.shape[1] >= 1, samples
+        assert valid[1].all() and valid.shape[1] == frames.shape[1], samples
 
 
 def test_a_clip_shorter_than_one_frame_gives_the_same_in_a_batch(model):
@@ -150,7 +150,7 @@ def test_without_the_masked_norm_scores_would_depend_on_the_batch(model, name, p
 @pytest.mark.parametrize("name", TINY)
 def test_the_state_has_hugging_faces_keys_once(tiny_encoder, name):
     reference = AutoModel.from_pretrained(tiny_encoder(name))
-    reference = reference.encoder if name in ("moonshine", "whisper") else reference
+    reference = reference.encoder if name in HALVES else reference
     assert set(make_encoder(str(tiny_encoder(name))).state_dict()) == {f"model.{key}" for key in reference.state_dict()}
 
 
@@ -502,11 +502,6 @@ def test_whispers_maximum_is_over_the_clips_own_frames(tiny_encoder):
     alone, _ = encoder._log_mel(clip[None], torch.tensor([8000]))
     batch, _ = encoder._log_mel(padded([clip, longer])[0], torch.tensor([8000, 16000]))
     assert torch.allclose(alone[0], batch[0, :, :50], atol=1e-6)
-
-
-def test_whispers_state_dict_has_hugging_faces_keys(tiny_encoder):
-    expected = AutoModel.from_pretrained(tiny_encoder("whisper")).encoder.state_dict()
-    assert set(make_encoder(str(tiny_encoder("whisper"))).state_dict()) == {f"model.{key}" for key in expected}
 
 
 @pytest.mark.parametrize("name", HALVES)

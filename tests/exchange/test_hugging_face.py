@@ -125,8 +125,9 @@ def written(folder, model, labels=LABELS, pooling="mean", **options):
 # ----------------------------------------------------------------------------------------------- from Hugging Face
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["last state", "sum of states"])
-@pytest.mark.parametrize("do_normalize", [False, True], ids=["as it is", "normalised"])
+@pytest.mark.parametrize(
+    ("do_normalize", "weighted"), [(False, False), (True, True)], ids=["last state", "normalised, sum of states"]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_an_imported_checkpoint_gives_the_same_scores(checkpoint, name, do_normalize, weighted):
     folder = checkpoint(name, do_normalize, use_weighted_layer_sum=weighted, classifier_proj_size=12)
@@ -327,8 +328,11 @@ def test_class_names_without_distinct_labels_are_an_error(spoilt, names, mapping
 # ------------------------------------------------------------------------------------------------ to Hugging Face
 
 
-@pytest.mark.parametrize("projector_size", [None, 12])
-@pytest.mark.parametrize("layers", [None, "all", [2, 0]], ids=["last state", "all states", "some states"])
+@pytest.mark.parametrize(
+    ("layers", "projector_size"),
+    [(None, None), ("all", 12), ([2, 0], None)],
+    ids=["last state", "all states, projector", "some states"],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exported_bundle_gives_the_same_scores(trained, tmp_path, name, layers, projector_size):
     model = trained(name, encoder={"weighted_layers": layers}, projector_size=projector_size)

@@ -52,7 +52,7 @@ class TinyEncoder(torch.nn.Module):
 
     width, detached = 3, False
 
-    def __init__(self, dropout):
+    def __init__(self, dropout=0.0):
         super().__init__()
         self.model = torch.nn.Linear(400, 3)
         self.dropout = torch.nn.Dropout(dropout)

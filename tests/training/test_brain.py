@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.distributed import Logger, TinyEncoder
 
 from accent_plugin.audio import codecs
 from accent_plugin.data.manifests import Clip
@@ -15,36 +16,11 @@ from accent_plugin.training.checkpoints import AtomicCheckpointer
 from accent_plugin.training.options import TrainingOptions, learning_rate_factor, make_epoch_counter, read_history
 
 
-class TinyEncoder(torch.nn.Module):
-    """Stands in for an encoder: one frame per 400 samples, which a linear layer maps to 3 features."""
-
-    width, detached = 3, False
-
-    def __init__(self):
-        super().__init__()
-        self.model = torch.nn.Linear(400, 3)
-
-    def forward(self, wavs, wav_lens=None):
-        frames = wavs.unfold(1, 400, 400)
-        lens = torch.ones(len(wavs)) if wav_lens is None else wav_lens
-        valid = torch.arange(frames.shape[1]) < (lens[:, None] * frames.shape[1]).round()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
-            return self.model(frames), valid
-
-
 def make_model():
     from accent_plugin.model import AccentModel
 
     torch.manual_seed(0)
     return AccentModel(TinyEncoder(), ["a", "b"])
-
-
-class Recorder:
-    def __init__(self):
-        self.rows = []
-
-    def log_stats(self, meta, **stats):
-        self.rows.append({**meta, **stats})
 
 
 @pytest.fixture
@@ -60,7 +36,7 @@ def make_brain(tmp_path):
             "freeze_encoder_steps": 0,
             "label_smoothing": 0.0,
             "selection": "macro_f1",
-            "train_logger": Recorder(),
+            "train_logger": Logger(),
             "max_unreadable_share": 0.05,
             **changes,
         }
