@@ -193,6 +193,8 @@ def test_attention_on_an_accelerator_is_pytorchs_in_shapes_that_its_fused_kernel
         taken.append((query.shape[-1], value.shape[-1], torch.backends.cuda.cudnn_sdp_enabled()))
         return sdpa_attention_forward(module, query, key, value, **keywords)
 
+    # On for all threads: two that attend at the same time in an earlier test may have left it off.
+    torch.backends.cuda.enable_cudnn_sdp(True)
     monkeypatch.setattr(devices, "cpu_paths", False)
     monkeypatch.setattr(fast_dropout, "sdpa_attention_forward", spied)
     output, _ = attend(module, *heads, MASK[:, :, :1] if masked else None, scaling=scaling)

@@ -1,11 +1,19 @@
 """Pieces that test files share."""
 
+import ast
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes/CommonVoiceAccent"
+
+
+def setup_argument(name):
+    """An argument of setup.py, which is read and not run."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (value,) = (node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == name)
+    return ast.literal_eval(value)
 
 
 def shared(*parts):

@@ -1,6 +1,5 @@
 """What a build of the images would not show, read from the Dockerfile and the page: nothing here needs an engine."""
 
-import ast
 import json
 import re
 import threading
@@ -10,7 +9,7 @@ from pathlib import PurePosixPath
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, setup_argument
 
 from accent_plugin.cli.parser import make_parser
 
@@ -68,12 +67,6 @@ def is_ignored(path):
             if fits.match(part.name) if anywhere else len(part.parts) == depth and fits.match(str(part)):
                 found = not line.startswith("!")
     return found
-
-
-def setup_arguments():
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    call = next(node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup")
-    return {argument.arg: argument.value for argument in call.keywords}
 
 
 # --------------------------------------------------------------------------------------------------- what goes into it
@@ -158,7 +151,7 @@ def test_what_is_started_is_a_command_of_this_package(target):
     entry, command = json.loads(last(target, "ENTRYPOINT")), json.loads(last(target, "CMD"))
     # The exec form, and an init that hands signals on.
     assert entry[:2] == ["tini", "--"] and "tini" in " ".join(rest for word, rest in steps_of(target) if word == "RUN")
-    scripts = ast.literal_eval(setup_arguments()["entry_points"])["console_scripts"]
+    scripts = setup_argument("entry_points")["console_scripts"]
     assert f"{entry[2]}=accent_plugin.cli.main:main" in scripts and len(entry) == 3
     given = make_parser().parse_args(command)
     assert (given.host, str(given.port), given.model) == ("0.0.0.0", last(target, "EXPOSE"), "/model")

@@ -14,7 +14,7 @@ from shutil import copy, copytree, ignore_patterns
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, setup_argument
 from helpers import dataset_dicts as made
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -32,19 +32,12 @@ WITH_AN_EXTRA = {"accent_plugin.serving.api", "accent_plugin.serving.guard"}
 NOT_FOR_USERS = {"test", "lint", "bench"}
 
 
-def setup_arguments():
-    """Requirements as setup.py gives them; what is installed may be older."""
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    call = next(node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup")
-    given = {argument.arg: argument.value for argument in call.keywords}
-    extras = ast.literal_eval(given["extras_require"])
-    return SimpleNamespace(
-        required=ast.literal_eval(given["install_requires"]),
-        optional=[line for name, lines in extras.items() if name not in NOT_FOR_USERS for line in lines],
-    )
-
-
-DECLARED = setup_arguments()
+# As setup.py gives them; what is installed may be older.
+EXTRAS = setup_argument("extras_require")
+DECLARED = SimpleNamespace(
+    required=setup_argument("install_requires"),
+    optional=[line for name, lines in EXTRAS.items() if name not in NOT_FOR_USERS for line in lines],
+)
 # Name in an import -> distributions that have it.
 PROVIDERS = {
     module: {canonicalize_name(name) for name in names}
