@@ -43,15 +43,18 @@ DEMO_OVERRIDES = --name demo --data_folder $(DEMO)/corpus --wav2vec2_hub $(DEMO)
 	--accents "[us, england, scotland]" --pooling attentive_statistics --number_of_epochs 4 --crop_seconds 4 \
 	--batch_seconds 32 --lr_encoder 0.001 --lr_head 0.002 --lr_schedule cosine --max_grad_norm 1.0 --num_workers 1
 
+# A file's tests share what they prepare, and files keep the order of tests/conftest.py, in which the longest are first.
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 # A thread for each worker: more would wait for each other.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(SHARED)
 
 test-slow: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(SHARED)
 
 test-all: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED)
 
 # In place of constraints.txt, which holds one version of everything; only torch has to be of torchaudio's release.
 test-oldest: VENV := .venv-oldest
@@ -59,14 +62,14 @@ test-oldest:
 	$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv
 	grep '^torch' constraints.txt | cat - constraints-oldest.txt > $(VENV)/constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(VENV)/constraints.txt --editable '.[test]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(SHARED)
 
 test-newest: VENV := .venv-newest
 test-newest:
 	$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv
 	grep '^torch' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/uv pip install --quiet --upgrade --python $(BIN)/python --constraint $(VENV)/constraints.txt --editable '.[test]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(SHARED)
 
 # Tests mirror the package's folders; where others test a module: make mutants MODULE=... TESTS="tests/test_one.py ...".
 TESTS ?= $(patsubst accent_plugin/%,tests/%,$(dir $(MODULE)))test_$(notdir $(MODULE))

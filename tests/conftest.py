@@ -42,10 +42,19 @@ def _give_lazy_modules_a_file():
             vars(module).setdefault("__file__", None)
 
 
+# The files that take longest, from the longest on.
+LONGEST = ("test_recipe.py", "test_encoders.py", "test_survival.py", "test_hugging_face.py", "test_distributed.py")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems():
-    """Before Hypothesis looks at the modules that test files have imported."""
+def pytest_collection_modifyitems(items):
+    """Before Hypothesis looks at the modules that test files have imported.
+
+    The longest files come first: one that began last would keep one process busy while the others have nothing to do.
+    """
     _give_lazy_modules_a_file()
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="module", autouse=True)
