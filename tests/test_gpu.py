@@ -156,6 +156,8 @@ def words(tiny_encoder, tmp_path_factory):
     ]
 
 
+# On a CPU, tests/recipe/test_survival.py kills runs in more places.
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=ON_A_GPU)])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(words, device, tmp_path):
     lives = Lives([*words, "--device", device], tmp_path)
     try:

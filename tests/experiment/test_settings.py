@@ -175,8 +175,10 @@ def test_no_yaml_at_all():
         read_settings([], ROOT)
 
 
-def test_scientific_notation_is_a_number(read):
-    assert read("--lr_encoder", "3e-4").values["lr_encoder"] == 3e-4
+def test_words_of_the_command_line_become_values(read):
+    """Scientific notation, null where that has a meaning, an equals sign."""
+    values = read("--lr_encoder", "3e-4", "--max_clips_per_client", "null", "--pooling=attentive").values
+    assert (values["lr_encoder"], values["max_clips_per_client"], values["pooling"]) == (3e-4, None, "attentive")
 
 
 @pytest.mark.parametrize("text, seeds", [("1,2,3", [1, 2, 3]), ("[4, 5]", [4, 5]), ("7", [7]), ("null", None)])
@@ -193,27 +195,17 @@ def test_changing_the_output_folder_moves_what_lies_below_it(read, tmp_path):
     assert values["save_folder"] == str(tmp_path / "save") and values["seed"] == 3
 
 
-def test_null_turns_a_value_off_where_that_has_a_meaning(read):
-    assert read("--max_clips_per_client", "null").values["max_clips_per_client"] is None
-
-
-def test_equals_signs_are_understood(read):
-    assert read("--pooling=attentive").values["pooling"] == "attentive"
-
-
 def test_flags_of_speechbrain_may_carry_a_truth_value(read):
     assert read("--test_only", "True").run_opts.test_only
     assert read("--debug").run_opts.debug
     assert not read("--test_only", "False").run_opts.test_only
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [("eval_precision", "bf16"), ("grad_accumulation_factor", 4), ("max_grad_norm", 2.5), ("ckpt_interval_minutes", 7)],
-)
-def test_run_options_reach_the_checked_values(read, key, value):
-    settings = read(f"--{key}", str(value))
-    assert settings.values[key] == getattr(settings.run_opts, key) == value
+def test_run_options_reach_the_checked_values(read):
+    given = {"eval_precision": "bf16", "grad_accumulation_factor": 4, "max_grad_norm": 2.5, "ckpt_interval_minutes": 7}
+    settings = read(*(str(word) for key, value in given.items() for word in (f"--{key}", value)))
+    for key, value in given.items():
+        assert settings.values[key] == getattr(settings.run_opts, key) == value
 
 
 def test_the_precision_is_a_hyperparameter_and_no_run_option(read):

@@ -16,15 +16,15 @@ class Steps(list):
     epoch = 1
     start = 0
     batch_sampler = property(lambda self: self)
-    dataset = property(lambda self: range(STEPS * CLIPS))
+    dataset = property(lambda self: range(len(self) * CLIPS))
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
 
-def batches(padded):
+def batches(padded, steps=STEPS):
     lens = torch.tensor([0.6, 0.8, 1.0]) if padded else None
-    names = [tuple(f"{step}-{clip}" for clip in range(CLIPS)) for step in range(STEPS)]
+    names = [tuple(f"{step}-{clip}" for clip in range(CLIPS)) for step in range(steps)]
     return Steps(Batch(ids, torch.randn(CLIPS, SAMPLES), lens, torch.tensor([0, 1, 0])) for ids in names)
 
 

@@ -26,6 +26,7 @@ def test_without_time_every_part_is_named(tmp_path):
     assert table.count(OUT_OF_TIME) == len(parts)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it needs process groups")
 def test_killed_it_leaves_what_is_done_and_names_what_is_not(tmp_path):
     words = [*COMMAND, "--parts", "machine", "attention", "serving", "--out", str(tmp_path)]
