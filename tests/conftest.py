@@ -1,6 +1,7 @@
 """Shared pieces: tiny encoders of every family with random weights, and where real data lie, if they do."""
 
 import importlib.util
+import io
 import os
 import sys
 
@@ -61,6 +62,24 @@ def pytest_collection_modifyitems(items):
 def lazy_modules_without_file():
     """And at those that have been imported since."""
     _give_lazy_modules_a_file()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def yaml_resolved_once():
+    """HyperPyYAML takes most of the time of reading settings, which tests do a thousand times for a few texts."""
+    from accent_plugin.experiment import settings
+
+    resolve, known = settings.resolve_references, {}
+
+    def resolved(text, overrides):
+        key = text, repr(overrides)
+        if key not in known:
+            known[key] = resolve(text, overrides).getvalue()
+        return io.StringIO(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "resolve_references", resolved)
+        yield
 
 
 @pytest.fixture(scope="session")
