@@ -1,6 +1,5 @@
 """Shared pieces: tiny encoders of every family with random weights, and where real data lie, if they do."""
 
-import importlib.util
 import io
 import os
 import sys
@@ -15,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import RECIPE, encoders, shared
-from helpers.recipe import NO_PIP_FREEZE
+from helpers.predictions import calibrated
+from helpers.recipe import NO_PIP_FREEZE, load_recipe
 
 
 @pytest.fixture(scope="session")
@@ -103,15 +103,8 @@ def tiny_bundle(tmp_path_factory, tiny_encoder):
     model = AccentModel(make_encoder(str(tiny_encoder("moonshine"))), labels)
     torch.nn.init.normal_(model.classifier.weight, std=3.0)
     curve = {"threshold": [0.34, 0.5, 0.9], "coverage": [1.0, 0.6, 0.2], "risk": [0.4, 0.2, 0.0]}
-    calibrated = {
-        "temperature": 1.0,
-        "clips": 100,
-        "log_loss": {"before": 1.0, "after": 1.0},
-        "expected_calibration_error": {"before": 0.1, "after": 0.1},
-        "curve": curve,
-    }
     folder = tmp_path_factory.mktemp("bundle") / "bundle"
-    return write_bundle(folder, model, labels, encoder_name="tiny", pooling="mean", calibration=calibrated)
+    return write_bundle(folder, model, labels, encoder_name="tiny", pooling="mean", calibration=calibrated(1.0, curve))
 
 
 @pytest.fixture
@@ -120,9 +113,7 @@ def train(monkeypatch, capsys):
     monkeypatch.setattr(*NO_PIP_FREEZE)
     monkeypatch.chdir(RECIPE)
     monkeypatch.syspath_prepend(str(RECIPE))
-    spec = importlib.util.spec_from_file_location("accent_recipe", RECIPE / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_recipe()
     hook = sys.excepthook
 
     def run(*arguments):

@@ -5,14 +5,11 @@ off here: it leaves 10 bits of a product's numbers, and PyTorch takes it for con
 """
 
 import csv
-import importlib.util
 import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 from helpers import dataset_dicts as made
 from helpers.encoders import TINY
 from helpers.kills import Lives
@@ -177,16 +174,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(words, device, tmp_path
 
 
 @ON_A_GPU
-def test_full_memory_is_explained(words, tmp_path, monkeypatch, capsys):
-    recipe = ROOT / "recipes/CommonVoiceAccent"
-    monkeypatch.chdir(recipe)
-    monkeypatch.syspath_prepend(str(recipe))
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # SpeechBrain replaces it
-    spec = importlib.util.spec_from_file_location("accent_recipe", recipe / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_full_memory_is_explained(train, words, tmp_path, monkeypatch):
     full = "accent_plugin.training.brain.AccentBrain.fit"
     monkeypatch.setattr(full, lambda *arguments: torch.empty(2**50, dtype=torch.uint8, device="cuda"))
-    assert module.main([*words, "--device", "cuda", "--output_folder", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert "the GPU's memory is full; lower batch_seconds" in said and "Traceback" not in said
+    done = train(*words, "--device", "cuda", "--output_folder", tmp_path / "out")
+    assert done.code == 2 and "the GPU's memory is full; lower batch_seconds" in done.err
+    assert "Traceback" not in done.err

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import Trap
 from helpers.encoders import TINY
+from helpers.predictions import calibrated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -29,17 +31,6 @@ from accent_plugin.model import AccentModel
 LABELS = ("us", "england", "australia")
 # Names that YAML, HyperPyYAML or SpeechBrain might take for something else.
 ODD = ("!new:os.system", "<ref>", "it's: #1", "no", "1e-05", "über\\n")
-
-
-def calibrated(temperature):
-    """What calibration.describe gives."""
-    return {
-        "temperature": temperature,
-        "clips": 10,
-        "log_loss": {"before": 1.0, "after": 0.9},
-        "expected_calibration_error": {"before": 0.2, "after": 0.1},
-        "curve": {"threshold": [0.3, 0.9], "coverage": [1.0, 0.1], "risk": [0.5, 0.0]},
-    }
 
 
 def made_model(source, labels=LABELS, pooling="mean", **options):
@@ -544,16 +535,6 @@ def test_a_header_that_lies_about_its_length(spoilt):
     change(spoilt, weights__bytes=208)
     with pytest.raises(BundleError, match="not in the safetensors format"):
         load_bundle(spoilt)
-
-
-class Trap:
-    """Unpickled, it would write a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_pickle_is_not_opened(spoilt, tmp_path):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import Trap
 from helpers import dataset_dicts as made
 from helpers.encoders import TINY, family_of
+from helpers.predictions import calibrated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -252,18 +254,6 @@ def test_separate_adapters_are_an_error(spoilt):
         from_hugging_face(spoilt)
 
 
-class Trap:
-    """Creates a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        import os
-
-        return os.mkdir, (str(self.path),)
-
-
 def test_code_in_a_checkpoint_is_not_executed(spoilt, tmp_path):
     (spoilt / "model.safetensors").unlink()
     torch.save({"a": Trap(tmp_path / "ran")}, spoilt / "pytorch_model.bin")
@@ -344,10 +334,7 @@ def test_an_exported_bundle_gives_the_same_scores(trained, tmp_path, name, layer
 @pytest.mark.parametrize("projector_size", [None, 12])
 def test_whitening_and_temperature_are_folded_in(trained, tmp_path, projector_size):
     model = trained(whitening=True, projector_size=projector_size)
-    calibrated = {"temperature": 2.0, "clips": 9, "log_loss": {"before": 1.0, "after": 0.9}}
-    calibrated |= {"expected_calibration_error": {"before": 0.2, "after": 0.1}}
-    calibrated |= {"curve": {"threshold": [0.3], "coverage": [1.0], "risk": [0.5]}}
-    source = written(tmp_path / "bundle", model, calibration=calibrated)
+    source = written(tmp_path / "bundle", model, calibration=calibrated(2.0))
     folder = to_hugging_face(source, tmp_path / "out")
     assert_same(scores_of_transformers(folder, clip()), scores_of_bundle(load_bundle(source), clip()))
 

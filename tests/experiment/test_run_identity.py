@@ -1,22 +1,20 @@
 """Which hyperparameters make another run: those that change the data, the weights or the figures of two steps."""
 
 import functools
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, encoders
+from helpers import RECIPE, ROOT, encoders
 from helpers import dataset_dicts as made
+from helpers.recipe import load_recipe
 
 from accent_plugin.experiment import run as experiment_run
 from accent_plugin.experiment import run_folder
 from accent_plugin.experiment.hyperparameters import TABLE
 from accent_plugin.experiment.settings import _value, read_settings
-
-RECIPE = ROOT / "recipes/CommonVoiceAccent"
 
 # Small, and such that every hyperparameter can make a difference.
 BASE = {
@@ -122,9 +120,7 @@ def keep_weights(run):
 def recipe():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(RECIPE))
-        spec = importlib.util.spec_from_file_location("accent_recipe", RECIPE / "train.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_recipe()
         # What comes before and after training takes longest, and changes nothing of it.
         patch.setattr(module.sb, "create_experiment_directory", lambda **_: None)
         patch.setattr(module.Run, "report", keep_weights)

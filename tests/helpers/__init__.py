@@ -1,6 +1,7 @@
 """Pieces that test files share."""
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,16 @@ def setup_argument(name):
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     (value,) = (node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == name)
     return ast.literal_eval(value)
+
+
+class Trap:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def shared(*parts):

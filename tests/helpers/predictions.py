@@ -7,6 +7,17 @@ from accent_plugin.evaluation.predictions import ScoredClips
 LABELS = ("us", "england", "australia")
 
 
+def calibrated(temperature, curve=None):
+    """What `calibration.describe_calibration` gives, with figures that are made up."""
+    return {
+        "temperature": temperature,
+        "clips": 100,
+        "log_loss": {"before": 1.0, "after": 0.9},
+        "expected_calibration_error": {"before": 0.2, "after": 0.1},
+        "curve": curve or {"threshold": [0.3, 0.9], "coverage": [1.0, 0.1], "risk": [0.5, 0.0]},
+    }
+
+
 def build(probabilities, truth, clients=None, labels=LABELS, **columns):
     n = len(truth)
     with np.errstate(divide="ignore"):
