@@ -64,9 +64,9 @@ def lazy_modules_without_file():
     _give_lazy_modules_a_file()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def yaml_resolved_once():
-    """HyperPyYAML takes most of the time of reading settings, which tests do a thousand times for a few texts."""
+    """HyperPyYAML takes most of the time of reading settings, which tests do hundreds of times for a few texts."""
     from accent_plugin.experiment import settings
 
     resolve, known = settings.resolve_references, {}
@@ -108,7 +108,7 @@ def tiny_bundle(tmp_path_factory, tiny_encoder):
 
 
 @pytest.fixture
-def train(monkeypatch, capsys):
+def train(monkeypatch, capsys, yaml_resolved_once):
     """Run the recipe's main in this process, from its own folder, as `python train.py ...` would."""
     monkeypatch.setattr(*NO_PIP_FREEZE)
     monkeypatch.chdir(RECIPE)

@@ -13,7 +13,7 @@ from accent_plugin.training.batches import Batch
 
 
 @pytest.fixture
-def settings(tiny_encoder, tmp_path):
+def settings(tiny_encoder, tmp_path, yaml_resolved_once):
     """Function: words of a command line -> its settings."""
     words = [str(ROOT / "hparams/wav2vec2_base.yaml"), "--wav2vec2_hub", str(tiny_encoder("wav2vec2-group"))]
     words += ["--output_folder", str(tmp_path / "out"), "--prepared_folder", str(tmp_path / "prepared")]

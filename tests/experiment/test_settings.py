@@ -20,7 +20,7 @@ HPARAMS = str(ROOT / "hparams/wav2vec2_base.yaml")
 
 
 @pytest.fixture
-def read(tiny_encoder, tmp_path, monkeypatch):
+def read(tiny_encoder, tmp_path, monkeypatch, yaml_resolved_once):
     monkeypatch.chdir(tmp_path)
     encoder = str(tiny_encoder("wav2vec2-group"))
 
