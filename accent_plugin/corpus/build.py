@@ -212,8 +212,8 @@ def plan_corpus(reader, choices, notes, progress=False):
     remedy = ""
     if choices.split == "client":
         speakers = Counter(accent for accent, _ in {(row.accent, row.speaker) for row in rows})
-        told = ", ".join(f"{accent} {speakers[accent]}" for accent in choices.accents)
-        remedy = f"speakers: {told}; each falls into a split by its hash: few need larger fractions, or another seed"
+        counts = ", ".join(f"{accent} {speakers[accent]}" for accent in choices.accents)
+        remedy = f"speakers: {counts}; train, valid and test need three of every accent, before clips are left out"
     selection.require_filled([parts], choices.accents, notes, remedy=remedy)
     return parts, lost
 

@@ -22,8 +22,9 @@ class CorpusChoices(selection.SharedChoices):
     compound : str
         "drop" drops clips with several accents; "agree" keeps those whose accents all map to one label.
     split : str
-        "client": no speaker in two splits, by a seeded hash, so that speakers keep their split when the release grows;
-        "official": the splits of the source; "random": by clip, leaky, for corpora that do not tell speakers apart.
+        "client": no speaker in two splits, by a seeded hash, so that speakers keep their split when the release grows
+        (see ``splits.by_hash``); "official": the splits of the source; "random": by clip, leaky, for corpora that do
+        not tell speakers apart.
     seed : int
         Determines splits and draws.
     valid_fraction, test_fraction : float

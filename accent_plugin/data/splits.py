@@ -64,7 +64,10 @@ def by_speaker(items, *, valid_fraction, test_fraction, seed):
 def by_hash(items, *, valid_fraction, test_fraction, seed):
     """Split one pool by a hash of each speaker, so that a speaker stays in the same split when data are added.
 
-    The fractions are met on average only: a small accent may leave a split empty, which the caller should refuse.
+    The hash is a place between 0 and 1: places below ``test_fraction`` are in test, the next ``valid_fraction`` in
+    valid, the others in train. The fractions are met on average only. In an accent with three speakers or more in which
+    that leaves a split empty, the speakers with the nearest places fill it: at most two of an accent. Only these can
+    move when data are added, and as soon as every split has a speaker by hash, all are where their hash puts them.
 
     Arguments
     ---------
@@ -77,15 +80,20 @@ def by_hash(items, *, valid_fraction, test_fraction, seed):
     Returns
     -------
     dict
-        Split -> items, for all three.
+        Split -> items, for all three. An accent with fewer than three speakers leaves splits empty, which the caller
+        should refuse.
     """
-    places, parts = {}, {split: [] for split in SPLITS}
-    for item in items:
-        unit = item.accent, _speaker_of(item)
-        if unit not in places:
-            place = rank(seed, "split", *unit) / 2**64
-            places[unit] = TEST if place < test_fraction else VALID if place < test_fraction + valid_fraction else TRAIN
-        parts[places[unit]].append(item)
+    parts = {split: [] for split in SPLITS}
+    for accent, units in _units(items, _speaker_of).items():
+        places = sorted((rank(seed, "split", accent, unit) / 2**64, unit) for unit in units)
+        count = len(places)
+        test = sum(place < test_fraction for place, _ in places)
+        valid = sum(place < test_fraction + valid_fraction for place, _ in places)
+        if count >= len(SPLITS):
+            test = min(max(test, 1), count - 2)
+            valid = min(max(valid, test + 1), count - 1)
+        for number, (_, unit) in enumerate(places):
+            parts[TEST if number < test else VALID if number < valid else TRAIN].extend(units[unit])
     return _sorted(parts)
 
 
@@ -160,7 +168,7 @@ def folds(items, count, *, valid_fraction, seed, by="speaker"):
         parts = {split: [] for split in SPLITS}
         for accent, units in pool.items():
             rest = [unit for unit in units if fold_of[accent, unit] != fold]
-            valid = set(_in_order(rest, seed, f"valid {fold}")[: _share(valid_fraction, len(rest))])
+            valid = set(_in_order(rest, seed, f"valid {fold}")[: _speaker_count(valid_fraction, len(rest))])
             for unit, members in units.items():
                 split = TEST if fold_of[accent, unit] == fold else VALID if unit in valid else TRAIN
                 parts[split].extend(members)
@@ -268,7 +276,7 @@ def _split(items, unit_of, noun, valid_fraction, test_fraction, seed):
     wanted = [split for split, fraction in ((TEST, test_fraction), (VALID, valid_fraction)) if fraction > 0]
     parts = {split: [] for split in SPLITS if split == TRAIN or split in wanted}
     for accent, units in _units(items, unit_of).items():
-        test, valid = _share(test_fraction, len(units)), _share(valid_fraction, len(units))
+        test, valid = _speaker_count(test_fraction, len(units)), _speaker_count(valid_fraction, len(units))
         if len(units) <= test + valid:
             raise DataError(
                 f"{accent} has {len(units)} {noun}, too few for {', '.join(parts)}: add data or leave this accent out"
@@ -279,7 +287,8 @@ def _split(items, unit_of, noun, valid_fraction, test_fraction, seed):
     return _sorted(parts)
 
 
-def _share(fraction, count):
+def _speaker_count(fraction, count):
+    """Speakers (or clips) of a split: the fraction of all, at least one."""
     return max(1, round(fraction * count)) if fraction > 0 else 0
 
 

@@ -1,3 +1,4 @@
+import hashlib
 from collections import Counter
 
 import pytest
@@ -148,7 +149,8 @@ def test_the_seed_matters():
 
 DRAWS = [
     "a10 a11 a2 a3 a6 a7 a8 a9 b0 b1 b2 b3 b4 b5 b8 b9 | a0 a1 b6 b7 | a4 a5 b10 b11",
-    "a0 a1 a10 a11 a6 a7 b0 b1 b10 b11 b4 b5 b6 b7 | a2 a3 a4 a5 a8 a9 | b2 b3 b8 b9",
+    # By hash, a has no test and b no valid: the speakers of a4 and b10 are the nearest.
+    "a0 a1 a10 a11 a6 a7 b0 b1 b4 b5 b6 b7 | a2 a3 a8 a9 b10 b11 | a4 a5 b2 b3 b8 b9",
     "a1 a10 a11 a3 a5 a6 a8 a9 b0 b1 b10 b11 b2 b4 b6 b9 | a4 a7 b3 b7 | a0 a2 b5 b8",
     "a4 a5 a6 a7 a8 a9 b4 b5 b6 b7 b8 b9 | a10 a11 b0 b1 | a0 a1 a2 a3 b10 b11 b2 b3",
     "a0 a1 a10 a11 a6 a7 b10 b11 b4 b5 b8 b9 | a2 a3 b2 b3 | a4 a5 a8 a9 b0 b1 b6 b7",
@@ -198,6 +200,62 @@ def test_a_client_keeps_its_split_whatever_is_added():
     }
     fewer = splits.by_hash(items[::3], valid_fraction=0.3, test_fraction=0.2, seed=1)
     assert all(set(fewer[split]) <= set(parts[split]) for split in splits.SPLITS)
+
+
+def test_a_large_corpus_keeps_the_splits_of_earlier_versions():
+    items = [Item(f"{a}{n}", a, f"{a}{n // 2}") for a in ("us", "england", "australia") for n in range(400)]
+    parts = splits.by_hash(items, valid_fraction=0.1, test_fraction=0.1, seed=1986)
+    text = "\n".join(f"{split} {item.id}" for split, part in parts.items() for item in part)
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "067abcb7d82a2b0449922a4c470f405cabb138f8acd96e2390a0de087481bafb"
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_three_speakers_are_enough_to_fill_the_splits_by_hash(seed):
+    items = [Item(f"{accent}{n}", accent, f"{accent}{n}") for accent in ACCENTS for n in range(3)]
+    parts = splits.by_hash(items, valid_fraction=0.1, test_fraction=0.1, seed=seed)
+    splits.require_disjoint(parts)
+    assert {split: Counter(i.accent for i in part) for split, part in parts.items()} == dict.fromkeys(
+        splits.SPLITS, Counter(ACCENTS)
+    )
+
+
+def test_the_nearest_speakers_by_hash_fill_an_empty_split():
+    """With thresholds 0.2 and 0.4, and places 0.45, 0.5 and 0.9, the first goes to test and the second to valid."""
+    places = {name: splits.rank(1, "split", "us", name) / 2**64 for name in map(str, range(3000))}
+    chosen = [next(n for n, place in places.items() if at < place < at + 0.01) for at in (0.9, 0.5, 0.45)]
+    items = [Item(name, "us", name) for name in chosen]
+    parts = splits.by_hash(items, valid_fraction=0.2, test_fraction=0.2, seed=1)
+    assert {split: [item.id for item in part] for split, part in parts.items()} == {
+        "train": [chosen[0]],
+        "valid": [chosen[1]],
+        "test": [chosen[2]],
+    }
+
+
+def test_too_few_speakers_are_left_where_their_hash_puts_them():
+    items = [Item(name, "us", name) for name in "ab"]
+    parts = splits.by_hash(items, valid_fraction=0.001, test_fraction=0.001, seed=1)
+    assert [len(parts[split]) for split in splits.SPLITS] == [2, 0, 0]
+
+
+@settings(deadline=None, max_examples=60)
+@given(pools(), seeds, st.integers(0, 60))
+def test_when_data_are_added_at_most_two_speakers_of_an_accent_move(items, seed, known):
+    """Only a speaker who filled an empty split can move, and only back to the split of their hash."""
+    fractions = {"valid_fraction": 0.2, "test_fraction": 0.3, "seed": seed}
+    before = splits.by_hash(items[:known], **fractions)
+    after = splits.by_hash(items, **fractions)
+    old, new = (
+        {(i.accent, i.speaker): split for split, part in parts.items() for i in part} for parts in (before, after)
+    )
+    places = {unit: splits.rank(seed, "split", *unit) / 2**64 for unit in old}
+    by_hash = {unit: "test" if p < 0.3 else "valid" if p < 0.5 else "train" for unit, p in places.items()}
+    moved = [unit for unit in old if old[unit] != new[unit]]
+    assert max(Counter(accent for accent, _ in moved).values(), default=0) <= 2
+    enough = {accent for accent, n in Counter(accent for accent, _ in old).items() if n >= 3}
+    assert not [unit for unit in moved if unit[0] in enough and old[unit] == by_hash[unit]]
 
 
 def test_a_fraction_of_zero_makes_no_split():
