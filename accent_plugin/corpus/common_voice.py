@@ -3,37 +3,33 @@
 A release is recognised by its columns, not by the name of its folder. Versions 2 to 27 are tab-separated files next to
 a folder ``clips``: they call the accent ``accent`` (codes) or ``accents`` (names and free text), some add ``variant``,
 and durations, if any, are in ``clip_durations.tsv``. Version 1 is ``cv-valid-*.csv``, separated by commas, without
-client ids. A quotation mark has no meaning in the tab-separated files, except around a whole cell.
+client ids.
 """
 
 import bisect
 import contextlib
-import csv
 import hashlib
 import math
 import os
 import re
 from array import array
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from accent_plugin.corpus import tables
+from accent_plugin.corpus.tables import TableRows, readable
+from accent_plugin.data import labels
 from accent_plugin.errors import DataError
 
-WRONG_CELLS = "wrong number of cells"
-NOT_UTF8 = "invalid UTF-8"
 OUTSIDE = "path outside clips"
-NO_PATH = "no path"
 VALIDATED = "validated.tsv"
 _OFFICIAL = {"train.tsv": "train", "dev.tsv": "dev", "test.tsv": "test"}
 _OFFICIAL_V1 = {"cv-valid-train.csv": "train", "cv-valid-dev.csv": "dev", "cv-valid-test.csv": "test"}
 _CLIPS = "clips"
 _DURATIONS = "clip_durations.tsv"
-
-
-# A file with a larger fraction of damaged rows is refused.
-_MOST_DAMAGED = 0.05
 
 
 # Role -> names of its column, the first that is there.
@@ -96,16 +92,15 @@ class Release:
                     + f"\nits tables are {there}: name those to read in files, and split by client"
                 )
         self._split_of = {name: splits.get(name, "") for name in self.files}
-        self._headers = {name: _header(self.folder / name, first_version) for name in self.files}
+        self._headers = {name: _header(self._rows(name)) for name in self.files}
         # cv-corpus-27.0-2026-09-11/en, without the rest of the path, which would reveal the machine.
         above = self.folder.parent.name
         self.name = f"{above}/{self.folder.name}" if re.search("cv|common.?voice", above, re.I) else self.folder.name
-        self.has_clients = all("client" in header for header, _ in self._headers.values())
+        self.has_clients = all("client" in header for header in self._headers.values())
         if not first_version and not self.has_clients:
-            name = next(name for name, (header, _) in self._headers.items() if "client" not in header)
-            raise DataError(
-                f"{self.folder / name} has no column client_id; its columns are {', '.join(self._headers[name][1])}"
-            )
+            name = next(name for name, header in self._headers.items() if "client" not in header)
+            listed = tables.columns_in_words(self._rows(name).columns)
+            raise DataError(f"{self.folder / name} has no column client_id; its columns are {listed}")
         self.damaged, self.warnings = Counter(), []
         self._named = array("q")
 
@@ -121,45 +116,38 @@ class Release:
     def cells(self):
         """Yield the metadata of each clip, as a dictionary; see ``selection``.
 
-        It also has ``up_votes`` and ``down_votes`` (int or None) and ``seconds`` (float, None where unknown).
+        It also has ``up_votes``, ``down_votes`` and ``seconds``: a number, or None where unknown.
 
         Raises
         ------
         DataError
-            When too many rows are damaged.
+            When too many rows are damaged, or none is usable.
         """
         self.damaged.clear()
         self.warnings.clear()
         self._named = array("q")
-        seconds, number = self._durations(), 0
+        seconds, usable = self._durations(), False
         for name in self.files:
-            places, columns = self._headers[name]
+            places, read = self._headers[name], self._rows(name)
             texts = [(role, places[role]) for role in _TEXTS if role in places]
             unknown = {role: "" for role in _TEXTS if role not in places} | {"split": self._split_of[name]}
-            read = _Rows(self.folder / name, len(columns), self.dialect == "v1")
             for cells in read:
                 path, problem = self._path(cells[places["path"]])
                 if problem:
                     read.damaged[problem] += 1
                     continue
                 self._named.append(hash(path))
-                found = {role: cells[place] for role, place in texts}
+                found = {role: cells[place] and labels.present(cells[place]) for role, place in texts}
                 found.update(unknown)
-                found["up_votes"] = _integer(cells, places.get("up_votes"))
-                found["down_votes"] = _integer(cells, places.get("down_votes"))
-                found["seconds"] = _looked_up(seconds, path) if seconds else _float(cells, places.get("seconds"))
-                found["path"], found["row"] = path, number
-                number += 1
-                yield found
-            self.damaged += read.damaged
-            if read.cut:
-                self.warnings.append(f"{name} ends in the middle of a line: it may be truncated")
-            if too_damaged(read.damaged, read.lines):
-                counts = ", ".join(f"{reason} {n}" for reason, n in read.damaged.most_common())
-                raise DataError(f"{self.folder / name} is damaged: of {read.lines} rows {counts}; download it again")
-
-        if not number:
-            raise DataError(f"{', '.join(self.files)} of {self.folder} has no usable row: download the release again")
+                found["up_votes"] = _number(cells, places.get("up_votes"))
+                found["down_votes"] = _number(cells, places.get("down_votes"))
+                found["seconds"] = _looked_up(seconds, path) if seconds else _number(cells, places.get("seconds"))
+                found["path"], found["row"] = path, read.line
+                if not read.is_shifted(found, cells, places):
+                    usable = True
+                    yield found
+            read.report(self.damaged, self.warnings)
+        tables.require_usable(usable, f"{', '.join(self.files)} of {self.folder}", self.damaged, self.warnings)
 
     def absent(self, rows):
         """Find rows without a file, and warn of files that no table names.
@@ -194,6 +182,9 @@ class Release:
         """Path of a clip."""
         return str(self.folder / row.path if self.dialect == "v1" else self.folder / _CLIPS / row.path)
 
+    def _rows(self, name):
+        return TableRows(self.folder / name, "," if self.dialect == "v1" else "\t")
+
     def _tables(self):
         more = [self.folder / _DURATIONS] if (self.folder / _DURATIONS).is_file() else []
         return [self.folder / name for name in self.files] + more
@@ -203,7 +194,7 @@ class Release:
         if self.dialect == "tsv" and _PLAIN_NAME(text):
             return text, None
         if not text:
-            return "", NO_PATH
+            return "", tables.NO_PATH
         folder, _, name = text.rpartition("/")
         inside = (not folder) if self.dialect == "tsv" else re.fullmatch(r"cv-[a-z-]+", folder)
         if not inside or "\\" in text or "\0" in text or name in ("", ".", "..") or re.match("[A-Za-z]:", text):
@@ -213,26 +204,26 @@ class Release:
 
     def _durations(self):
         """Sorted hashes of file names, and their seconds; None where the release has no durations."""
-        path = self.folder / _DURATIONS
-        if self.dialect == "tsv" and path.is_file():
-            names, values = array("q"), array("d")
-            _, columns = _columns(path, False)
-            read = _Rows(path, len(columns), False)
-            name = columns.index("clip") if "clip" in columns else 0
-            unit = next((i for i, column in enumerate(columns) if column.startswith("duration")), None)
-            if unit is None:
-                raise DataError(f"{path} has no column duration; its columns are {', '.join(columns)}")
-            for cells in read:
-                value = _float(cells, unit)
-                if value is not None:
-                    names.append(hash(cells[name]))
-                    values.append(value / 1000)
-            if read.damaged:
-                count = sum(read.damaged.values())
-                self.warnings.append(f"{count} rows of {_DURATIONS} are damaged: those durations are unknown")
-            order = np.argsort(np.frombuffer(names, np.int64)) if names else []
-            return array("q", [names[i] for i in order]), array("d", [values[i] for i in order])
-        return None
+        if self.dialect == "v1" or not (self.folder / _DURATIONS).is_file():
+            return None
+        names, values, bad = array("q"), array("d"), 0
+        read = self._rows(_DURATIONS)
+        name = read.columns.index("clip") if "clip" in read.columns else 0
+        unit = next((i for i, column in enumerate(read.columns) if column.startswith("duration")), None)
+        if unit is None:
+            listed = tables.columns_in_words(read.columns)
+            raise DataError(f"{read.path} has no column duration; its columns are {listed}")
+        for cells in read:
+            value = tables.number_in(cells[unit])
+            if value is None or math.isnan(value):
+                bad += value is not None
+                continue
+            names.append(hash(cells[name]))
+            values.append(value / 1000)
+        if bad := bad + read.damaged.total():
+            self.warnings.append(f"{bad} rows of {_DURATIONS} are damaged: those durations are unknown")
+        order = np.argsort(np.frombuffer(names, np.int64)) if names else []
+        return array("q", [names[i] for i in order]), array("d", [values[i] for i in order])
 
     def _audio_files(self):
         folders = [self.folder / _CLIPS]
@@ -251,75 +242,17 @@ class Release:
         named = array("q")
         for path in self.folder.glob("*.csv" if self.dialect == "v1" else "*.tsv"):
             with contextlib.suppress(DataError):
-                header, columns = _columns(path, self.dialect == "v1")
-                if path.name not in self.files and "path" in header:
-                    for cells in _Rows(path, len(columns), self.dialect == "v1"):
-                        named.append(hash(self._path(cells[header["path"]])[0]))
+                read = self._rows(path.name)
+                place = _places(read).get("path")
+                if path.name not in self.files and place is not None:
+                    for cells in read:
+                        named.append(hash(self._path(cells[place])[0]))
         return np.frombuffer(named, np.int64) if named else np.zeros(0, np.int64)
 
 
 # Nearly all names match, and this is fast.
 _PLAIN_NAME = re.compile(r"[a-z0-9_-]+\.mp3", re.ASCII).fullmatch
-_TEXTS = ("client", "path", "sentence", "accent", "variant", "gender", "age")
-
-
-class _Rows:
-    """Rows of a table as lists of cells; damaged rows are counted."""
-
-    def __init__(self, path, width, commas):
-        self._path, self._width, self._commas = path, width, commas
-        self.damaged, self.lines, self.cut = Counter(), 0, False
-
-    def __iter__(self):
-        for cells, whole in self._lines():
-            if not self.lines:
-                self.lines = 1
-                continue
-            self.lines += 1
-            if cells and len(cells) == self._width:
-                yield cells
-            elif cells is None or any(cells):
-                self.damaged[NOT_UTF8 if cells is None else WRONG_CELLS] += 1
-                self.cut |= not whole
-        self.lines = max(0, self.lines - 1)
-
-    def _lines(self):
-        """Yield the cells of each line, or None where it cannot be decoded, and whether it ends in a line feed."""
-        # Split at line feeds in binary: sentences contain other characters that Python takes for line ends. CSV too is
-        # read line by line, so that an unclosed quotation mark damages only its own line.
-        with readable(self._path), open(self._path, "rb") as file:
-            for line in file:
-                try:
-                    text = line.decode().rstrip("\r\n")
-                except UnicodeDecodeError:
-                    yield None, line.endswith(b"\n")
-                    continue
-                yield _cells(text, self._commas), line.endswith(b"\n")
-
-
-def _cells(text, commas):
-    if not commas:
-        cells = text.split("\t")
-        return [_unquoted(cell) for cell in cells] if '"' in text else cells
-    try:
-        return next(csv.reader([text]), [])
-    except csv.Error:
-        return [text]
-
-
-def _unquoted(cell):
-    if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in cell[1:-1].replace('""', ""):
-        return cell[1:-1].replace('""', '"')
-    return cell
-
-
-def seconds_in(text):
-    """A duration as a number; None where it is not a number, not finite, or negative."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value >= 0 else None
+_TEXTS = ("client", "sentence", "accent", "variant", "gender", "age")
 
 
 def _looked_up(seconds, path):
@@ -328,54 +261,30 @@ def _looked_up(seconds, path):
     return values[place] if place < len(names) and names[place] == hash(path) else None
 
 
-def _integer(cells, place):
-    # Python refuses to parse numbers with thousands of digits.
-    return int(cells[place]) if place is not None and cells[place].isdecimal() and len(cells[place]) < 10 else None
+# Votes are small numbers: most are looked up.
+_number_in = lru_cache(maxsize=1000)(tables.number_in)
 
 
-def _float(cells, place):
-    return seconds_in(cells[place]) if place is not None else None
+def _number(cells, place):
+    return None if place is None else _number_in(cells[place])
 
 
-def too_damaged(damaged, rows):
-    """Whether too many rows are damaged for the table to be usable."""
-    return sum(damaged.values()) > max(1, _MOST_DAMAGED * rows)
+def _places(read):
+    """Role -> index of its column, for the roles that a table has."""
+    found = {role: next((n for n in names if n in read.columns), None) for role, names in _COLUMNS.items()}
+    found = {role: name for role, name in found.items() if name}
+    tables.require_once(read.path, read.columns, found.values())
+    return {role: read.columns.index(name) for role, name in found.items()}
 
 
-@contextlib.contextmanager
-def readable(path):
-    """Name the file that the system refuses to read."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
-
-
-def _header(path, commas):
-    """Role -> index of its column, and all columns; a table without path and accent is refused."""
-    found, columns = _columns(path, commas)
+def _header(read):
+    """The same; a table without path and accent is refused."""
+    found = _places(read)
     for role in ("path", "accent"):
         if role not in found:
-            names = " or ".join(_COLUMNS[role])
-            raise DataError(f"{path} has no column {names}; its columns are {', '.join(columns)}")
-    return found, columns
-
-
-def _columns(path, commas):
-    with readable(path), open(path, "rb") as file:
-        first = file.readline(1 << 20)
-    if first[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path} is UTF-16; save it as UTF-8")
-    try:
-        columns = _cells(first.decode("utf-8-sig").rstrip("\r\n"), commas)
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not a table: its first line is not UTF-8") from None
-    if twice := sorted({name for name in columns if columns.count(name) > 1}):
-        raise DataError(f"{path} has the column {twice[0]} more than once; its columns are {', '.join(columns)}")
-    roles = {role: next((columns.index(n) for n in names if n in columns), None) for role, names in _COLUMNS.items()}
-    return {role: place for role, place in roles.items() if place is not None}, columns
+            names, listed = " or ".join(_COLUMNS[role]), tables.columns_in_words(read.columns)
+            raise DataError(f"{read.path} has no column {names}; its columns are {listed}")
+    return found
 
 
 def _require_release(folder):

@@ -6,7 +6,6 @@ A reader has ``kind`` and ``name`` for messages, ``has_clients`` (whether it nam
 ``damaged`` and ``warnings``, which ``cells`` and ``absent`` fill.
 """
 
-import csv
 import hashlib
 import os
 import re
@@ -17,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from accent_plugin.audio import codecs
-from accent_plugin.corpus import common_voice
-from accent_plugin.data import dataset_dict, naming, selection
+from accent_plugin.corpus import common_voice, tables
+from accent_plugin.data import dataset_dict, labels, naming, selection
 from accent_plugin.errors import ConfigError, DataError
 
 _TABLE_COLUMNS = {role: usual for role, usual in naming.COLUMN_NAMES.items() if role != "audio"} | {
@@ -139,14 +138,9 @@ class Table:
     def __init__(self, path, columns):
         self.path, self.name = path.absolute(), path.stem
         self.damaged, self.warnings = Counter(), []
-        try:
-            with self._open() as file:
-                header = file.readline()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path} is not UTF-8: {error}; save it as UTF-8") from None
-        self._delimiter = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
-        header = next(csv.reader([header], delimiter=self._delimiter), [])
+        header = tables.TableRows(self.path).columns
         self._columns = _find_columns(self.path, header, _TABLE_COLUMNS, columns, ("path", "accent"))
+        tables.require_once(self.path, header, [name for name in self._columns.values() if name])
         self.has_clients = self._columns["client"] is not None
 
     def fingerprint(self):
@@ -157,23 +151,22 @@ class Table:
     def cells(self):
         """Yield the metadata of each clip."""
         self.damaged.clear()
-        number = -1
-        with self._open() as file:
-            table = csv.DictReader(file, delimiter=self._delimiter, strict=True)
-            try:
-                for number, row in enumerate(table):
-                    if None in row or None in row.values():
-                        self.damaged[common_voice.WRONG_CELLS] += 1
-                        continue
-                    cells = {role: row[name].strip() if name else "" for role, name in self._columns.items()}
-                    if not cells["path"]:
-                        self.damaged[common_voice.NO_PATH] += 1
-                        continue
-                    yield cells | {"row": number, "seconds": common_voice.seconds_in(cells["seconds"])}
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise DataError(f"{self.path} is damaged near line {table.line_num}: {error}") from None
-        if common_voice.too_damaged(self.damaged, number + 1):
-            raise DataError(f"{self.path} is damaged: of {number + 1} rows {selection.in_words(self.damaged)}")
+        self.warnings.clear()
+        read = tables.TableRows(self.path)
+        places = {role: read.columns.index(name) for role, name in self._columns.items() if name}
+        unknown = dict.fromkeys(self._columns.keys() - places.keys(), "")
+        usable = False
+        for row in read:
+            cells = unknown | {role: labels.present(row[place].strip()) for role, place in places.items()}
+            if not cells["path"]:
+                read.damaged[tables.NO_PATH] += 1
+                continue
+            found = cells | {"row": read.line, "seconds": tables.number_in(cells["seconds"])}
+            if not read.is_shifted(found, row, places):
+                usable = True
+                yield found
+        read.report(self.damaged, self.warnings)
+        tables.require_usable(usable, self.path, self.damaged, self.warnings)
 
     def absent(self, rows):
         """Which rows have no file."""
@@ -182,15 +175,6 @@ class Table:
     def sound(self, row):
         """Path of a clip; relative ones start at the table's folder."""
         return str(self.path.parent / row.path)
-
-    def _open(self):
-        try:
-            with open(self.path, "rb") as file:
-                if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-                    raise DataError(f"{self.path} is UTF-16; save it as UTF-8")
-            return open(self.path, newline="", encoding="utf-8-sig")
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be read: {error.strerror}") from None
 
 
 class Folders:
@@ -359,15 +343,13 @@ def _undecoded(data):
 
 
 def _find_columns(where, header, known, given, required):
-    found = {}
+    found, listed = {}, tables.columns_in_words(header)
     for role in known:
         if role in given and given[role] not in header:
-            raise DataError(
-                f"{role}_column is '{given[role]}', which {where} does not have: columns are {', '.join(header)}"
-            )
+            raise DataError(f"{role}_column is '{given[role]}', which {where} does not have: columns are {listed}")
         found[role] = given.get(role) or naming.find_column(role, header, known)
         if role in required and not found[role]:
-            raise DataError(f"no {role} column in {where}: columns are {', '.join(header)}\npass --{role}_column NAME")
+            raise DataError(f"no {role} column in {where}: columns are {listed}\npass --{role}_column NAME")
     return found
 
 

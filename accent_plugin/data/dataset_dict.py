@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from accent_plugin.data import naming
+from accent_plugin.data import labels, naming
 from accent_plugin.data.naming import COLUMN_NAMES
 from accent_plugin.errors import DataError, ManifestError
 
@@ -201,7 +201,7 @@ def _text(value, classes=None):
         return ""
     if classes:
         return classes[value]
-    return "|".join(map(_text, value)) if isinstance(value, list) else str(value).strip()
+    return "|".join(map(_text, value)) if isinstance(value, list) else labels.present(str(value).strip())
 
 
 def audio_bytes_or_path(data, columns, number):

@@ -87,12 +87,16 @@ PRESETS = {
 _GENDERS = {
     "male": ("m", "male masculine"),
     "female": ("f", "female feminine"),
-    "": ("nan", "none", "null", "na", "n/a", "do not wish to say"),
+    "": ("do not wish to say",),
 }
 
 
-# Empty values, as pandas writes them.
-_NOTHING = {"", "nan", "none", "null", "na", "n/a"}
+# Ages of Common Voice; "fourties" is misspelt at its source.
+DECADES = frozenset("teens twenties thirties forties fourties fifties sixties seventies eighties nineties".split())
+
+
+# How pandas and others write an empty cell; -1 is a missing class.
+_MISSING = frozenset(("", "nan", "none", "null", "na", "n/a", "#n/a", "<na>", "nat", "-1", "-1.0"))
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,12 @@ class ParsedAccent:
     label: str | None
     reason: str | None = None
     parts: tuple[str | None, ...] = ()
+
+
+def present(text):
+    """The text of a cell, or "" where it says that the value is missing, as in "nan", "None", "<NA>" or "-1"."""
+    # Most of the millions of cells of a release are longer.
+    return "" if len(text) < 10 and text.strip().casefold() in _MISSING else text
 
 
 def normalise(text):
@@ -179,7 +189,8 @@ def preset(accents):
 @lru_cache(maxsize=1000)
 def gender(raw):
     """The gender in a cell, in the spelling of any release: "male", "female", another as given, or ""."""
-    text = normalise(raw or "")
+    raw = present(raw or "")
+    text = normalise(raw)
     return next((name for name, spellings in _GENDERS.items() if text == name or text in spellings), raw)
 
 
@@ -227,8 +238,8 @@ def read_mapping(path):
 @lru_cache(maxsize=100_000)
 def _parse(raw, extra):
     table = _table(extra)
-    text = normalise(raw)
-    if text in _NOTHING:
+    text = normalise(present(raw))
+    if not text:
         return ParsedAccent(None, NO_ACCENT)
     pieces = [text] if text in table else _pieces(text)
     parts = tuple(table.get(piece) for piece in pieces)

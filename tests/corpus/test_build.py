@@ -826,15 +826,3 @@ def test_folders_leave_nothing_out_in_silence(tmp_path):
 def test_a_mapping_to_a_label_that_nobody_asks_for(tmp_path):
     made = build(release(tmp_path, 6, pool()), tmp_path / "out", mapping={"Geordie": "atlantis"})
     assert [text for text in made.warnings if text.startswith("mapping gives labels that are not asked for: atlantis;")]
-
-
-def test_a_table_that_is_not_utf8(tmp_path):
-    (tmp_path / "clips.csv").write_bytes(b"path,accent\n" + b"a.wav,us\n" * 1000 + b"b.wav,\xff\n")
-    with pytest.raises(DataError, match="clips.csv is (not UTF-8|damaged near line)"):
-        build(tmp_path / "clips.csv", tmp_path / "out", split="random", accents=TWO)
-
-
-def test_a_table_with_too_many_damaged_rows(tmp_path):
-    (tmp_path / "clips.csv").write_text("path,accent\n" + "a.wav,us\n" * 80 + "b.wav\n" * 10, encoding="utf-8")
-    with pytest.raises(DataError, match="of 90 rows wrong number of cells 10"):
-        build(tmp_path / "clips.csv", tmp_path / "out", split="random", accents=TWO)

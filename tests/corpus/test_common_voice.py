@@ -6,7 +6,7 @@ import pytest
 from helpers.dataset_dicts import shared_data
 from helpers.releases import cells_of, columns, flat, kept, line, people, pool, release, row, sound, tree
 
-from accent_plugin.corpus import common_voice
+from accent_plugin.corpus import common_voice, tables
 from accent_plugin.corpus.build import build_corpus, survey_accents
 from accent_plugin.data import labels
 from accent_plugin.errors import DataError
@@ -313,10 +313,11 @@ def test_damaged_rows_are_counted(tmp_path, damaged, reason):
 
 
 def test_names_of_damage():
-    assert common_voice.WRONG_CELLS == "wrong number of cells"
-    assert common_voice.NOT_UTF8 == "invalid UTF-8"
+    assert tables.WRONG_CELLS == "wrong number of cells"
+    assert tables.NOT_UTF8 == "invalid UTF-8"
+    assert tables.NO_PATH == "no path"
+    assert tables.SHIFTED == "shifted columns (votes, duration or age not a number)"
     assert common_voice.OUTSIDE == "path outside clips"
-    assert common_voice.NO_PATH == "no path"
 
 
 def test_too_much_damage(tmp_path):
@@ -482,11 +483,59 @@ def test_a_real_release_in_another_place(tmp_path):
     assert cells(tmp_path / "en") == cells(source)
 
 
-def test_numbers_that_are_none(tmp_path):
-    """Python refuses to read thousands of digits; a duration may be nan."""
-    folder = release(tmp_path, 1, train=[row("a", "us", up_votes="9" * 5000, seconds="nan")])
-    found = next(common_voice.Release(folder).cells())
-    assert (found["up_votes"], found["seconds"]) == (None, None)
+def test_votes_and_durations_may_be_missing_or_written_by_pandas(tmp_path):
+    votes = [("", ""), ("nan", "<NA>"), ("2.0", "0.0"), ("-1", "3")]
+    rows = [row(f"c{k}", "us", up_votes=up, down_votes=down) for k, (up, down) in enumerate(votes)]
+    found = list(common_voice.Release(release(tmp_path, 6, rows)).cells())
+    assert [(cell["up_votes"], cell["down_votes"]) for cell in found] == [(None, None), (None, None), (2, 0), (None, 3)]
+
+
+@pytest.mark.parametrize("votes", ["two", "Hello there.", "twenties", "-2", "inf", "9" * 5000, "2,0"])
+def test_a_row_whose_votes_are_no_number_is_left_out_and_counted(tmp_path, votes):
+    rows = [*people("us", 12), row("odd", "us", up_votes=votes), *people("england", 12)]
+    found = common_voice.Release(release(tmp_path, 6, rows))
+    assert "odd" not in {cell["client"] for cell in found.cells()}
+    assert found.damaged == {tables.SHIFTED: 1}
+    (warning,) = found.warnings
+    assert (
+        warning
+        == f"validated.tsv: rows with shifted columns left out: 1; the first: line 14 has up_votes '{votes[:40]}'"
+    )
+
+
+def test_rows_with_columns_shifted_by_one_are_left_out_and_counted(tmp_path):
+    """Also where they are more than the 5 % of damaged rows at which a table is refused."""
+    good = pool()
+    shifted = [cells_of(row(f"odd{k}", "us"), 6) for k in range(20)]
+    lines = ["\t".join([*cells[:3], "", *cells[3:-1]]).encode() + b"\n" for cells in shifted]
+    left = ["\t".join([*cells[:3], *cells[4:], ""]).encode() + b"\n" for cells in shifted]
+    for name, odd in (("right", lines), ("left", left)):
+        made = build(release(tmp_path / name, 6, [*good[:60], *odd, *good[60:]]), tmp_path / f"out_{name}")
+        assert made.dropped == {tables.SHIFTED: 20}
+        assert kept(made) == {"us": 40, "england": 40, "australia": 40}
+
+
+def test_an_age_that_is_a_gender_is_a_shifted_row(tmp_path):
+    made = build(release(tmp_path, 6, [*pool(), row("odd", "us", age="male", gender="us")]), tmp_path / "out")
+    assert made.dropped == {tables.SHIFTED: 1}
+    assert "line 122 has age 'male'" in made.warnings[0]
+
+
+def test_a_release_without_a_usable_row_says_why(tmp_path):
+    folder = release(tmp_path, 6, [row(f"c{k}", "us", up_votes="two") for k in range(3)])
+    with pytest.raises(DataError, match=r"no usable row(.|\n)*not a number\) 3(.|\n)*line 2 has up_votes 'two'"):
+        cells(folder)
+
+
+def test_durations_that_are_no_numbers_are_counted_and_unknown(tmp_path):
+    folder = release(tmp_path, 17, pool())
+    durations = folder / "clip_durations.tsv"
+    lines = durations.read_text().splitlines()
+    lines[1:4] = [line.split("\t")[0] + "\tlong" for line in lines[1:4]]
+    durations.write_text("\n".join(lines) + "\n")
+    found = common_voice.Release(folder)
+    assert [cell["seconds"] for cell in found.cells()] == [None] * 3 + [1.5] * 117
+    assert found.warnings == ["3 rows of clip_durations.tsv are damaged: those durations are unknown"]
 
 
 def test_a_column_that_is_there_twice(tmp_path):
