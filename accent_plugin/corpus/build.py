@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import json
 import logging
+import math
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 
 NO_AUDIO = "no audio file"
-FEW_UP_VOTES = "too few up-votes"
-MANY_DOWN_VOTES = "too many down-votes"
 COLUMNS = ("client_id", "path", "sentence", "accent", "raw_accent", "gender", "age")
 _DIVIDE = {"client": splits.by_hash, "official": splits.given, "random": splits.at_random}
 _BUILDING = ".building.json"
@@ -227,10 +226,10 @@ def _select(reader, choices, notes, progress):
         "precedence": lambda row: (row.gender, row.age, row.raw_accent, row.split),
         "mapping": choices.mapping,
         "compound": choices.compound,
+        "refusal": _refusal(choices),
         "content_of": getattr(reader, "content_of", None),
     }
-    table = _filtered(read, choices, notes)
-    rows, knows_speakers = selection.select(table, choices.accents, notes, reader.name, **extra)
+    rows, knows_speakers = selection.select(read, choices.accents, notes, reader.name, **extra)
     if not extra["content_of"]:
         rows = _each_file_once(rows, notes)
     notes.dropped += reader.damaged
@@ -270,23 +269,30 @@ def _build(reader, out, choices, header, workers, progress):
     return load_corpus(out)
 
 
-def _filtered(table, choices, notes):
-    """Yield the clips that pass the filters on votes and duration."""
+def _refusal(choices):
+    """Cells of a clip -> the reason why its votes or duration are refused, or None."""
     fewest, most = choices.min_up_votes, choices.max_down_votes
-    for cells in table:
+    shortest, longest = choices.min_seconds or 0, math.inf if choices.max_seconds is None else choices.max_seconds
+
+    def refusal(cells):
+        if fewest is not None or most is not None:
+            if "up_votes" not in cells:
+                raise ConfigError(
+                    "min_up_votes and max_down_votes need a Common Voice release: this source has no votes"
+                )
+            up, down = cells["up_votes"], cells["down_votes"]
+            if (fewest is not None and up is None) or (most is not None and down is None):
+                return selection.NO_VOTES
+            if fewest is not None and up < fewest:
+                return selection.FEW_UP_VOTES
+            if most is not None and down > most:
+                return selection.MANY_DOWN_VOTES
         seconds = cells.get("seconds")
-        if (fewest is not None or most is not None) and "up_votes" not in cells:
-            raise ConfigError("min_up_votes and max_down_votes need a Common Voice release: this source has no votes")
-        if fewest is not None and (cells["up_votes"] or 0) < fewest:
-            notes.drop(FEW_UP_VOTES)
-        elif most is not None and (cells["down_votes"] or 0) > most:
-            notes.drop(MANY_DOWN_VOTES)
-        elif seconds is not None and seconds < (choices.min_seconds or 0):
-            notes.drop(TOO_SHORT)
-        elif seconds is not None and choices.max_seconds is not None and seconds > choices.max_seconds:
-            notes.drop(TOO_LONG)
-        else:
-            yield cells
+        if seconds is None or shortest <= seconds <= longest:
+            return None
+        return TOO_SHORT if seconds < shortest else TOO_LONG
+
+    return refusal
 
 
 def _each_file_once(rows, notes):
@@ -299,7 +305,7 @@ def _each_file_once(rows, notes):
         told = sorted({(row.accent, row.speaker) for row in members})
         if len(told) > 1:
             message = "given as " + " and ".join(f"{accent} by '{speaker}'" for accent, speaker in told[:2])
-            notes.drop(selection.CONTRADICTING, len(members), example={"id": path, "message": message})
+            notes.drop(selection.CONTRADICTING, len(members), clip=path, message=message)
             continue
         notes.drop(selection.DUPLICATE, len(members) - 1)
         kept.append(members[0])

@@ -8,7 +8,7 @@ import logging
 from accent_plugin import files
 from accent_plugin.audio.samples import EMPTY, NON_FINITE, UNDECODABLE
 from accent_plugin.audio.workers import ConversionJob, Converted, convert_files, worker_count
-from accent_plugin.data import dataset_dict
+from accent_plugin.data import dataset_dict, selection
 from accent_plugin.data.manifests import AUDIO_FOLDER, wav_cell
 from accent_plugin.errors import DataError
 
@@ -83,7 +83,7 @@ def decode_clips(wanted, loaded, columns, data_folder, folder, choices, journal,
             if len(unreadable) > allowed:
                 break
     if len(unreadable) > allowed:
-        shown = "\n".join(f"  {o.id}: {o.reason}: {o.message}" for o in unreadable[:5])
+        shown = "\n".join(f"  {selection.place(wanted[o.id])}: {o.reason}: {o.message}" for o in unreadable[:5])
         moved = dataset_dict.moved_audio(_sound(wanted[o.id], loaded, columns, data_folder) for o in unreadable)
         raise DataError(
             f"{len(unreadable)} of {len(wanted)} clips cannot be read: more than max_unreadable_fraction"

@@ -269,21 +269,21 @@ def _without_failures(layouts, outcomes, choices, notes):
     """Drop clips that could not be decoded or sound exactly like another, then balance train again."""
     # With folds, every clip is in test once, so none has precedence.
     place_of = {r.id: len(layouts) == 1 and _PLACES[name] for parts in layouts for name in parts for r in parts[name]}
-    out, heard, failures = set(), {}, []
+    rows = {row.id: row for parts in layouts for items in parts.values() for row in items}
+    out, first_of, failures = set(), {}, []
     # Test before valid before train: of two equal clips, the one in test is kept.
     for id_ in sorted(place_of, key=lambda id_: (place_of[id_], id_)):
         outcome = outcomes[id_]
         if outcome.reason:
             out.add(id_)
             notes.dropped[outcome.reason] += 1
-            failures.append({"reason": outcome.reason, "id": id_, "message": outcome.message})
-        elif outcome.digest in heard:
+            failures.append({"reason": outcome.reason, "id": selection.place(rows[id_]), "message": outcome.message})
+        elif outcome.digest in first_of:
             out.add(id_)
-            notes.drop(
-                selection.DUPLICATE, example={"id": id_, "message": f"sounds exactly like {heard[outcome.digest]}"}
-            )
+            message = f"sounds exactly like {selection.place(rows[first_of[outcome.digest]])}"
+            notes.drop(selection.DUPLICATE, clip=rows[id_], message=message)
         else:
-            heard[outcome.digest] = id_
+            first_of[outcome.digest] = id_
     notes.examples = (failures + notes.examples)[:_EXAMPLES]
     if not out:
         return layouts

@@ -12,13 +12,18 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from accent_plugin.audio.samples import TOO_LONG, TOO_SHORT
 from accent_plugin.data import labels, splits
 from accent_plugin.errors import ConfigError, DataError
 
+FEW_UP_VOTES = "too few up-votes"
+MANY_DOWN_VOTES = "too many down-votes"
+NO_VOTES = "votes not given"
 OTHER_ACCENT = "other accent"
 NO_SPEAKER = "no client id"
 CONTRADICTING = "contradicting accents"
@@ -31,10 +36,24 @@ GENDER_BALANCE = "gender balance"
 NO_SPEAKERS = "no client ids: splits may share speakers"
 RANDOM_SPLIT = "split at random by clip: speakers are shared between splits, accuracies flatter"
 COMPOUNDS = ("drop", "agree")
+# What to change where a filter takes too many clips.
+_OPTIONS = {
+    FEW_UP_VOTES: "--min_up_votes",
+    MANY_DOWN_VOTES: "--max_down_votes",
+    NO_VOTES: "--min_up_votes, --max_down_votes",
+    TOO_SHORT: "--min_seconds",
+    TOO_LONG: "--max_seconds",
+    SPEAKER_CAP: "--max_clips_per_client",
+    BALANCE: "--balance",
+    GENDER_UNKNOWN: "--balance_gender",
+    GENDER_OTHER: "--balance_gender",
+    GENDER_BALANCE: "--balance_gender",
+}
 
 
 _SAME_TEXT = (
-    "\n(sentence in ...: where every speaker reads the same text, let splits share sentences: disjoint_sentences)"
+    "\n(sentence in ...: where every speaker reads the same text, let splits share sentences: --shared_sentences of"
+    " prepare, disjoint_sentences of the recipe)"
 )
 
 
@@ -109,24 +128,28 @@ class SharedChoices:
 
 
 class DropLog:
-    """Dropped clips by reason, examples of them, and warnings; filled by each step."""
+    """Dropped clips by reason, unknown spellings, examples, and warnings; filled by each step."""
 
     def __init__(self):
         self.dropped = Counter()
         self.folds = defaultdict(Counter)
+        self.unknown = Counter()
         self.examples = []
         self.warnings = []
 
-    def drop(self, reason, count=1, example=None, fold=None):
-        """Count clips under a reason, and keep the first few as examples."""
+    def drop(self, reason, count=1, clip=None, message="", fold=None):
+        """Count clips under a reason, and keep the first few as examples; ``clip`` is as in ``place``, or a text."""
         counts = self.dropped if fold is None else self.folds[fold]
         counts[reason] += count
-        if example and counts[reason] <= 10 * _EXAMPLES_PER_REASON:
+        if clip and counts[reason] <= 10 * _EXAMPLES_PER_REASON:
             if sum(e["reason"] == reason for e in self.examples) < _EXAMPLES_PER_REASON:
-                self.examples.append({"reason": reason} | example)
+                named = clip if isinstance(clip, str) else place(clip)
+                self.examples.append({"reason": reason, "id": named, "message": message})
 
 
-def select(table, accents, notes, where, *, mapping=None, compound="drop", content_of=None, precedence=None):
+def select(
+    table, accents, notes, where, *, mapping=None, compound="drop", refusal=None, content_of=None, precedence=None
+):
     """Clips of the wanted accents, each once, without doubtful speakers.
 
     Arguments
@@ -143,6 +166,8 @@ def select(table, accents, notes, where, *, mapping=None, compound="drop", conte
         More spellings, ``{spelling: label}``.
     compound : str
         "drop" drops clips with several accents; "agree" keeps those whose accents all map to one label.
+    refusal : callable, optional
+        The metadata of a clip -> the reason why a filter drops it, or None.
     content_of : callable, optional
         Row -> digest of its audio; distinguishes clips of the same speaker, path and sentence, or without a name.
     precedence : callable, optional
@@ -156,10 +181,10 @@ def select(table, accents, notes, where, *, mapping=None, compound="drop", conte
     Raises
     ------
     DataError
-        When the source has no clip of a wanted accent.
+        When the source has no clip of a wanted accent that passes the filters.
     """
     extra = {accent: accent for accent in accents} | (mapping or {})
-    parsed, raw, found, accents_of = {}, Counter(), Counter(), defaultdict(set)
+    parsed, raw, found, accents_of, refused = {}, Counter(), Counter(), defaultdict(set), defaultdict(Counter)
     candidates, nameless = [], set()
     for cells in table:
         key = cells["accent"], cells.get("variant", "")
@@ -167,9 +192,14 @@ def select(table, accents, notes, where, *, mapping=None, compound="drop", conte
         if key not in parsed:
             parsed[key] = read_accent(*key, extra, compound)
         accent = parsed[key]
+        if reason := refusal and refusal(cells):
+            notes.drop(reason)
+            refused[accent.label][reason] += 1
+            continue
         if accent.label is None:
             message = f"the accent is given as '{shown(key)}'"
-            notes.drop(accent.reason, example={"id": f"{cells['split']}:{cells['row']}", "message": message})
+            notes.drop(accent.reason, clip=cells, message=message)
+            notes.unknown[shown(key)] += accent.reason == labels.UNKNOWN_ACCENT
             continue
         found[accent.label] += 1
         # Interned, because a release has millions of rows and thousands of speakers.
@@ -196,7 +226,7 @@ def select(table, accents, notes, where, *, mapping=None, compound="drop", conte
         candidates.append(row)
         if not row.path and not row.text:
             nameless.add(row.id)
-    _require_accents(where, accents, found, raw, parsed)
+    _require_accents(where, accents, found, raw, parsed, refused)
     return _without_doubtful(candidates, nameless, accents_of, notes, content_of, precedence), bool(accents_of)
 
 
@@ -308,7 +338,7 @@ def require_filled(layouts, accents, notes, wanted=splits.SPLITS, remedy=""):
         if any(empty.values()):
             raise DataError(
                 "; ".join(f"split {name}{where} has no clip of {', '.join(a)}" for name, a in empty.items() if a)
-                + f"\nleft out were: {in_words(reasons) or 'none'}"
+                + f"\nleft out were: {_with_options(reasons) or 'none'}"
                 + "\nleave the accent out, add data, or loosen the choice that took them"
                 + (f"\n{remedy}" if remedy else "")
                 + (_SAME_TEXT if any(reason.startswith("sentence in") for reason in +reasons) else "")
@@ -317,7 +347,26 @@ def require_filled(layouts, accents, notes, wanted=splits.SPLITS, remedy=""):
 
 def in_words(counts):
     """Counts by reason on one line, the largest first."""
-    return ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items(), key=lambda e: (-e[1], e[0])) if n)
+    return ", ".join(f"{reason} {n}" for reason, n in _ranked(counts))
+
+
+def _with_options(counts):
+    """Counts by reason, each with the option that changes it."""
+    parts = (
+        f"{reason} {n}" + (f" ({_OPTIONS[reason]})" if reason in _OPTIONS else "") for reason, n in _ranked(counts)
+    )
+    return ", ".join(parts)
+
+
+def _ranked(counts):
+    return [(reason, n) for reason, n in sorted(counts.items(), key=lambda e: (-e[1], e[0])) if n]
+
+
+def place(clip):
+    """Where a clip (a Row, or cells) is in its source: row, split, and the name of its file, for messages."""
+    cells = clip if isinstance(clip, dict) else dataclasses.asdict(clip)
+    name = os.path.basename(cells["path"])
+    return f"row {cells['row']} of {cells['split'] or 'the table'}" + (f" ({name})" if name else "")
 
 
 def digest(value):
@@ -335,30 +384,33 @@ def _without_doubtful(candidates, nameless, accents_of, notes, content_of, prece
             continue
         if row.speaker and len(accents_of[row.speaker]) > 1:
             named = " and ".join(sorted(accents_of[row.speaker]))
-            notes.drop(CONTRADICTING, example={"id": row.speaker, "message": f"this speaker has clips of {named}"})
+            notes.drop(CONTRADICTING, clip=row.speaker, message=f"this speaker has clips of {named}")
             continue
         if content_of and (same_name[row.id] > 1 or row.id in nameless):
             row = dataclasses.replace(row, id=digest([row.id, content_of(row)]))
         if row.id in rows:
-            message = f"row {row.row} of {row.split or 'the table'} repeats another"
-            notes.drop(DUPLICATE, example={"id": row.id, "message": message})
+            kept = rows[row.id]
+            notes.drop(DUPLICATE, clip=row, message=f"repeats row {kept.row} of {kept.split or 'the table'}")
             row = min(rows[row.id], row, key=precedence) if precedence else rows[row.id]
         rows[row.id] = row
     return list(rows.values())
 
 
-def _require_accents(where, accents, found, raw, parsed):
-    """Refuse a source without a clip of one of the accents."""
+def _require_accents(where, accents, found, raw, parsed, refused):
+    """Refuse a source without a clip of one of the accents that passes the filters."""
     missing = [accent for accent in accents if not found[accent]]
     if not missing:
         return
     has = in_words(found) or "none that is known"
     lines = []
     for accent in missing:
+        if refused[accent]:
+            lines.append(f"every clip of '{accent}' in {where} was left out: {_with_options(refused[accent])}")
+            continue
         close = difflib.get_close_matches(accent, found, 1) or [labels.parse(accent).label]
         hint = f" (did you mean '{close[0]}'?)" if close[0] in found else ""
         lines.append(f"no clip of '{accent}' in {where}; it has {has}{hint}")
-    if raw:
+    if raw and not all(refused[accent] for accent in missing):
         lines.append("its most frequent values, and what they map to:")
         for key, count in raw.most_common(_LISTED):
             lines.append(f"  '{shown(key)}' {count} -> {parsed[key].label or parsed[key].reason}")

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import random
+import re
 import tempfile
 from pathlib import Path
 
@@ -291,6 +292,49 @@ def test_filters(tmp_path, choices, dropped):
     made = build(release(tmp_path, 17, rows), tmp_path / "out", accents=TWO, **choices)
     assert dict(made.dropped) == dropped
     assert kept(made) == {"us": 46 - sum(dropped.values()), "england": 40}
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"min_up_votes": 3}, r"too few up-votes 40 \(--min_up_votes\)"),
+        ({"max_down_votes": 0}, r"too many down-votes 40 \(--max_down_votes\)"),
+        ({"min_seconds": 2.0}, r"too short 40 \(--min_seconds\)"),
+        ({"max_seconds": 1.0}, r"too long 40 \(--max_seconds\)"),
+    ],
+)
+def test_a_filter_that_takes_every_clip_is_named_with_its_option(tmp_path, choices, message):
+    folder = release(tmp_path, 17, pool(accents=TWO, down_votes=1))
+    with pytest.raises(DataError) as caught:
+        build(folder, tmp_path / "out", accents=TWO, **choices)
+    first, second = str(caught.value).splitlines()
+    assert re.fullmatch(f"every clip of 'us' in cv-corpus-17.0-2024-03-15/en was left out: {message}", first)
+    assert re.fullmatch(f"every clip of 'england' in cv-corpus-17.0-2024-03-15/en was left out: {message}", second)
+
+
+def test_a_filter_that_takes_every_clip_of_one_accent(tmp_path):
+    rows = people("us", 40, up_votes=1) + people("england", 40, up_votes=3) + people("us", 3, first=50, seconds=0.5)
+    with pytest.raises(DataError, match=r"^every clip of 'us' .*: too few up-votes 43 \(--min_up_votes\)$"):
+        build(release(tmp_path, 17, rows), tmp_path / "out", accents=TWO, min_up_votes=3)
+
+
+def test_a_balance_that_takes_every_clip_is_named_with_its_option(tmp_path):
+    with pytest.raises(DataError, match=r"gender not given 80 \(--balance_gender\)"):
+        build(release(tmp_path, 17, pool(accents=TWO)), tmp_path / "out", accents=TWO, balance_gender=True)
+
+
+def test_votes_that_are_not_given_pass_no_filter(tmp_path):
+    rows = pool(accents=TWO) + people("us", 2, first=50, up_votes="") + people("us", 3, first=60, down_votes="nan")
+    folder = release(tmp_path, 6, rows)
+    assert build(folder, tmp_path / "up", accents=TWO, min_up_votes=1).dropped == {"votes not given": 2}
+    assert build(folder, tmp_path / "down", accents=TWO, max_down_votes=1).dropped == {"votes not given": 3}
+    assert build(folder, tmp_path / "all", accents=TWO).dropped == {}
+
+
+def test_votes_as_pandas_writes_them_are_numbers(tmp_path):
+    folder = release(tmp_path, 6, pool(accents=TWO, up_votes="2.0", down_votes="0.0"))
+    made = build(folder, tmp_path / "out", accents=TWO, min_up_votes=2, max_down_votes=0)
+    assert (made.dropped, kept(made)) == ({}, {"us": 40, "england": 40})
 
 
 def test_lengths_are_not_judged_where_unknown(tmp_path):

@@ -660,12 +660,15 @@ def test_too_many_unreadable_clips(tmp_path):
     for row in tables["train"][:2]:
         row["audio"]["bytes"] = b"broken"
     data = save(tmp_path / "data", **tables)
+    named = r"\n  row 0 of train \(us-0-0.flac\): undecodable: .*\n  row 1 of train \(us-1-0.flac\): undecodable: "
     with pytest.raises(
-        DataError, match="2 of 20 clips cannot be read: more than max_unreadable_fraction 0.05(.|\n)*: undecodable"
+        DataError, match=f"2 of 20 clips cannot be read: more than max_unreadable_fraction 0.05 allows{named}"
     ):
         prepare(data, tmp_path / "out")
     assert not (tmp_path / "out" / "prepare.json").exists()
     assert prepare(data, tmp_path / "more", max_unreadable_share=0.1).dropped == {"undecodable": 2, "balance": 2}
+    examples = [e["id"] for e in report(tmp_path / "more")["examples"]]
+    assert sorted(examples) == ["row 0 of train (us-0-0.flac)", "row 1 of train (us-1-0.flac)"]
 
 
 def test_paths_that_were_not_there_are_tried_again(tmp_path):
