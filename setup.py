@@ -20,6 +20,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["accent_plugin", "accent_plugin.*"]),
+    package_data={"accent_plugin": ["data/mappings/*.yaml"]},
     python_requires=">=3.11,<3.14",
     entry_points={"console_scripts": ["accent-plugin=accent_plugin.cli.main:main"]},
     install_requires=[

@@ -26,6 +26,15 @@ def run_accents(arguments):
     if arguments.format == "json":
         print(json.dumps([vars(each) for each in found], indent=1, ensure_ascii=False))
         return
+    if arguments.format == "yaml":
+        from accent_plugin.data import labels
+
+        print("# Accents without a label: remove the # of a line and write its label after the colon.")
+        print(f"# Labels of Common Voice: {', '.join(labels.SPELLINGS)}")
+        for each in found:
+            if each.reason == labels.UNKNOWN_ACCENT:
+                print(f"# {json.dumps(each.raw, ensure_ascii=False)}:   # {each.clips} clips, {each.clients} speakers")
+        return
     rows = [("clips", "speakers", "label", "value")]
     rows += [(str(e.clips), str(e.clients), e.label or f"({e.reason})", printable(e.raw)) for e in found]
     if arguments.format == "tsv":

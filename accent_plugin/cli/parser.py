@@ -166,7 +166,8 @@ def _add_data_commands(command):
     add = command(run_accents, "accents", "list the accent names in a corpus with their counts and labels")
     add("source", help="see prepare")
     _add_corpus_options(add)
-    add("--format", default="table", choices=("table", "tsv", "json"), help="(default: table)")
+    formats = ("table", "tsv", "json", "yaml")
+    add("--format", default="table", choices=formats, help="yaml: a file to fill in for --mapping (default: table)")
 
     add = command(run_check, "check", "audit a DatasetDict: leaks, duplicates, imbalance, broken files, confounds")
     add("data", metavar="DATASETDICT", help="folder of a DatasetDict")
@@ -223,7 +224,12 @@ def _add_workers_option(add):
 
 
 def _add_mapping_option(add):
-    add("--mapping", metavar="YAML", help="more accent names, one per line, such as 'Geordie: england'")
+    add(
+        "--mapping",
+        metavar="CORPUS_OR_YAML",
+        help="more accent names: those of a corpus (commonaccent, edacc, globe, l2arctic, parler, slr83, vctk or "
+        "voxprofile), or a file with one per line, such as 'Geordie: england'",
+    )
 
 
 def _add_corpus_options(add):

@@ -39,6 +39,7 @@ _DIVIDE = {"client": splits.by_hash, "official": splits.given, "random": splits.
 _BUILDING = ".building.json"
 _README = "README.md"
 _ABSENT_LISTED = 5
+_SPELLINGS_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,13 @@ def _select(reader, choices, notes, progress):
     notes.drop(NO_AUDIO, len(gone))
     notes.examples += [{"reason": NO_AUDIO, "id": row.path, "message": ""} for row in gone[:_ABSENT_LISTED]]
     notes.warnings += reader.warnings
-    if strange := sorted(set(choices.mapping.values()) - labels.SPELLINGS.keys() - set(choices.accents)):
+    if notes.unknown:
+        shown = ", ".join(f"'{raw}' {n}" for raw, n in notes.unknown.most_common(_SPELLINGS_LISTED))
+        more = len(notes.unknown) - _SPELLINGS_LISTED
+        count = f"unknown accents left out: {shown}" + (f" and {more} more" if more > 0 else "")
+        notes.warnings.append(f"{count}; {selection.MAPPING_ADVICE}")
+    known_labels = labels.SPELLINGS.keys() | labels.mapped_labels()
+    if strange := sorted(set(choices.mapping.values()) - known_labels - set(choices.accents)):
         known = ", ".join(labels.SPELLINGS)
         notes.warnings.append(f"mapping gives labels that are not asked for: {', '.join(strange)}; known are {known}")
     return [row for row, missing in zip(rows, absent, strict=True) if not missing], knows_speakers

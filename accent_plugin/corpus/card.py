@@ -46,6 +46,8 @@ def _blocks(card):
         for label, values in card["labels"].items()
     ]  # fmt: skip
     given = {key: value for key, value in card["arguments"].items() if value not in (None, {})}
+    if "mapping" in given:
+        given["mapping"] = f"of {len(given['mapping'])} spellings"
     yield "text", f"Arguments: {', '.join(f'{key} {show_value(value)}' for key, value in given.items())}."
 
 

@@ -18,7 +18,7 @@ class CorpusChoices(selection.SharedChoices):
     accents : str or sequence of str
         "three", "sixteen", a text with commas, or labels; see ``labels.preset``.
     mapping : dict or path
-        More spellings, ``{spelling: label}``, or a YAML file of them; see ``labels.read_mapping``.
+        More spellings, ``{spelling: label}``, the name of a corpus, or a YAML file; see ``labels.read_mapping``.
     compound : str
         "drop" drops clips with several accents; "agree" keeps those whose accents all map to one label.
     split : str

@@ -24,7 +24,8 @@ UNKNOWN_ACCENT = "unknown accent"
 COMPOUND_ACCENT = "compound accent"
 
 
-# "british" and "uk" are left out on purpose: they may mean any of four. "southatlandtic" is misspelt at its source.
+# "british" and "uk" are left out on purpose: they may mean any of four, and a mapping of one corpus can tell which.
+# "southatlandtic" is misspelt at its source.
 SPELLINGS = {
     "us": ("United States English", "United States", "USA", "American", "American English", "US English", "en-US"),
     "england": ("England English", "English (England)", "en-GB-england"),
@@ -89,6 +90,9 @@ _GENDERS = {
     "female": ("f", "female feminine"),
     "": ("do not wish to say",),
 }
+
+
+_MAPPINGS = Path(__file__).with_name("mappings")
 
 
 # Ages of Common Voice; "fourties" is misspelt at its source.
@@ -194,13 +198,24 @@ def gender(raw):
     return next((name for name, spellings in _GENDERS.items() if text == name or text in spellings), raw)
 
 
-def read_mapping(path):
-    """Read a user's table of accents, which extends the built-in one.
+def mapping_names():
+    """Names of the mappings that ship: one for each corpus in the folder ``mappings``."""
+    return sorted(path.stem for path in _MAPPINGS.glob("*.yaml"))
+
+
+@lru_cache(maxsize=1)
+def mapped_labels():
+    """Every label that a mapping which ships gives."""
+    return frozenset(label for name in mapping_names() for label in read_mapping(name).values())
+
+
+def read_mapping(source):
+    """Read a table of accents, which extends the built-in one.
 
     Arguments
     ---------
-    path : str or Path
-        YAML: ``spelling: label`` in each line, or ``label: [spelling, ...]``.
+    source : str or Path
+        One of ``mapping_names``, or a YAML file: ``spelling: label`` in each line, or ``label: [spelling, ...]``.
 
     Returns
     -------
@@ -211,13 +226,20 @@ def read_mapping(path):
     ------
     ConfigError
         When it cannot be read, is not such a table, or gives a spelling two labels.
+
+    Example
+    -------
+    >>> parse("NorthernIrish", read_mapping("vctk")).label
+    'northernireland'
     """
     import yaml
 
+    path = _MAPPINGS / f"{source}.yaml" if str(source) in mapping_names() else source
     try:
         table = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        names = ", ".join(mapping_names())
+        raise ConfigError(f"{path} cannot be read: {error.strerror}\ngive a YAML file, or one of {names}") from None
     except (UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(table, dict) or not table:

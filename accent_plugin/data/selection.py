@@ -51,6 +51,12 @@ _OPTIONS = {
 }
 
 
+MAPPING_ADVICE = (
+    "to give them labels: --mapping of prepare, with the name of a corpus or a file, which"
+    " accent-plugin accents SOURCE --format yaml prints to fill in"
+)
+
+
 _SAME_TEXT = (
     "\n(sentence in ...: where every speaker reads the same text, let splits share sentences: --shared_sentences of"
     " prepare, disjoint_sentences of the recipe)"
@@ -414,6 +420,8 @@ def _require_accents(where, accents, found, raw, parsed, refused):
         lines.append("its most frequent values, and what they map to:")
         for key, count in raw.most_common(_LISTED):
             lines.append(f"  '{shown(key)}' {count} -> {parsed[key].label or parsed[key].reason}")
+    if any(found.reason == labels.UNKNOWN_ACCENT for found in parsed.values()):
+        lines.append(MAPPING_ADVICE)
     if raw and not any(accent or variant for accent, variant in raw):
         lines.append("no row has an accent: Common Voice 12 has none for English; take another release")
     raise DataError("\n".join(lines))

@@ -133,6 +133,24 @@ def test_an_unknown_kind_to_ignore_is_an_error(run, tmp_path):
     assert "gossip" in stderr and "client, sentence" in stderr
 
 
+def test_unknown_accents_are_counted_and_printed_as_a_mapping_to_fill_in(tmp_path):
+    table = pool(accents=TWO) + [row(f"n{k}", "NorthernIrish") for k in range(12)] + [row("o", "Oz: a b")]
+    source = release(tmp_path, 6, table)
+    code, stdout, _ = run("accents", source, "--format", "yaml")
+    assert code == 0
+    lines = [line for line in stdout.splitlines() if line.startswith('# "')]
+    assert lines == ['# "NorthernIrish":   # 12 clips, 12 speakers', '# "Oz: a b":   # 1 clips, 1 speakers']
+    filled = stdout.replace('# "NorthernIrish":', '"NorthernIrish": england')
+    (tmp_path / "filled.yaml").write_text(filled, encoding="utf-8")
+    for mapping, england in ((tmp_path / "filled.yaml", 52), ("vctk", 40)):
+        out = tmp_path / f"out_{england}"
+        command = ("prepare", source, "--out", out, "--accents", "us,england", "--mapping", mapping)
+        code, stdout, stderr = run(*command)
+        assert code == 0, stderr
+        assert "unknown accents left out: 'Oz: a b' 1;" in stderr
+        assert sum(n["england"]["clips"] for n in load_corpus(out).counts.values()) == england
+
+
 @pytest.mark.parametrize("command", ["accents", "prepare", "check"])
 def test_a_missing_folder_is_an_error(run, tmp_path, command):
     """A mistyped path below an existing folder is not looked up on the Hub, which would take half a minute."""

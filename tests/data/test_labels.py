@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -166,8 +167,67 @@ def test_a_mapping_that_cannot_be_meant(tmp_path, text, message):
         labels.read_mapping(tmp_path / "map.yaml")
 
 
+CORPORA = ["commonaccent", "edacc", "globe", "l2arctic", "parler", "slr83", "vctk", "voxprofile"]
+
+
+def test_a_mapping_ships_for_each_corpus():
+    assert labels.mapping_names() == CORPORA
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_a_mapping_that_ships_names_its_source_and_contradicts_no_built_in_spelling(name):
+    text = (Path(labels.__file__).parent / "mappings" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    mapping = labels.read_mapping(name)
+    for spelling, label in mapping.items():
+        assert parse(spelling, mapping).label == label
+        assert parse(spelling).label in (None, label)
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "label"),
+    [
+        ("vctk", "English", "england"),
+        ("vctk", "British", "england"),
+        ("vctk", "NorthernIrish", "northernireland"),
+        ("vctk", "SouthAfrican", "african"),
+        ("vctk", "NewZealand", "newzealand"),
+        ("vctk", "p248", "indian"),
+        ("vctk", "p280", None),
+        ("edacc", "Southern British English", "england"),
+        ("edacc", "Mainstream US English", "us"),
+        ("edacc", "Jamaican English", "bermuda"),
+        ("edacc", "Ghanain English", "ghana"),
+        ("edacc", "European", None),
+        ("slr83", "midlands_english_female", "england"),
+        ("slr83", "irish_male", "ireland"),
+        ("slr83", "welsh_english_male", "wales"),
+        ("globe", "Received Pronunciation", "england"),
+        ("globe", "German English,Non native speaker", "german"),
+        ("globe", "England English,New Zealand English", None),
+        ("l2arctic", "Mandarin", "mandarin"),
+        ("l2arctic", "TNI", "indian"),
+        ("commonaccent", "southatlandtic", "southatlandtic"),
+        ("voxprofile", "English", "england"),
+        ("voxprofile", "South Asia", "indian"),
+        ("voxprofile", "Oceania", "oceania"),
+        ("voxprofile", "Other", None),
+        ("parler", "English", "england"),
+        ("parler", "en_GB", "england"),
+        ("parler", "RP", "england"),
+        ("parler", "AU", "australia"),
+        ("parler", "en_pl", "polish"),
+        ("parler", "Unknown", None),
+    ],
+)
+def test_spellings_of_a_corpus(name, raw, label):
+    assert parse(raw, labels.read_mapping(name)).label == label
+
+
 def test_a_mapping_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with pytest.raises(
+        ConfigError, match="cannot be read: No such file .*\n.* or one of commonaccent, .*, voxprofile$"
+    ):
         labels.read_mapping(tmp_path / "map.yaml")
 
 
