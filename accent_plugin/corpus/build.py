@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 NO_AUDIO = "no audio file"
 COLUMNS = ("client_id", "path", "sentence", "accent", "raw_accent", "gender", "age")
-_DIVIDE = {"client": splits.by_hash, "official": splits.given, "random": splits.at_random}
+_SPLITTERS = {"client": splits.by_hash, "official": splits.given, "random": splits.at_random}
 _BUILDING = ".building.json"
 _README = "README.md"
 _ABSENT_LISTED = 5
@@ -194,15 +194,44 @@ def plan_corpus(reader, choices, notes, progress=False):
     tuple
         Split -> rows, and split -> because of split -> clips dropped for their sentence.
     """
+    whole = reader.validated() if choices.split == "official" and hasattr(reader, "validated") else None
+    if whole is None:
+        rows, knows_speakers = _select(reader, choices, notes, progress)
+        return _divide(rows, knows_speakers, choices, notes)
+    try:
+        rows, knows_speakers = _select(reader, choices, notes, progress)
+        parts, lost = _divide(rows, knows_speakers, choices, notes)
+    except DataError as error:
+        text, _ = _client_split(whole, choices, progress)
+        raise DataError(f"{error}\n{text}") from None
+    text, clips = _client_split(whole, choices, progress)
+    if clips:
+        fraction = f"{len(rows)} of {clips} validated clips of these accents ({len(rows) / clips:.0%})"
+        text = f"the official splits hold {fraction}; {text}"
+    notes.warnings.append(text)
+    return parts, lost
 
+
+def _client_split(whole, choices, progress):
+    """What split client would give, in words, and the number of clips it has to choose from; 0 where it fails."""
+    choices, notes = dataclasses.replace(choices, split="client"), selection.DropLog()
+    try:
+        rows, knows_speakers = _select(whole, choices, notes, progress)
+        parts, _ = _divide(rows, knows_speakers, choices, notes)
+    except DataError as error:
+        return f"split client would fail: {str(error).splitlines()[0]}", 0
+    kept = [row for part in parts.values() for row in part]
+    return f"split client would give {len(kept)} clips of {len({row.speaker for row in kept})} speakers", len(rows)
+
+
+def _divide(rows, knows_speakers, choices, notes):
     def trim(rows):
         rows = selection.cap(rows, choices, notes)
         return selection.balance_gender(rows, choices, notes) if choices.balance_gender else rows
 
-    rows, knows_speakers = _select(reader, choices, notes, progress)
     if choices.split == "official":
         _require_official(rows)
-    parts = _DIVIDE[choices.split](rows, **choices.draw())
+    parts = _SPLITTERS[choices.split](rows, **choices.draw())
     notes.warnings += selection.leaks(knows_speakers, choices.split)
     if choices.split != "random":
         splits.require_disjoint(parts)

@@ -104,6 +104,11 @@ class Release:
         self.damaged, self.warnings = Counter(), []
         self._named = array("q")
 
+    def validated(self):
+        """The release with all validated clips; None where it has no such table, or no speakers to split them by."""
+        there = self.dialect == "tsv" and (self.folder / VALIDATED).is_file()
+        return Release(self.folder) if there else None
+
     def fingerprint(self):
         """Names, sizes and digests of the tables that are read."""
         found = {}

@@ -423,6 +423,34 @@ def test_official_splits(tmp_path, version):
         assert clients_of(made.folder)["validation"] == {"us-10", "us-11", "england-10", "england-11"}
 
 
+def test_official_splits_are_compared_with_the_client_split(tmp_path):
+    """Of 100 validated clips of 96 speakers, the cap leaves 98."""
+    parts = official()
+    rows = [made for table in parts.values() for made in table]
+    rows += people("us", 39, first=100) + people("england", 39, first=100) + people("scotland", 5)
+    rows += [row("us-100", "us", clip) for clip in (1, 2, 3, 4)]
+    folder = release(tmp_path, 6, rows, **parts)
+    made = build(folder, tmp_path / "out", accents=TWO, split="official", max_clips_per_client=3)
+    assert made.warnings == (
+        "the official splits hold 18 of 100 validated clips of these accents (18%); split client would give 98 clips"
+        " of 96 speakers",
+    )
+    assert kept(made) == {"us": 9, "england": 9}
+
+
+def test_official_splits_that_fail_say_what_the_client_split_would_give(tmp_path):
+    parts = official()
+    parts["test"] = [made for made in parts["test"] if made["accent"] == "us"]
+    with pytest.raises(DataError, match="test has no clip of england(.|\n)*split client would give 80 clips of 80 spe"):
+        build(release(tmp_path, 6, pool(accents=TWO), **parts), tmp_path / "out", accents=TWO, split="official")
+
+
+def test_official_splits_where_the_client_split_would_fail(tmp_path):
+    made = build(release(tmp_path, 6, people("us", 9), **official()), tmp_path / "out", accents=TWO, split="official")
+    (warning,) = made.warnings
+    assert warning.startswith("split client would fail: no clip of 'england' in cv-corpus-6.1-2020-12-11/en")
+
+
 def test_official_splits_that_are_not_there(tmp_path):
     folder = release(tmp_path, 6, pool(5), train=pool(5))
     with pytest.raises(DataError, match=r"dev\.tsv(.|\n)*split by client"):
