@@ -205,7 +205,8 @@ def select(
         if accent.label is None:
             message = f"the accent is given as '{shown(key)}'"
             notes.drop(accent.reason, clip=cells, message=message)
-            notes.unknown[shown(key)] += accent.reason == labels.UNKNOWN_ACCENT
+            if accent.reason == labels.UNKNOWN_ACCENT:
+                notes.unknown[shown(key)] += 1
             continue
         found[accent.label] += 1
         # Interned, because a release has millions of rows and thousands of speakers.
@@ -420,8 +421,8 @@ def _require_accents(where, accents, found, raw, parsed, refused):
         lines.append("its most frequent values, and what they map to:")
         for key, count in raw.most_common(_LISTED):
             lines.append(f"  '{shown(key)}' {count} -> {parsed[key].label or parsed[key].reason}")
-    if any(found.reason == labels.UNKNOWN_ACCENT for found in parsed.values()):
-        lines.append(MAPPING_ADVICE)
+        if any(accent.reason == labels.UNKNOWN_ACCENT for accent in parsed.values()):
+            lines.append(MAPPING_ADVICE)
     if raw and not any(accent or variant for accent, variant in raw):
         lines.append("no row has an accent: Common Voice 12 has none for English; take another release")
     raise DataError("\n".join(lines))

@@ -895,6 +895,21 @@ def test_folders_leave_nothing_out_in_silence(tmp_path):
     assert made.warnings == ("files without an audio suffix, or outside the accents' folders: .m4a 1, .wav 1",)
 
 
+def test_only_unknown_accents_are_listed_as_unknown(tmp_path):
+    more = [row("a", "Kentish"), row("b", "Kentish", 1), row("c", "us|england"), row("d", ""), row("e", "wales")]
+    made = build(release(tmp_path / "a", 27, pool(accents=TWO) + more), tmp_path / "out", accents=TWO)
+    (warning,) = made.warnings
+    assert warning.startswith("unknown accents left out: 'Kentish' 2; to give them labels: --mapping of prepare")
+    assert (
+        build(release(tmp_path / "b", 27, pool(accents=TWO) + more[2:]), tmp_path / "out_b", accents=TWO).warnings == ()
+    )
+
+
+def test_a_mapping_that_ships_may_give_labels_that_nobody_asks_for(tmp_path):
+    made = build(release(tmp_path, 6, pool(accents=TWO)), tmp_path / "out", accents=TWO, mapping="edacc")
+    assert made.warnings == ()
+
+
 def test_a_mapping_to_a_label_that_nobody_asks_for(tmp_path):
     made = build(release(tmp_path, 6, pool()), tmp_path / "out", mapping={"Geordie": "atlantis"})
     assert [text for text in made.warnings if text.startswith("mapping gives labels that are not asked for: atlantis;")]
