@@ -124,15 +124,15 @@ def _write_shard(path, rows, schema, record, sound, embed, done):
 
     with files.atomic_write(path, "wb") as file:
         with pyarrow.ipc.new_stream(file, schema) as stream:
-            batch, held = [], 0
+            batch, batch_bytes = [], 0
             for row in rows:
                 content = _sound(row, sound(row), embed)
-                held += len(content["bytes"] or b"")
+                batch_bytes += len(content["bytes"] or b"")
                 batch.append(record(row) | {AUDIO: content})
-                if len(batch) == _BATCH_CLIPS or held > _BATCH_BYTES:
+                if len(batch) == _BATCH_CLIPS or batch_bytes > _BATCH_BYTES:
                     stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
                     done(len(batch))
-                    batch, held = [], 0
+                    batch, batch_bytes = [], 0
             stream.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
             done(len(batch))
         file.flush()

@@ -338,9 +338,9 @@ def _each_file_once(rows, notes):
         of_file[row.path].append(row)
     kept = []
     for path, members in of_file.items():
-        told = sorted({(row.accent, row.speaker) for row in members})
-        if len(told) > 1:
-            message = "given as " + " and ".join(f"{accent} by '{speaker}'" for accent, speaker in told[:2])
+        pairs = sorted({(row.accent, row.speaker) for row in members})
+        if len(pairs) > 1:
+            message = "given as " + " and ".join(f"{accent} by '{speaker}'" for accent, speaker in pairs[:2])
             notes.drop(selection.CONTRADICTING, len(members), clip=path, message=message)
             continue
         notes.drop(selection.DUPLICATE, len(members) - 1)

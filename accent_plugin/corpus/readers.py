@@ -204,8 +204,8 @@ class Folders:
         for _, below in self._files:
             others[Path(below).suffix.lower()] -= 1
         if left := +others:
-            told = selection.in_words(left)
-            self.warnings.append(f"files without an audio suffix, or outside the accents' folders: {told}")
+            counts = selection.in_words(left)
+            self.warnings.append(f"files without an audio suffix, or outside the accents' folders: {counts}")
 
     def fingerprint(self):
         """Digest of names, sizes and times of all files."""

@@ -256,8 +256,8 @@ def plan(seed=0, voices=48, clips_per_voice=16):
     used = set()
     for gender, count in {"female": women, "male": voices - women}.items():
         pool = rng.sample(GENDERS[gender][:count], count)
-        held = max(1, round(count / 6))
-        members = {"test": pool[:held], "validation": pool[held : 2 * held], "train": pool[2 * held :]}
+        size = max(1, round(count / 6))
+        members = {"test": pool[:size], "validation": pool[size : 2 * size], "train": pool[2 * size :]}
         for split, variants in members.items():
             for variant in sorted(variants):
                 manner = {
