@@ -153,6 +153,13 @@ def _add_data_commands(command):
     add("--max_down_votes", type=int, help="maximum number of Common Voice's down-votes")
     add("--min_seconds", type=float, help="minimum duration of a clip; needs durations in the source")
     add("--max_seconds", type=float, help="maximum duration of a clip; needs durations in the source")
+    add(
+        "--max_rate_deviation",
+        type=float,
+        metavar="DEVIATIONS",
+        help="drop clips that are far too long or too short for their sentence (blank, cut, read twice): the limit in "
+        "robust standard deviations, usually 3.5",
+    )
     add("--balance_gender", action="store_true", help="take as many clips of women as of men in each accent")
     add(
         "--shared_sentences",

@@ -7,7 +7,7 @@ The files in ``out``::
     README.md                   the same for people
     dataset_dict.json           written last
 
-Nothing here imports torch. Audio is not decoded; ``data.prepare`` and ``audit.check`` do that.
+Nothing here imports torch. Audio is decoded only where a filter needs it; ``data.prepare`` and ``audit.check`` do that.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from accent_plugin.audio.workers import core_count
 from accent_plugin.corpus import arrow_shards, readers
 from accent_plugin.corpus.card import REASON_NAMES, corpus_card_to_markdown, make_corpus_card
 from accent_plugin.corpus.choices import CorpusChoices
+from accent_plugin.corpus.rates import drop_odd_rates
 from accent_plugin.data import dataset_dict, labels, naming, provenance, selection, splits
 from accent_plugin.errors import ConfigError, DataError, ManifestError
 
@@ -278,7 +279,10 @@ def _select(reader, choices, notes, progress):
     if strange := sorted(set(choices.mapping.values()) - known_labels - set(choices.accents)):
         known = ", ".join(labels.SPELLINGS)
         notes.warnings.append(f"mapping gives labels that are not asked for: {', '.join(strange)}; known are {known}")
-    return [row for row, missing in zip(rows, absent, strict=True) if not missing], knows_speakers
+    rows = [row for row, missing in zip(rows, absent, strict=True) if not missing]
+    if choices.max_rate_deviation is not None:
+        rows = drop_odd_rates(rows, reader, choices.max_rate_deviation, notes, progress)
+    return rows, knows_speakers
 
 
 def _build(reader, out, choices, header, workers, progress):

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from accent_plugin.data import labels, selection
+from accent_plugin.data import labels, selection, speech_rate
 from accent_plugin.errors import ConfigError
 
 SPLIT_KINDS = ("client", "official", "random")
@@ -35,6 +35,9 @@ class CorpusChoices(selection.SharedChoices):
         Filters on the votes of Common Voice's listeners.
     min_seconds, max_seconds : float or None
         Filters on duration, for clips whose duration the source gives.
+    max_rate_deviation : float or None
+        Drop clips whose length is further than this from the usual one for their sentence, in robust standard
+        deviations; see ``data.speech_rate``. Clips are decoded where the source does not give their duration.
     balance_gender : bool
         Keep as many clips of women as of men in each accent and split; drop those of unknown gender.
     disjoint_sentences : bool
@@ -55,6 +58,7 @@ class CorpusChoices(selection.SharedChoices):
     max_down_votes: int | None = None
     min_seconds: float | None = None
     max_seconds: float | None = None
+    max_rate_deviation: float | None = None
     balance_gender: bool = False
     disjoint_sentences: bool = True
     embed: bool = False
@@ -71,6 +75,7 @@ class CorpusChoices(selection.SharedChoices):
         whole = ("seed", "max_clips_per_client", "min_up_votes", "max_down_votes")
         given = {name: getattr(self, name) for name in (*whole, "valid_fraction", "test_fraction")}
         given |= {"min_seconds": self.min_seconds or 0, "max_seconds": self.max_seconds}
+        given["max_rate_deviation"] = self.max_rate_deviation
         wrong = {
             name: value
             for name, value in given.items()
@@ -82,4 +87,12 @@ class CorpusChoices(selection.SharedChoices):
             )
         kinds = selection.COMPOUNDS
         problem = f"compound {self.compound!r} is unknown; choose {' or '.join(kinds)}"
-        self.require(SPLIT_KINDS, (self.compound in kinds, problem))
+        limit = self.max_rate_deviation
+        self.require(
+            SPLIT_KINDS,
+            (self.compound in kinds, problem),
+            (
+                limit is None or limit > 0,
+                f"max_rate_deviation is {limit}; give a positive number, usually {speech_rate.LIMIT}",
+            ),
+        )

@@ -12,6 +12,7 @@ import unicodedata
 import numpy as np
 
 LIMIT = 3.5
+TOO_FAST, TOO_SLOW = "too short for its sentence", "too long for its sentence"
 # Fewer clips do not tell what is usual.
 LEAST_CLIPS = 30
 # More do not change the fit.

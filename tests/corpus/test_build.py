@@ -337,6 +337,26 @@ def test_votes_as_pandas_writes_them_are_numbers(tmp_path):
     assert (made.dropped, kept(made)) == ({}, {"us": 40, "england": 40})
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_clips_that_do_not_fit_their_sentence_are_dropped(tmp_path, known):
+    """With durations in the release, and by decoding; one clip lasts far too long, one is cut."""
+    rows, lengths = [], {}
+    for number in range(40):
+        accent, words = ("us", "england")[number % 2], number % 7
+        seconds = (1.0 + 0.5 * words + 0.01 * number) * {5: 3.0, 6: 0.3}.get(number, 1.0)
+        sentence = f"Sentence {number:02}" + " and more" * words
+        (made,) = people(accent, 1, first=number, sentence=sentence, seconds=seconds if known else None)
+        rows.append(made)
+        lengths[made["path"]] = seconds
+    folder = release(tmp_path, 17, rows)
+    if not known:
+        for path, seconds in lengths.items():
+            (folder / "clips" / path).write_bytes(encode(noise(seconds)))
+    made = build(folder, tmp_path / "out", accents=TWO, max_rate_deviation=3.5)
+    assert made.dropped == {"too long for its sentence": 1, "too short for its sentence": 1}
+    assert sum(kept(made).values()) == 38
+
+
 def test_lengths_are_not_judged_where_unknown(tmp_path):
     made = build(release(tmp_path, 6, pool()), tmp_path / "out", min_seconds=5.0)
     assert made.dropped == {}
