@@ -55,6 +55,9 @@ setup(
         "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         # The page and the HTTP API. Gradio brings FastAPI and uvicorn.
         "serve": ["gradio>=6,<7", "fastapi", "starlette", "pydantic", "uvicorn", "python-multipart"],
+        # MP4, M4A, WebM, AMR, WMA and others. PyAV is BSD-3-Clause; its wheels bring FFmpeg (LGPL-3.0 or later) and
+        # codecs, of which x264 and x265 are GPL-2.0. Never bundled.
+        "media": ["av>=14"],
         "tensorboard": ["tensorboard"],
         # Transformers 5 refuses older ones.
         "lora": ["peft>=0.20"],
@@ -71,6 +74,7 @@ setup(
             "onnxruntime>=1.22",
             "onnxscript>=0.5",
             "peft>=0.20",
+            "av>=14",
             "gradio>=6,<7",
             "fastapi",
             "uvicorn",

@@ -1,9 +1,11 @@
 """Read and write audio files: decode, resample, check.
 
-Samples are ``(samples,) np.ndarray`` of float32, mono. Everything after preparation is at ``SAMPLE_RATE``. Decoding is
-libsndfile's (wav, flac, mp3, ogg-vorbis, opus), so neither FFmpeg nor torch is needed.
+Samples are ``(samples,) np.ndarray`` of float32, mono. Everything after preparation is at ``SAMPLE_RATE``. Libsndfile
+decodes wav, flac, mp3, ogg-vorbis and opus, so that neither FFmpeg nor torch is needed. Other containers need PyAV
+(`accent_plugin.audio.media`). Of a damaged file, the intact parts are decoded (`accent_plugin.audio.damaged`).
 """
 
+import contextlib
 import io
 import os
 import stat
@@ -15,6 +17,7 @@ import soundfile
 import soxr
 
 from accent_plugin import files
+from accent_plugin.audio import sniff
 from accent_plugin.audio.samples import (
     EMPTY,
     NON_FINITE,
@@ -24,14 +27,19 @@ from accent_plugin.audio.samples import (
     SILENT,
     TOO_LONG,
     UNDECODABLE,
+    check_range,
     check_samples,
     quantise,
     resample,
 )
+from accent_plugin.audio.sound import ERRORS, SoundReader
 from accent_plugin.errors import AudioError
 
-# Suffixes of audio files in folders; the format itself is determined by the content.
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au")
+# Suffixes of audio files in folders; the format itself is determined by the content. The second line needs PyAV.
+SUFFIXES = (
+    *(".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au"),
+    *(".m4a", ".mp4", ".webm", ".amr", ".wma", ".aac", ".3gp", ".mov", ".mkv", ".mka", ".m4b", ".avi"),
+)
 
 
 # Values decoded at a time: a header may claim any number of frames or channels, so memory grows with the actual data.
@@ -40,11 +48,12 @@ _BLOCK_VALUES = 1 << 21
 
 @dataclass(frozen=True)
 class DecodedAudio:
-    """Decoded mono samples, their rate in hertz, and the file's format ("MP3", "FLAC PCM_16", "OGG VORBIS")."""
+    """Decoded mono samples, their rate in hertz, the file's format ("MP3", "FLAC PCM_16"), and what was lost."""
 
     samples: np.ndarray
     sample_rate: int
     codec: str = ""
+    lost: tuple = ()
 
     @property
     def seconds(self):
@@ -56,7 +65,7 @@ class DecodedAudio:
 class Header:
     """Header of a file: sample rate in hertz, channels, format ("FLAC PCM_16"), and duration in seconds.
 
-    An MP3 header has no reliable duration: then `seconds` is None.
+    `seconds` is None if the container does not say it.
     """
 
     sample_rate: int
@@ -67,13 +76,8 @@ class Header:
 
 def read_header(source):
     """Read the header of a file; `source` and errors as for `decode`."""
-    name = "clip" if isinstance(source, bytes) else str(getattr(source, "name", source))
-    try:
-        with _open(source, name) as sound:
-            seconds = None if sound.format == "MP3" else sound.frames / sound.samplerate
-            return Header(sound.samplerate, sound.channels, _codec(sound), seconds)
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
-        raise _refusal(source, name, error) from None
+    with _opened(source) as (reader, _):
+        return Header(reader.sample_rate, reader.channels, reader.codec, reader.seconds)
 
 
 def decode(source, max_seconds=None):
@@ -82,30 +86,50 @@ def decode(source, max_seconds=None):
     Arguments
     ---------
     source : bytes, str, Path or binary file object
-        The clip: wav, flac, mp3, ogg or opus, with any number of channels, which are averaged.
+        The clip, with any number of channels, which are averaged. docs/inputs.md lists the formats.
     max_seconds : float, optional
-        Refuse longer clips by their header, without decoding them. MP3 headers are unreliable: an MP3 is decoded up to
-        this length.
+        Refuse longer clips, if possible without decoding them.
 
     Returns
     -------
     DecodedAudio
+        Without the parts that could not be decoded, which its `lost` lists.
 
     Raises
     ------
     AudioError
-        "undecodable", "empty" or "too long".
+        "undecodable", "empty" or "too long". A file of which less than half can be decoded is undecodable.
     """
-    name = "clip" if isinstance(source, bytes) else str(getattr(source, "name", source))
-    try:
-        with _open(source, name) as sound:
-            return _decode(sound, name, max_seconds)
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
-        raise _refusal(source, name, error) from None
+    with _opened(source) as (reader, name):
+        limit = None if max_seconds is None else int(max_seconds * reader.sample_rate)
+        if limit is not None and reader.seconds is not None and reader.seconds > max_seconds:
+            raise AudioError(TOO_LONG, f"{name} is {reader.seconds:.1f} s long, the maximum is {max_seconds:g} s")
+        blocks, total = [], 0
+        for block in reader.blocks(
+            _BLOCK_VALUES if limit is None else min(_BLOCK_VALUES, reader.channels * (limit + 1))
+        ):
+            blocks.append(block)
+            total += len(block)
+            if limit is not None and total > limit:
+                raise AudioError(TOO_LONG, f"{name} is longer than {max_seconds:g} s")
+        lost = reader.losses.result(name, total / reader.sample_rate)
+        if not total:
+            raise AudioError(EMPTY, f"{name} holds no samples")
+        samples = np.concatenate(blocks) if len(blocks) > 1 else blocks[0]
+        return DecodedAudio(samples, reader.sample_rate, reader.codec, lost)
 
 
-def load(source, min_seconds=0.0, max_seconds=None):
+def load(source, min_seconds=0.0, max_seconds=None, lost=None):
     """Decode, check and resample one clip of any kind.
+
+    Arguments
+    ---------
+    source, max_seconds
+        As in `decode`.
+    min_seconds : float
+        Refuse shorter clips.
+    lost : list, optional
+        Gets a `Loss` for each part that could not be decoded.
 
     Returns
     -------
@@ -119,10 +143,12 @@ def load(source, min_seconds=0.0, max_seconds=None):
     """
     sound = decode(source, max_seconds)
     check_samples(sound.samples, sound.sample_rate, min_seconds, max_seconds)
+    if lost is not None:
+        lost += sound.lost
     return resample(sound.samples, sound.sample_rate)
 
 
-def stream(source, block_seconds=60.0, channel=None):
+def stream(source, block_seconds=60.0, lost=None, channel=None):
     """Decode, check and resample a clip of any length block by block: the samples of `load`, in constant memory.
 
     Arguments
@@ -131,6 +157,8 @@ def stream(source, block_seconds=60.0, channel=None):
         As in `decode`.
     block_seconds : float
         Length of a block.
+    lost : list, optional
+        Gets a `Loss` for each part that could not be decoded, before the last block is yielded.
     channel : int, optional
         The channel to decode, counted from 1; None averages all.
 
@@ -142,28 +170,23 @@ def stream(source, block_seconds=60.0, channel=None):
     Raises
     ------
     AudioError
-        "undecodable", "empty" or "non-finite" when decoding reaches the problem, and "silent" before the last block.
+        As `decode` and `check_samples`: "undecodable", "empty", "non-finite" or "out of range" when decoding reaches
+        the problem, and "silent", or "undecodable" if less than half was decoded, before the last block.
     """
-    # A Path also has a name, but without its folder.
-    opened = hasattr(source, "read")
-    name = "clip" if isinstance(source, bytes) else str(getattr(source, "name", "clip") if opened else source)
     size = int(block_seconds * SAMPLE_RATE)
     held, total = [], 0
-    try:
-        with _open(source, name) as sound:
-            for piece in _pieces(sound, name, block_seconds, channel):
-                held.append(piece)
-                total += len(piece)
-                if total > size:
-                    joined = np.concatenate(held)
-                    whole = (total - 1) // size * size
-                    yield from np.split(joined[:whole], whole // size)
-                    held, total = [joined[whole:]], total - whole
-            if not total:
-                raise AudioError(EMPTY, f"{name} is shorter than one sample at {SAMPLE_RATE} Hz")
-            yield np.concatenate(held)
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
-        raise _refusal(source, name, error) from None
+    with _opened(source) as (reader, name):
+        for piece in _pieces(reader, name, block_seconds, lost, channel):
+            held.append(piece)
+            total += len(piece)
+            if total > size:
+                joined = np.concatenate(held)
+                whole = (total - 1) // size * size
+                yield from np.split(joined[:whole], whole // size)
+                held, total = [joined[whole:]], total - whole
+        if not total:
+            raise AudioError(EMPTY, f"{name} is shorter than one sample at {SAMPLE_RATE} Hz")
+        yield np.concatenate(held)
 
 
 def read(path, start=0, frames=-1):
@@ -188,7 +211,8 @@ def read(path, start=0, frames=-1):
         When the file is unreadable, at another rate or not mono, or ``start`` is not inside the clip.
     """
     try:
-        with _open(path, str(path)) as sound:
+        # libsndfile closes the descriptor even if it fails.
+        with soundfile.SoundFile(_descriptor(path), closefd=True) as sound:
             if sound.samplerate != SAMPLE_RATE or sound.channels != 1:
                 raise AudioError(
                     UNDECODABLE,
@@ -199,7 +223,7 @@ def read(path, start=0, frames=-1):
                 raise AudioError(EMPTY, f"{path} has {sound.frames} samples: cannot read from sample {start}")
             sound.seek(start)
             samples = sound.read(frames, dtype="float32")
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
+    except ERRORS as error:
         raise AudioError(UNDECODABLE, f"{path} cannot be read: {_why(error)}") from None
     if not len(samples):
         raise AudioError(EMPTY, f"{path} ends before sample {start}")
@@ -255,69 +279,90 @@ def encode_mp3(samples, bitrate):
     return encoded.getvalue()
 
 
-def _open(source, name):
+@contextlib.contextmanager
+def _opened(source):
+    """Open a source; gives its reader (`SoundReader` or `MediaReader`) and its name for messages."""
+    # A Path also has a name, but without its folder.
+    opened = hasattr(source, "read")
+    name = "clip" if isinstance(source, bytes) else str(getattr(source, "name", "clip") if opened else source)
+    try:
+        with _binary_file(source) as file, contextlib.closing(_reader(file, name)) as reader:
+            if reader.sample_rate not in SAMPLE_RATES:
+                raise AudioError(UNDECODABLE, f"{name} has an unsupported sample rate of {reader.sample_rate} Hz")
+            yield reader, name
+    except ERRORS as error:
+        raise AudioError(UNDECODABLE, f"{name} cannot be decoded: {_why(error)}") from None
+
+
+def _binary_file(source):
     if isinstance(source, bytes):
-        return soundfile.SoundFile(io.BytesIO(source))
+        return io.BytesIO(source)
     if hasattr(source, "read"):
-        return soundfile.SoundFile(io.BytesIO(source.read()) if not source.seekable() else source)
+        return contextlib.nullcontext(source if source.seekable() else io.BytesIO(source.read()))
+    return io.FileIO(_descriptor(source))
+
+
+def _descriptor(path):
+    """Open a regular file; returns its descriptor."""
     # Without O_NONBLOCK, opening a FIFO would block. Given a name, soundfile would guess some formats from the suffix.
-    descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise AudioError(UNDECODABLE, f"{name} is not a regular file")
-    # libsndfile closes the descriptor even if it fails.
-    return soundfile.SoundFile(descriptor, closefd=True)
+        raise AudioError(UNDECODABLE, f"{path} is not a regular file")
+    return descriptor
 
 
-def _decode(sound, name, max_seconds):
-    rate = sound.samplerate
-    if rate not in SAMPLE_RATES:
-        raise AudioError(UNDECODABLE, f"{name} has an unsupported sample rate of {rate} Hz")
-    limit = None if max_seconds is None else int(max_seconds * rate)
-    if limit is not None and sound.frames > limit and sound.format != "MP3":
-        raise AudioError(TOO_LONG, f"{name} is {sound.frames / rate:.1f} s long, the maximum is {max_seconds:g} s")
-    blocks, total = [], 0
-    while True:
-        wanted = _BLOCK_VALUES // sound.channels
-        if limit is not None:
-            wanted = min(wanted, limit + 1 - total)
-        block = sound.read(wanted, dtype="float32", always_2d=True)
-        if not len(block):
-            break
-        blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
-        total += len(block)
-        if limit is not None and total > limit:
-            raise AudioError(TOO_LONG, f"{name} is longer than {max_seconds:g} s")
-    if not total:
-        raise AudioError(EMPTY, f"{name} holds no samples")
-    return DecodedAudio(np.concatenate(blocks) if len(blocks) > 1 else blocks[0], rate, _codec(sound))
+def _reader(file, name):
+    """Choose the reader for an open file by its content."""
+    file.seek(0)
+    head = file.read(sniff.HEAD_BYTES)
+    if not head:
+        raise AudioError(EMPTY, f"{name} holds no bytes")
+    content = sniff.identify(head)
+    if content is None:
+        try:
+            return SoundReader(file, "")
+        except soundfile.SoundFileError:
+            if not any(head):
+                advice = f"its first {len(head)} bytes are zeros: the download may be incomplete"
+                raise AudioError(UNDECODABLE, f"{name} cannot be decoded: {advice}") from None
+            return SoundReader(file, None)
+    if content.kind == sniff.SOUND:
+        try:
+            return SoundReader(file, content.name)
+        except soundfile.SoundFileError:
+            if not content.demuxer:
+                raise
+            # The container is libsndfile's, but perhaps not the codec.
+            with contextlib.suppress(AudioError):
+                return _media_reader(file, name, content)
+            raise
+    if content.kind == sniff.MEDIA:
+        return _media_reader(file, name, content)
+    advice = f": {content.advice}" if content.advice else ""
+    raise AudioError(UNDECODABLE, f"{name} is {content.name}, not audio{advice}")
 
 
-def _codec(sound):
-    return sound.format if sound.format == "MP3" else f"{sound.format} {sound.subtype}"
+def _media_reader(file, name, content):
+    from accent_plugin.audio.media import MediaReader
+
+    return MediaReader(file, name, content)
 
 
-def _refusal(source, name, error):
-    """Make the `AudioError` for a file that libsndfile cannot open or decode."""
-    if _is_empty(source):
-        return AudioError(EMPTY, f"{name} holds no bytes")
-    return AudioError(UNDECODABLE, f"{name} cannot be decoded: {_why(error)}")
-
-
-def _pieces(sound, name, seconds, channel=None):
-    """Yield an open file's samples as mono at ``SAMPLE_RATE``, in pieces of at most about ``seconds``."""
-    rate = sound.samplerate
-    if rate not in SAMPLE_RATES:
-        raise AudioError(UNDECODABLE, f"{name} has an unsupported sample rate of {rate} Hz")
+def _pieces(reader, name, seconds, lost, channel):
+    """Yield a reader's samples as mono at ``SAMPLE_RATE``, in pieces of at most about ``seconds``."""
+    rate = reader.sample_rate
     resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
-    wanted = max(1, min(_BLOCK_VALUES // sound.channels, int(seconds * rate)))
-    low, high = np.inf, -np.inf
-    while len(block := sound.read(wanted, dtype="float32", always_2d=True)):
-        piece = _mono(block, channel)
-        if not np.isfinite(piece).all():
-            raise AudioError(NON_FINITE, f"{name} has samples that are NaN or infinite")
-        low, high = min(low, piece.min()), max(high, piece.max())
+    low, high, total = np.inf, -np.inf, 0
+    for piece in reader.blocks(max(1, min(_BLOCK_VALUES, int(seconds * rate) * reader.channels)), channel):
+        if not len(piece):
+            continue
+        low, high, total = min(low, piece.min()), max(high, piece.max()), total + len(piece)
+        check_range(name, low, high)
         yield piece if resampler is None else resampler.resample_chunk(piece)
+    losses = reader.losses.result(name, total / rate)
+    if lost is not None:
+        lost += losses
     if low > high:
         raise AudioError(EMPTY, f"{name} holds no samples")
     if high - low <= SILENCE_LEVEL:
@@ -325,23 +370,8 @@ def _pieces(sound, name, seconds, channel=None):
     yield np.zeros(0, np.float32) if resampler is None else resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def _mono(block, channel):
-    if channel is not None:
-        return block[:, channel - 1].copy()
-    return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
-
-
 def _why(error):
     """Message of libsndfile, without the Python object that soundfile puts before it."""
-    return getattr(error, "error_string", error)
-
-
-def _is_empty(source):
-    if isinstance(source, bytes):
-        return not source
-    try:
-        if hasattr(source, "read"):
-            return source.seekable() and source.seek(0, os.SEEK_END) == 0
-        return os.path.getsize(source) == 0
-    except (OSError, TypeError, ValueError):
-        return False
+    message = getattr(error, "error_string", error)
+    # libsndfile's words for an MP3 in memory that is too short.
+    return "it holds no complete frame" if "not a regular file" in str(message) else message
