@@ -31,12 +31,16 @@ class ConversionJob:
 
 @dataclass(frozen=True)
 class Converted:
-    """Result of one job: a file of ``frames`` samples and ``size`` bytes, or the ``reason`` why there is none."""
+    """Result of one job: a file of ``frames`` samples and ``size`` bytes, or the ``reason`` why there is none.
+
+    ``lost_seconds`` of the source could not be decoded.
+    """
 
     id: str
     frames: int = 0
     size: int = 0
     digest: str = ""
+    lost_seconds: float = 0.0
     reason: str = ""
     message: str = ""
 
@@ -102,13 +106,14 @@ def core_count():
 
 
 def _convert(job):
+    lost = []
     try:
-        steps = quantise(codecs.load(job.source, job.min_seconds, job.max_seconds))
+        steps = quantise(codecs.load(job.source, job.min_seconds, job.max_seconds, lost))
     except AudioError as error:
         return Converted(job.id, reason=error.reason, message=str(error))
     codecs.write(job.target, steps)
     digest = hashlib.blake2b(steps.tobytes(), digest_size=16).hexdigest()
-    return Converted(job.id, len(steps), os.stat(job.target).st_size, digest)
+    return Converted(job.id, len(steps), os.stat(job.target).st_size, digest, sum(loss.seconds for loss in lost))
 
 
 def _lost(id_, message):

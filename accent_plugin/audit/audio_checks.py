@@ -9,12 +9,22 @@ from pathlib import Path
 import numpy as np
 
 from accent_plugin.audio import codecs
-from accent_plugin.audio.samples import EMPTY, NON_FINITE, SILENT, TOO_LONG, UNDECODABLE, check_samples, quantise
+from accent_plugin.audio.samples import (
+    EMPTY,
+    NON_FINITE,
+    OUT_OF_RANGE,
+    SILENT,
+    TOO_LONG,
+    UNDECODABLE,
+    check_samples,
+    quantise,
+)
 from accent_plugin.audio.workers import map_in_workers, worker_count
 from accent_plugin.audit import confounds
 from accent_plugin.audit.findings import (
     AUDIO,
     CHANNEL,
+    DAMAGED_CLIP,
     ERROR,
     EXAMPLES,
     RATE,
@@ -31,7 +41,7 @@ from accent_plugin.report.text import count_in_words
 MAX_SECONDS = 600.0  # longer than any clip; decoding a whole audiobook would fill the memory
 
 
-_BAD = (UNDECODABLE, EMPTY, NON_FINITE, SILENT, TOO_LONG)
+_BAD = (UNDECODABLE, EMPTY, NON_FINITE, OUT_OF_RANGE, SILENT, TOO_LONG)
 
 
 WITHOUT_AUDIO = "the audio was not read: duplicate recordings, broken files, hours and confounds were not checked"
@@ -55,14 +65,15 @@ class AuditOutcome:
     content: int = 0
     samples: int = 0
     features: confounds.RecordingFeatures | None = None
+    lost: tuple = ()
     reason: str = ""
     message: str = ""
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Results for all rows: arrays, features of the drawn clips, the first few problems of each reason, and the paths
-    of files that do not exist.
+    """Results for all rows: arrays, features of the drawn clips, the first few problems of each reason, the paths of
+    files that do not exist, and row -> losses of the damaged clips.
     """
 
     seconds: np.ndarray
@@ -73,6 +84,7 @@ class Measurements:
     reasons: Counter
     problems: dict
     missing: list
+    lost: dict
 
 
 def _measure_clip(job):
@@ -86,7 +98,7 @@ def _measure_clip(job):
     rate = sound.sample_rate.to_bytes(4, "big")
     content = job.source if isinstance(job.source, bytes) else Path(job.source).read_bytes()
     return AuditOutcome(
-        job.id, sound.seconds, _number(content), _number(rate, quantise(sound.samples).tobytes()), measured
+        job.id, sound.seconds, _number(content), _number(rate, quantise(sound.samples).tobytes()), measured, sound.lost
     )
 
 
@@ -117,6 +129,7 @@ def measure_clips(table, data_folder, drawn, workers, progress):
         reasons=Counter(),
         problems={reason: [] for reason in _BAD},
         missing=[],
+        lost={},
     )
 
     def sound_of(row):
@@ -146,6 +159,8 @@ def measure_clips(table, data_folder, drawn, workers, progress):
                 continue
             measurements.seconds[row], measurements.usable[row] = outcome.seconds, True
             measurements.content[row], measurements.samples[row] = outcome.content, outcome.samples
+            if outcome.lost:
+                measurements.lost[row] = outcome.lost
             if outcome.features:
                 measurements.features[row] = outcome.features
     return measurements
@@ -192,6 +207,20 @@ def unusual_rates(table, measurements):
         len(far),
         tuple(examples),
     )
+
+
+def damaged_clips(table, measurements):
+    """Yield a finding about clips of which a part could not be decoded."""
+    if not measurements.lost:
+        return
+    rows = sorted(measurements.lost)
+    examples = []
+    for row in rows[:EXAMPLES]:
+        clip = table.clip(row)
+        examples.append(Example(f"{clip}: {'; '.join(map(str, measurements.lost[row]))}", (clip,)))
+    seconds = sum(loss.seconds for losses in measurements.lost.values() for loss in losses)
+    message = f"{count_in_words(len(rows), 'damaged file')}: {seconds:.1f} s could not be decoded"
+    yield Finding(DAMAGED_CLIP, WARNING, message, len(rows), tuple(examples))
 
 
 def duplicate_clips(table, measurements):

@@ -9,7 +9,8 @@ client         error     a speaker in more than one split; a warning if the data
 sentence       error     a sentence (letters and digits, see ``splits.normalise_sentence``) in more than one split
 contradiction  error     a speaker with more than one accent
 audio          error     the same samples in two splits or with two accents or speakers; otherwise a warning
-undecodable    error     files that are undecodable, empty, non-finite, silent, or too long to be one clip
+undecodable    error     files that are undecodable, empty, non-finite, out of range, silent, or too long to be one clip
+damaged        warning   files of which a part could not be decoded
 missing        error     an accent without clips in a split
 unlabelled     warning   rows without an accent; an error if all rows lack one
 balance        warning   an accent with more than 3 times as many clips in train as another
@@ -30,6 +31,7 @@ from accent_plugin.audit.audio_checks import (
     WITHOUT_AUDIO,
     channel_finding,
     confound_notes,
+    damaged_clips,
     duplicate_clips,
     measure_clips,
     measure_confounds,
@@ -107,8 +109,8 @@ def check_dataset(
         drawn = confounds.draw(table.accent, table.client, table.ranks(), seed=seed)
         measurements = measure_clips(table, data_folder, drawn, workers, progress)
         seconds = measurements.seconds
-        findings += [*unusable_clips(table, measurements), *duplicate_clips(table, measurements)]
-        findings += unusual_rates(table, measurements)
+        for find in (unusable_clips, damaged_clips, duplicate_clips, unusual_rates):
+            findings += find(table, measurements)
         confound, measured = measure_confounds(table, measurements, seed, permutations, progress)
         findings += channel_finding(confound)
         notes += confound_notes(confound, table)

@@ -19,12 +19,16 @@ KINDS = (
     CONTRADICTION,
     AUDIO,
     UNDECODABLE_CLIP,
+    DAMAGED_CLIP,
     MISSING,
     UNLABELLED,
     BALANCE,
     RATE,
     CHANNEL,
-) = "client", "sentence", "contradiction", "audio", "undecodable", "missing", "unlabelled", "balance", "rate", "channel"
+) = (
+    *("client", "sentence", "contradiction", "audio", "undecodable", "damaged"),
+    *("missing", "unlabelled", "balance", "rate", "channel"),
+)
 
 
 EXAMPLES = 5

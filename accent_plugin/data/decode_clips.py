@@ -6,7 +6,7 @@ import json
 import logging
 
 from accent_plugin import files
-from accent_plugin.audio.samples import EMPTY, NON_FINITE, UNDECODABLE
+from accent_plugin.audio.samples import EMPTY, NON_FINITE, OUT_OF_RANGE, UNDECODABLE
 from accent_plugin.audio.workers import ConversionJob, Converted, convert_files, worker_count
 from accent_plugin.data import dataset_dict, selection
 from accent_plugin.data.manifests import AUDIO_FOLDER, wav_cell
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 # Reasons that count as broken files; the others follow from the options.
-UNREADABLE = (UNDECODABLE, EMPTY, NON_FINITE)
+UNREADABLE = (UNDECODABLE, EMPTY, NON_FINITE, OUT_OF_RANGE)
 JOURNAL_FILE = "audio.jsonl"
 
 

@@ -301,6 +301,8 @@ def _write(folder, data_folder, layouts, outcomes, choices, header, columns, not
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
         counts[below] = {split: _count(parts[split], outcomes) for split in splits.SPLITS}
     card = dataset_dict.card(data_folder)
+    used = {row.id for parts in layouts for items in parts.values() for row in items}
+    damaged = _count_damaged([outcomes[id_] for id_ in used], notes)
     made = {
         "format_version": FORMAT_VERSION,
         "name": str(card.get("name") or data_folder.name),
@@ -310,12 +312,13 @@ def _write(folder, data_folder, layouts, outcomes, choices, header, columns, not
         **header,
         "columns": columns,
         "counts": counts if choices.n_folds else counts[""],
+        "damaged": damaged,
         "dropped": {reason: n for reason, n in notes.dropped.most_common() if n},
         "dropped_in_folds": {f"fold_{k}": {r: n for r, n in c.items() if n} for k, c in sorted(notes.folds.items())},
         "examples": notes.examples[:_EXAMPLES],
         "warnings": notes.warnings,
         "files": sizes,
-        "audio_files": len({row.id for parts in layouts for items in parts.values() for row in items}),
+        "audio_files": len(used),
     }
     with files.atomic_write(folder / PREPARE_JSON) as file:
         json.dump(made, file, indent=1)
@@ -373,6 +376,16 @@ def _count(rows, outcomes):
         }
         for accent, members in sorted(by_accent.items())
     }
+
+
+def _count_damaged(outcomes, notes):
+    """Count the clips of which a part could not be decoded, and the seconds; warn if there are any."""
+    lost = [outcome.lost_seconds for outcome in outcomes if outcome.lost_seconds]
+    if lost:
+        warning = f"{len(lost)} of {len(outcomes)} clips are damaged: {sum(lost):.1f} s of them could not be decoded"
+        notes.warnings.append(warning)
+        logger.warning("%s", warning)
+    return {"clips": len(lost), "lost_seconds": round(sum(lost), 2)}
 
 
 def _in_words(layouts):

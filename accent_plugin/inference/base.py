@@ -85,7 +85,7 @@ class InferenceOptions:
             yield f"{' and '.join(given)} are given: choose one way to abstain"
         for name, value in given.items():
             if not _is_number(value) or not 0 <= value <= 1:
-                yield f"{name} is {value!r}: give a share from 0 to 1"
+                yield f"{name} is {value!r}: give a fraction from 0 to 1"
 
 
 class RecordingClassifier:
@@ -132,8 +132,8 @@ class RecordingClassifier:
         Arguments
         ---------
         source : str, Path, bytes or binary file object
-            wav, flac, mp3, ogg or opus, with any sample rate and length, and any number of channels (their mean is
-            used). Memory does not grow with the length.
+            With any sample rate and length, and any number of channels (their mean is used); docs/inputs.md lists the
+            formats. Memory does not grow with the length.
 
         Returns
         -------
@@ -142,10 +142,11 @@ class RecordingClassifier:
         Raises
         ------
         AudioError
-            If the file cannot be classified: it is undecodable, empty, non-finite or silent, or a window is too long
-            for the encoder ("too long"). "non-finite" also means that the network returned NaN.
+            If the file cannot be classified: it is undecodable, empty, non-finite, out of range or silent, or a window
+            is too long for the encoder ("too long"). "non-finite" also means that the network returned NaN.
         """
-        return self.predict_blocks(codecs.stream(plain(source), BLOCK_SECONDS), name_of(source))
+        lost = []
+        return self.predict_blocks(codecs.stream(plain(source), BLOCK_SECONDS, lost), name_of(source), lost=lost)
 
     def predict(self, wave, sample_rate):
         """Classify one recording.
@@ -239,10 +240,12 @@ class RecordingClassifier:
                     if isinstance(item, Failure):
                         yield item
                     elif item.rest is None:
-                        yield or_failure(item.source, self.answer, [next(recordings)], item.source)
+                        yield or_failure(item.source, self.answer, [next(recordings)], item.source, item.lost)
                     else:
                         blocks = itertools.chain(item.blocks, item.rest)
-                        yield or_failure(item.source, self.predict_blocks, blocks, item.source, batch_seconds)
+                        yield or_failure(
+                            item.source, self.predict_blocks, blocks, item.source, batch_seconds, item.lost
+                        )
         finally:
             ahead.close()
 
@@ -250,7 +253,7 @@ class RecordingClassifier:
         """Classify (samples,) arrays at 16 kHz."""
         recordings, jobs = self._cut(arrays)
         self.score(jobs)
-        return [self.answer([recording], None) for recording in recordings]
+        return [self.answer([recording]) for recording in recordings]
 
     def _cut(self, arrays):
         """Cut (samples,) arrays at 16 kHz; returns the recordings and the jobs of all their windows."""
@@ -258,7 +261,7 @@ class RecordingClassifier:
         jobs = [job for recording, wave in zip(recordings, arrays, strict=True) for job in recording.feed(wave, True)]
         return recordings, jobs
 
-    def predict_blocks(self, blocks, source=None, batch_seconds=None):
+    def predict_blocks(self, blocks, source=None, batch_seconds=None, lost=()):
         """Classify one recording in blocks; the next block is decoded while the network runs.
 
         Arguments
@@ -269,6 +272,8 @@ class RecordingClassifier:
             Its name.
         batch_seconds : float
             As in `predict_files`.
+        lost : list of accent_plugin.audio.samples.Loss
+            What could not be decoded; complete when `blocks` ends.
 
         Returns
         -------
@@ -289,7 +294,7 @@ class RecordingClassifier:
                     jobs = []
         jobs += recording.feed(np.zeros(0, np.float32), last=True)
         self.score(jobs, batch_seconds)
-        return self.answer([recording], source)
+        return self.answer([recording], source, lost)
 
     def make_recording(self, offset=0):
         """Make the windows of a recording, or of a segment that starts at a sample of one."""
@@ -327,7 +332,7 @@ class RecordingClassifier:
         """
         raise NotImplementedError
 
-    def answer(self, recordings, source):
+    def answer(self, recordings, source=None, lost=()):
         """Answer one recording, or several that have the same speaker, from all their windows, weighted by length."""
         if refused := next((recording.refused for recording in recordings if recording.refused), None):
             raise refused
@@ -342,8 +347,7 @@ class RecordingClassifier:
         if not np.isfinite(mean).all():
             raise AudioError(
                 NON_FINITE,
-                "the network gives scores that are no numbers: the samples are far beyond full scale, or the model is "
-                "damaged",
+                "the network gives scores that are no numbers: the model is damaged",
             )
         best = int(mean.argmax())
         accent, probability = self.labels[best], float(mean[best])
@@ -367,6 +371,7 @@ class RecordingClassifier:
                 for offset, part in parts
                 for start, end in part.spans
             ),
+            lost=tuple(lost),
         )
 
     def _named(self, probabilities):

@@ -24,7 +24,10 @@ FORMATS = ("table", "jsonl", "csv")
 _SETTINGS = ("threshold", "window_seconds", "hop_seconds")
 
 
-_FIELDS = ("source", "model", "accent", "decision", "probability", "seconds", "reliable", "error", *_SETTINGS)
+_ANSWER = ("accent", "decision", "probability", "seconds", "lost_seconds", "reliable")
+
+
+_FIELDS = ("source", "model", *_ANSWER, "error", *_SETTINGS)
 
 
 # Start of each record in JSON lines.
@@ -40,13 +43,13 @@ def find(paths):
         if not os.path.isdir(path):
             yield str(path)
             continue
-        found = sorted(str(file) for file in Path(path).rglob("*") if _is_sound(file, path))
+        found = sorted(str(file) for file in Path(path).rglob("*") if _is_audio(file, path))
         if not found:
             raise DataError(f"{path} holds no audio file ({', '.join(codecs.SUFFIXES)})")
         yield from found
 
 
-def _is_sound(file, folder):
+def _is_audio(file, folder):
     """Whether a file found in a folder is audio and not hidden; macOS creates a hidden "._x.mp3" beside each x.mp3."""
     hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
     return file.suffix.lower() in codecs.SUFFIXES and not hidden and not file.is_dir()
@@ -118,19 +121,23 @@ def make_record(classifier, source, answer):
     Returns
     -------
     dict
-        Has "windows" if there are several.
+        Has "windows" if there are several, and "lost" if parts of the file could not be decoded.
     """
     record: dict = dict.fromkeys((*_FIELDS, "probabilities")) | {"source": source, "model": classifier.identity}
     record |= _settings(classifier)
     if isinstance(answer, Failure):
         return record | {"error": f"{answer.reason}: {answer.message}"}
-    named = ("accent", "decision", "probability", "seconds", "reliable")
-    record |= {name: getattr(answer, name) for name in named}
-    for name in ("probability", "seconds"):
+    record |= {name: getattr(answer, name) for name in _ANSWER}
+    for name in ("probability", "seconds", "lost_seconds"):
         record[name] = round(record[name], 6)
     record["probabilities"] = {label: round(p, 6) for label, p in answer.probabilities.items()}
     if len(answer.windows) > 1:
         record["windows"] = [_window(window) for window in answer.windows]
+    if answer.lost:
+        record["lost"] = [
+            {"start": round(loss.start, 6), "seconds": round(loss.seconds, 6), "reason": loss.reason}
+            for loss in answer.lost
+        ]
     return record
 
 
@@ -167,6 +174,7 @@ class _Writer:
         record = make_record(self._classifier, source, answer)
         if self._format != "jsonl":
             record.pop("windows", None)
+            record.pop("lost", None)
         if self._format == "jsonl":
             return self._json(record)
         if self._format == "csv":
@@ -176,9 +184,10 @@ class _Writer:
             return f"-  failed: {printable(record['error'])}  {printable(source)}\n"
         doubt = "" if record["reliable"] else "  (unreliable: under 1 s of speech)"
         abstained = "" if record["decision"] else "  (abstains)"
+        lost = f"  ({record['lost_seconds']:.1f} s could not be decoded)" if record["lost_seconds"] else ""
         width = max(len(printable(label)) for label in self._labels)
         accent = f"{printable(record['accent']):<{width}}"
-        return f"{record['probability']:.2f}  {accent}  {printable(source)}{doubt}{abstained}\n"
+        return f"{record['probability']:.2f}  {accent}  {printable(source)}{doubt}{abstained}{lost}\n"
 
     def go_on(self, path):
         """Read the answers in ``path`` as source -> whether it failed, and remove an incomplete last line."""

@@ -22,10 +22,14 @@ _PATIENCE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class SourceAudio:
-    """A decoded file; for a long file, its beginning and a generator of the `rest`."""
+    """A decoded file; for a long file, its beginning and a generator of the `rest`.
+
+    `lost` lists what could not be decoded; it is complete when `rest` ends.
+    """
 
     source: str | None
     blocks: tuple
+    lost: list
     rest: Generator | None = None
 
     @property
@@ -135,13 +139,13 @@ def _seconds(item):
 
 def _decode(source):
     """Decode at most two blocks of a source; returns a `SourceAudio`, a `Failure`, or an interrupt for the caller."""
-    name = None
+    name, lost = None, []
     try:
         name = name_of(source)
-        blocks = _blocks(source, name)
+        blocks = _blocks(source, name, lost)
         first = next(blocks)
         second = next(blocks, None)
-        return SourceAudio(name, (first,)) if second is None else SourceAudio(name, (first, second), blocks)
+        return SourceAudio(name, (first,), lost) if second is None else SourceAudio(name, (first, second), lost, blocks)
     except AudioError as error:
         return Failure(name, error.reason, str(error))
     except Exception as error:
@@ -150,10 +154,10 @@ def _decode(source):
         return error
 
 
-def _blocks(source, name):
+def _blocks(source, name, lost):
     """Yield the blocks of a source; errors of a caller's file object become an `AudioError`."""
     try:
-        yield from codecs.stream(plain(source), BLOCK_SECONDS)
+        yield from codecs.stream(plain(source), BLOCK_SECONDS, lost)
     except AudioError:
         raise
     except Exception as error:
@@ -161,7 +165,7 @@ def _blocks(source, name):
 
 
 def _unreadable(name, error):
-    return AudioError(UNDECODABLE, f"{name or 'it'} cannot be read: {type(error).__name__}: {error}")
+    return AudioError(UNDECODABLE, f"{name or 'the file'} cannot be read: {type(error).__name__}: {error}")
 
 
 def one_ahead(blocks):

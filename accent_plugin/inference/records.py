@@ -44,6 +44,8 @@ class Prediction:
         The file's name; None for arrays.
     windows : tuple of Window
         In order of time.
+    lost : tuple of accent_plugin.audio.samples.Loss
+        The parts of the file that could not be decoded; the answer is about the others. Empty if nothing was lost.
 
     Example
     -------
@@ -60,6 +62,12 @@ class Prediction:
     reliable: bool
     source: str | None = None
     windows: tuple = field(default=(), repr=False)
+    lost: tuple = ()
+
+    @property
+    def lost_seconds(self):
+        """How many seconds could not be decoded."""
+        return sum(loss.seconds for loss in self.lost)
 
     def __str__(self):
         answer = f"{self.accent} ({self.probability:.2f})"

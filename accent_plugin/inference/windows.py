@@ -22,11 +22,12 @@ _RANGE_DB = 40.0
 _LOUDEST_FRAMES = 50
 
 
-_LOUDEST_SHARE = 10
+# One frame in so many counts as loud.
+_LOUDEST_DIVISOR = 10
 
 
 # Smallest fraction of speech frames in a window: half a second of ten.
-_SPEECH_SHARE = 0.05
+_SPEECH_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class RecordingWindows:
         self._samples = 0
         self._spans = []
         self._next = 0
-        self._held, self._held_from = np.zeros(0, np.float32), 0
+        self._kept, self._kept_from = np.zeros(0, np.float32), 0
         self._unframed = np.zeros(0, np.float32)
         self._levels = np.zeros(0, np.float32)
         self._loudest = np.zeros(0, np.float32)
         # The power and the job of the loudest window; empty before the first window.
-        self._strongest: tuple = ()
+        self._loudest_window: tuple = ()
         # Start of a window -> its (classes,) log-probabilities.
         self._scores = {}
         # The `AudioError` of a window that is too long for the network.
@@ -78,7 +79,7 @@ class RecordingWindows:
     def feed(self, block, last=False):
         """Add the next (samples,) and return the jobs of windows that may count."""
         self._samples += len(block)
-        self._held = _joined(self._held, block)
+        self._kept = _joined(self._kept, block)
         self._measure(block, last)
         starts = []
         while self._samples > self._next + self._window:
@@ -87,30 +88,31 @@ class RecordingWindows:
         if last:
             starts.append(max(0, self._samples - self._window))
         # In the first five seconds, the level of the loudest frames may still fall.
-        settled = last or len(self._levels) >= _LOUDEST_FRAMES * _LOUDEST_SHARE
+        settled = last or len(self._levels) >= _LOUDEST_FRAMES * _LOUDEST_DIVISOR
         threshold = self._threshold() if settled else _FLOOR_DB
         jobs = []
         for start in starts:
             end = min(start + self._window, self._samples)
             self._spans.append((start, end))
-            job = WindowJob(self, start, self._held[start - self._held_from : end - self._held_from])
+            job = WindowJob(self, start, self._kept[start - self._kept_from : end - self._kept_from])
             if self._has_speech((start, end), threshold):
                 jobs.append(job)
             levels = self._levels_in((start, end))
             power = float(np.mean(10 ** (levels.astype(np.float64) / 10))) if len(levels) else 0.0
-            if not self._strongest or power > self._strongest[0]:
-                self._strongest = (power, WindowJob(self, start, job.samples.copy()))
+            if not self._loudest_window or power > self._loudest_window[0]:
+                self._loudest_window = (power, WindowJob(self, start, job.samples.copy()))
         if starts:
             # The last window may start directly after the start of the window before it.
-            self._held, self._held_from = self._held[starts[-1] - self._held_from :], starts[-1]
-        strongest = self._strongest
+            self._kept, self._kept_from = self._kept[starts[-1] - self._kept_from :], starts[-1]
         if last and not any(self._has_speech(span, threshold) for span in self._spans):
-            jobs = [] if strongest[1].start in self._scores else [strongest[1]]
+            loudest = self._loudest_window[1]
+            jobs = [] if loudest.start in self._scores else [loudest]
         if last:
             # A recording of many segments keeps all of them until it ends.
             nothing = np.zeros(0, np.float32)
-            self._held, self._unframed = nothing, nothing
-            self._strongest = (strongest[0], WindowJob(self, strongest[1].start, nothing))
+            self._kept, self._unframed = nothing, nothing
+            power, loudest = self._loudest_window
+            self._loudest_window = (power, WindowJob(self, loudest.start, nothing))
         return jobs
 
     def collect(self, start, scores):
@@ -126,12 +128,12 @@ class RecordingWindows:
         counted = [start for start, end in self._spans if self._has_speech((start, end), threshold)]
         # A frame counts until the start of the next one (10 ms), so that speech without pauses lasts as long as the
         # recording.
-        shares = np.minimum(STEP_SAMPLES, self._samples - STEP_SAMPLES * np.arange(len(self._levels)))
+        lengths = np.minimum(STEP_SAMPLES, self._samples - STEP_SAMPLES * np.arange(len(self._levels)))
         return WindowOutcome(
             samples=self._samples,
-            speech_samples=int(shares[self._levels >= threshold].sum()),
+            speech_samples=int(lengths[self._levels >= threshold].sum()),
             spans=tuple(self._spans),
-            counted=frozenset(counted or [self._strongest[1].start]),
+            counted=frozenset(counted or [self._loudest_window[1].start]),
             scores=self._scores,
         )
 
@@ -149,7 +151,7 @@ class RecordingWindows:
 
     def _threshold(self):
         """Return the level in dB above which a frame is speech, from all frames so far."""
-        loudest = self._loudest[: max(1, min(_LOUDEST_FRAMES, len(self._levels) // _LOUDEST_SHARE))]
+        loudest = self._loudest[: max(1, min(_LOUDEST_FRAMES, len(self._levels) // _LOUDEST_DIVISOR))]
         return max(_FLOOR_DB, float(loudest[-1]) - _RANGE_DB)
 
     def _levels_in(self, span):
@@ -159,7 +161,7 @@ class RecordingWindows:
 
     def _has_speech(self, span, threshold):
         levels = self._levels_in(span)
-        return len(levels) > 0 and float(np.mean(levels >= threshold)) >= _SPEECH_SHARE
+        return len(levels) > 0 and float(np.mean(levels >= threshold)) >= _SPEECH_FRACTION
 
 
 def _joined(first, second):

@@ -24,6 +24,14 @@ class Window(BaseModel):
     probabilities: dict[str, float] | None = Field(description="null if the window has too little speech")
 
 
+class Loss(BaseModel):
+    """A part of a file that could not be decoded."""
+
+    start: float = Field(description="where it is missing, in seconds of the decoded audio")
+    seconds: float
+    reason: str
+
+
 class Answer(BaseModel):
     """The answer for one file. If there is an error, accent, decision, probability and probabilities are null."""
 
@@ -34,6 +42,8 @@ class Answer(BaseModel):
     probability: float | None = Field(description="of the most likely accent; calibrated if the model is calibrated")
     probabilities: dict[str, float] | None = Field(description="of every accent")
     seconds: float | None = Field(description="duration of the recording")
+    lost_seconds: float | None = Field(description="how many seconds of the file could not be decoded")
+    lost: list[Loss] = Field([], description="the parts of a damaged file that could not be decoded")
     speech_seconds: float | None = Field(None, description="duration of the speech in it, estimated from the energy")
     reliable: bool | None = Field(description="whether there is at least one second of speech")
     error: str | None = Field(description="why there is no answer, as in the output of `classify`")

@@ -84,6 +84,8 @@ class ServiceAnswer:
                 f"short: {self.outcome.speech_seconds:.1f} s of speech; with less than {RELIABLE_SECONDS:g} s "
                 "the answer is not reliable"
             )
+        if self.outcome.lost:
+            yield f"damaged file: {self.outcome.lost_seconds:.1f} s could not be decoded"
         yield from self.quality.warnings()
 
 
@@ -170,14 +172,15 @@ class Service:
         self.batcher.close()
 
     def _answer(self, name, content, deadline):
-        source, meter = _NamedFile(content, name), SignalMeter()
+        source, meter, lost = _NamedFile(content, name), SignalMeter(), []
         try:
             header = codecs.read_header(_NamedFile(content, name))
             if header.seconds is not None and header.seconds > self.limits.max_seconds:
                 raise self._too_long(source.name)
-            blocks = meter.measure(self._within_limits(codecs.stream(source, _BLOCK_SECONDS), source.name, deadline))
+            blocks = codecs.stream(source, _BLOCK_SECONDS, lost)
+            blocks = meter.measure(self._within_limits(blocks, source.name, deadline))
             with self.batcher.deadline(deadline):
-                prediction = self.classifier.predict_blocks(blocks, source.name)
+                prediction = self.classifier.predict_blocks(blocks, source.name, lost=lost)
         except AudioError as error:
             return ServiceAnswer(Failure(source.name, error.reason, str(error)))
         return ServiceAnswer(prediction, meter.quality(), header)

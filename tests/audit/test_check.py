@@ -352,6 +352,19 @@ def test_paths_are_relative_to_the_data(tmp_path):
     assert finding_of(result, "audio", "error").examples[0].text.endswith("same bytes")
 
 
+def test_damaged_clips_are_found_and_stay_usable(tmp_path):
+    table = rows("us", 4, 1)
+    table[2]["audio"] = {"bytes": encode(noise(4.0, seed=9), format="WAV")[: 44 + 3 * 32_000], "path": "cut.wav"}
+    result = checked(save(tmp_path / "data", train=table))
+    finding = finding_of(result, "damaged", "warning")
+    assert (finding.message, finding.count) == ("1 damaged file: 1.0 s could not be decoded", 1)
+    assert finding.examples[0].text == (
+        "train:2 us-2-0.flac: 1.0 s at 3.0 s could not be decoded: the audio ends before its announced end"
+    )
+    assert result.counts["train"]["us"]["clips"] == 4
+    assert "undecodable" not in [each.kind for each in result.findings]
+
+
 def test_a_clip_that_is_too_long_is_not_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(audio_checks, "MAX_SECONDS", 1.1)
     result = checked(save(tmp_path / "data", train=rows("us", 1, 1)))

@@ -908,11 +908,11 @@ def test_folders_leave_nothing_out_in_silence(tmp_path):
     (source / "us" / "s0").symlink_to(elsewhere)
     (source / "us" / "s1" / "back").symlink_to(source / "us")
     (source / "us" / "s1" / "._a.mp3").write_bytes(b"macOS")
-    (source / "us" / "s1" / "b.m4a").touch()
+    (source / "us" / "s1" / "b.dat").touch()
     (source / "loose.wav").touch()
     made = build(source, tmp_path / "out", accents=TWO)
     assert kept(made) == {"us": 40, "england": 40}
-    assert made.warnings == ("files without an audio suffix, or outside the accents' folders: .m4a 1, .wav 1",)
+    assert made.warnings == ("files without an audio suffix, or outside the accents' folders: .dat 1, .wav 1",)
 
 
 def test_only_unknown_accents_are_listed_as_unknown(tmp_path):

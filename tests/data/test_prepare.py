@@ -96,6 +96,17 @@ def test_layout(corpus, tmp_path):
     assert saved["columns"]["train"]["client"] == "client_id"
 
 
+def test_damaged_clips_are_used_and_counted(tmp_path):
+    tables = three_splits()
+    for number, row in enumerate(tables["train"][:2]):
+        content = encode(noise(2.0, seed=100 + number), format="WAV")
+        row["audio"] = {"bytes": content[: 44 + 48_000], "path": "cut.wav"}
+    made = prepare(save(tmp_path / "data", **tables), tmp_path / "out")
+    assert report(tmp_path / "out")["damaged"] == {"clips": 2, "lost_seconds": 1.0}
+    assert "2 of 28 clips are damaged: 1.0 s of them could not be decoded" in made.warnings
+    assert made.dropped == {}
+
+
 def test_speechbrain_reads_it(corpus, tmp_path):
     dataio = pytest.importorskip("speechbrain.dataio.dataio")
     made = prepare(corpus, tmp_path / "out")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from helpers.dataset_dicts import encode, noise, save, three_splits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from accent_plugin.audio.samples import Loss
 from accent_plugin.bundle.write import write_bundle
 from accent_plugin.cli import main
 from accent_plugin.cli import models as cli_models
@@ -77,6 +79,36 @@ class Fake:
             else:
                 scores = dict(zip(LABELS, (0.5, 0.3, 0.2), strict=True))
                 yield Prediction("us", "us", 0.5, scores, float(len(source)), 1.5, True, source)
+
+
+class Damaged(Fake):
+    """Answers that a part of each file was lost."""
+
+    @staticmethod
+    def predict_files(sources, **reading):
+        lost = (Loss(2.0, 1.25, "bytes that are no MP3 frames"),)
+        for answer in Fake.predict_files(sources):
+            yield answer if isinstance(answer, Failure) else replace(answer, lost=lost)
+
+
+def test_every_format_says_how_much_was_lost(tmp_path):
+    for format in ("jsonl", "csv", "table"):
+        run(Damaged(), ["a.wav", "ab.wavs"], format, tmp_path / format, progress=False)
+    (record, other) = read(tmp_path / "jsonl")
+    assert record["lost_seconds"] == 1.25
+    assert record["lost"] == [{"start": 2.0, "seconds": 1.25, "reason": "bytes that are no MP3 frames"}]
+    with open(tmp_path / "csv", encoding="utf-8", newline="") as file:
+        assert [row["lost_seconds"] for row in csv.DictReader(file)] == ["1.25", "1.25"]
+    assert "a.wav  (1.2 s could not be decoded)\n" in (tmp_path / "table").read_text()
+
+
+def test_sound_files_lost_nothing(tmp_path):
+    for format in ("jsonl", "table"):
+        run(Fake(), ["a.wav"], format, tmp_path / format, progress=False)
+    (record,) = read(tmp_path / "jsonl")
+    assert record["lost_seconds"] == 0
+    assert "lost" not in record
+    assert (tmp_path / "table").read_text().endswith("a.wav\n")
 
 
 def test_folders_are_searched_and_files_taken_as_they_are(speech):

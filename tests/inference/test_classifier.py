@@ -259,7 +259,7 @@ def test_abstaining():
         ({"max_risk": 0.05}, "lowest risk that validation reached is 0.1, with a coverage of 0.7"),
         ({"max_risk": 0.2, "min_coverage": 0.5}, "max_risk and min_coverage are given: choose one"),
         ({"min_probability": 0.2, "max_risk": 0.5}, "min_probability and max_risk are given"),
-        ({"min_probability": 1.5}, "min_probability is 1.5: give a share from 0 to 1"),
+        ({"min_probability": 1.5}, "min_probability is 1.5: give a fraction from 0 to 1"),
         ({"min_probability": float("nan")}, "min_probability is nan"),
         ({"min_coverage": True}, "min_coverage is True"),
         ({"precision": "fp16"}, "precision 'fp16' is unknown; choose one of fp32, bf16, auto"),
@@ -357,8 +357,9 @@ def test_any_rate(rate):
         (np.zeros(0, np.float32), 16_000, "empty", "holds no samples"),
         (np.zeros(16_000), 16_000, "silent", "all samples are equal"),
         (np.full(16_000, 0.5), 16_000, "silent", "all samples are equal"),
-        (np.array([0.1, np.nan, 0.2]), 16_000, "non-finite", "1 samples"),
-        (np.array([0.1, 1e300, 0.2]), 16_000, "non-finite", "1 samples"),
+        (np.array([0.1, np.nan, 0.2]), 16_000, "non-finite", "NaN or infinite"),
+        (np.array([0.1, 1e300, 0.2]), 16_000, "non-finite", "NaN or infinite"),
+        (np.array([0.1, 1e25, 0.2]), 16_000, "out of range", "full scale, which is 1: divide 16-bit integers"),
         (np.array([0.5, -0.5]), 192_000, "empty", "shorter than one sample"),
         (np.arange(100), 16_000, "undecodable", "int64 are not supported"),
         (np.ones(100, bool), 16_000, "undecodable", "bool"),
@@ -405,12 +406,12 @@ def test_an_answer_is_never_nan(tmp_path):
     assert answers[1].reason == "non-finite"
 
 
-@pytest.mark.parametrize("factor", [1e20, 3e37])
-def test_samples_beyond_all_measure(classifier, factor):
-    """The network's squares overflow; whatever it makes of that, it is an answer or a reason."""
+@pytest.mark.parametrize("factor", [1e4, 1e20, 3e37])
+def test_samples_far_beyond_full_scale_get_no_answer(classifier, factor):
     wave = noise() * np.float32(factor)
     for answer in classifier.predict_files([encode(wave, format="WAV", subtype="FLOAT")]):
-        assert getattr(answer, "reason", None) == "non-finite" or np.isfinite(answer.probability)
+        assert answer.reason == "out of range"
+        assert "divide 16-bit integers" in answer.message
 
 
 KINDS = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", None), ("MP3", None), ("OGG", "VORBIS"), ("OGG", "OPUS")]
@@ -477,7 +478,7 @@ def test_a_recording_holds_a_window_and_a_block():
     recording.feed(noise(2.0))
     for number in range(1, 50):
         recording.feed(noise(2.0, seed=number))
-        held = [recording._held, recording._unframed, recording._loudest, recording._strongest[1].samples]
+        held = [recording._kept, recording._unframed, recording._loudest, recording._loudest_window[1].samples]
         # With what each is a view of.
         sizes = [(array if array.base is None else array.base).size for array in held]
         assert sum(sizes) < 16_000 * (2 + 2 + 2 + 2)
@@ -633,11 +634,37 @@ def test_an_error_of_a_file_object_is_its_own_failure():
     good = encode(tone(1.0))
     answers = list(stub().predict_files([good, Broken(RuntimeError("the socket is gone")), good], workers=2))
     assert [type(answer) for answer in answers] == [Prediction, Failure, Prediction]
-    assert str(answers[1]) == "undecodable: it cannot be read: RuntimeError: the socket is gone"
+    assert str(answers[1]) == "undecodable: the file cannot be read: RuntimeError: the socket is gone"
+
+
+def truncated_wav(seconds, announced):
+    content = encode(tone(announced, mean=0.1), format="WAV")
+    return content[: 44 + int(seconds * 32_000)]
+
+
+@pytest.mark.parametrize(("seconds", "announced"), [(3.0, 4.5), (100.0, 103.0)])
+def test_a_prediction_says_what_was_lost(seconds, announced):
+    content, classifier = truncated_wav(seconds, announced), stub()
+    (batched,) = classifier.predict_files([content])
+    for prediction in (classifier.predict_file(content), batched):
+        assert prediction.seconds == seconds
+        assert [(loss.start, loss.seconds) for loss in prediction.lost] == [(seconds, announced - seconds)]
+        assert prediction.lost_seconds == announced - seconds
+        assert prediction.accent == "england"
+    sound = classifier.predict_file(encode(tone(3.0, mean=0.1), format="WAV"))
+    assert (sound.lost, sound.lost_seconds) == ((), 0)
+
+
+def test_a_file_of_which_less_than_half_is_left_is_a_failure():
+    (answer,) = stub().predict_files([truncated_wav(3.0, 7.0)])
+    assert (answer.reason, answer.message[:52]) == (
+        "undecodable",
+        "clip is damaged: only 3.0 s of about 7.0 s can be de",
+    )
 
 
 def test_an_error_in_the_rest_of_a_file_is_its_own_failure(monkeypatch):
-    def stream(source, seconds):
+    def stream(source, seconds, lost):
         yield from [tone(1.0)] * 3
         raise RuntimeError("the socket is gone")
 

@@ -304,7 +304,7 @@ def test_the_server_deletes_what_is_old(tmp_path):
 
 def test_a_bad_file_on_its_whole_way(client):
     message = listen(client, upload(client, "bad.wav", b"hello"))
-    assert "undecodable: bad.wav cannot be decoded: Format not recognised." in message["output"]["data"][0]
+    assert "undecodable: bad.wav is a text file, not audio" in message["output"]["data"][0]
 
 
 def test_a_path_of_the_server_cannot_be_asked_for(client, tmp_path):

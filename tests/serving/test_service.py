@@ -174,7 +174,7 @@ def test_a_long_file_without_a_length_in_its_header_is_not_decoded_to_the_end(ma
 def test_names_lose_folders_and_control_characters(make, given, named):
     (answer,) = asyncio.run(make().classify([(given, b"hello")]))
     assert answer.outcome.source == named
-    assert answer.outcome.message == f"{named} cannot be decoded: Format not recognised."
+    assert answer.outcome.message == f"{named} is a text file, not audio"
 
 
 def test_an_answer_has_the_fields_of_the_command_line(make, classifier, tmp_path, capsys):
@@ -203,6 +203,18 @@ def test_an_answer_has_the_header_and_the_signal_quality(make):
     assert dataclasses.astuple(answer.header) == (44_100, 2, "WAV PCM_16", 2.0)
     assert answer.outcome.seconds == 2.0
     assert len(answer.quality.peaks) == 200
+
+
+def test_a_damaged_file_is_answered_with_a_warning(make):
+    service = make()
+    content = encode(noise(4.0), format="WAV")
+    (answer,) = asyncio.run(service.classify([("clip.wav", content[: 44 + 3 * 32_000])]))
+    assert "damaged file: 1.0 s could not be decoded" in list(answer.warnings())
+    record = service.record(answer)
+    assert record["lost_seconds"] == 1.0
+    assert record["lost"] == [
+        {"start": 3.0, "seconds": 1.0, "reason": "the audio ends before its announced end"},
+    ]
 
 
 def test_short_speech_is_a_warning(make):
