@@ -34,7 +34,10 @@ class _ReasonError(AccentPluginError):
 
 
 class AudioError(_ReasonError):
-    """A clip cannot be used: "undecodable", "empty", "too short", "too long", "non-finite", "out of range" or "silent"."""
+    """A clip cannot be used.
+
+    The reason is "undecodable", "empty", "too short", "too long", "non-finite", "out of range" or "silent".
+    """
 
 
 class LimitError(_ReasonError):
