@@ -9,7 +9,7 @@ import contextlib
 import io
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,6 @@ SUFFIXES = (
     *(".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".au"),
     *(".m4a", ".mp4", ".webm", ".amr", ".wma", ".aac", ".3gp", ".mov", ".mkv", ".mka", ".m4b", ".avi"),
 )
-
-
 # Values decoded at a time: a header may claim any number of frames or channels, so memory grows with the actual data.
 _BLOCK_VALUES = 1 << 21
 
@@ -148,7 +146,7 @@ def load(source, min_seconds=0.0, max_seconds=None, lost=None):
     return resample(sound.samples, sound.sample_rate)
 
 
-def stream(source, block_seconds=60.0, lost=None, channel=None):
+def stream(source, block_seconds=60.0, lost=None, channel=None, keep_time=False):
     """Decode, check and resample a clip of any length block by block: the samples of `load`, in constant memory.
 
     Arguments
@@ -161,6 +159,8 @@ def stream(source, block_seconds=60.0, lost=None, channel=None):
         Gets a `Loss` for each part that could not be decoded, before the last block is yielded.
     channel : int, optional
         The channel to decode, counted from 1; None averages all.
+    keep_time : bool
+        Whether silence stands in for what could not be decoded, so that times are those of the recording.
 
     Yields
     ------
@@ -176,7 +176,7 @@ def stream(source, block_seconds=60.0, lost=None, channel=None):
     size = int(block_seconds * SAMPLE_RATE)
     held, total = [], 0
     with _opened(source) as (reader, name):
-        for piece in _pieces(reader, name, block_seconds, lost, channel):
+        for piece in _pieces(reader, name, block_seconds, lost, channel, keep_time):
             held.append(piece)
             total += len(piece)
             if total > size:
@@ -349,20 +349,27 @@ def _media_reader(file, name, content):
     return MediaReader(file, name, content)
 
 
-def _pieces(reader, name, seconds, lost, channel):
+def _pieces(reader, name, seconds, lost, channel, keep_time):
     """Yield a reader's samples as mono at ``SAMPLE_RATE``, in pieces of at most about ``seconds``."""
     rate = reader.sample_rate
     resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "HQ")
-    low, high, total = np.inf, -np.inf, 0
+    low, high, total, filled = np.inf, -np.inf, 0, 0.0
     for piece in reader.blocks(max(1, min(_BLOCK_VALUES, int(seconds * rate) * reader.channels)), channel):
         if not len(piece):
             continue
+        if keep_time and reader.losses.seconds > filled:
+            # Before a false position in a damaged file makes hours of silence.
+            reader.losses.result(name, np.inf if reader.seconds is None else reader.seconds)
+            silence = np.zeros(round((reader.losses.seconds - filled) * rate), np.float32)
+            filled = reader.losses.seconds
+            yield silence if resampler is None else resampler.resample_chunk(silence)
         low, high, total = min(low, piece.min()), max(high, piece.max()), total + len(piece)
         check_range(name, low, high)
         yield piece if resampler is None else resampler.resample_chunk(piece)
     losses = reader.losses.result(name, total / rate)
     if lost is not None:
-        lost += losses
+        before = np.cumsum([0.0, *(loss.seconds for loss in losses)]) if keep_time else np.zeros(len(losses) + 1)
+        lost += [replace(loss, start=loss.start + float(shift)) for loss, shift in zip(losses, before, strict=False)]
     if low > high:
         raise AudioError(EMPTY, f"{name} holds no samples")
     if high - low <= SILENCE_LEVEL:

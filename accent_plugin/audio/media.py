@@ -13,19 +13,11 @@ from accent_plugin.errors import AudioError
 
 # Timestamps that jump by more than this mean that audio is missing; encoders round them.
 _LONGEST_JUMP = 0.15
-
-
 # Containers without timestamps and length; FFmpeg estimates them from the number of bytes.
 _UNTIMED = ("amr", "aac", "ac3")
-
-
 # Delays and padding that the length of a stream may include.
 _TOLERANCE = 0.25
-
-
 _DAMAGED = "packets are missing or damaged"
-
-
 _TRUNCATED = "the audio ends before its announced end"
 
 
@@ -86,12 +78,17 @@ class MediaReader:
         (samples,) np.ndarray
             float32 at `sample_rate`: the channel, counted from 1, or without one the mean of all.
         """
-        waiting, held = [], 0
+        waiting, held, lost = [], 0, 0.0
         for number, file in enumerate(self._files):
             if number:
                 self._container.close()
                 self._container = self._open(file)
             for block in self._decode(channel):
+                # A loss is between two blocks.
+                if waiting and self.losses.seconds > lost:
+                    yield np.concatenate(waiting)
+                    waiting, held = [], 0
+                lost = self.losses.seconds
                 waiting.append(block)
                 held += len(block)
                 if held * self.channels >= values:

@@ -9,44 +9,20 @@ import soxr
 from accent_plugin.errors import AudioError
 
 SAMPLE_RATE = 16_000
-
-
 UNDECODABLE = "undecodable"
-
-
 EMPTY = "empty"
-
-
 TOO_SHORT = "too short"
-
-
 TOO_LONG = "too long"
-
-
 NON_FINITE = "non-finite"
-
-
 OUT_OF_RANGE = "out of range"
-
-
 SILENT = "silent"
-
-
 # Peak to peak, so that a constant offset counts as silence: three steps of 16-bit audio.
 SILENCE_LEVEL = 3 / 32768
-
-
 # 40 dB above full scale, which is 1. Integers that were converted to floats without being scaled are beyond it.
 MAX_LEVEL = 100.0
-
-
 # Less than this is not reported: decoders differ by a few frames where a part begins or ends.
 _NEGLIGIBLE_SECONDS = 0.1
-
-
 SAMPLE_RATES = range(1_000, 384_001)
-
-
 # An array with more rows than this is taken for a batch of clips, not for the channels of one.
 _MAX_CHANNELS = 32
 
@@ -87,6 +63,11 @@ class LossLog:
             seconds += self._losses.pop().seconds
         self._losses.append(Loss(start, seconds, reason))
 
+    @property
+    def seconds(self):
+        """How much is missing so far."""
+        return sum(loss.seconds for loss in self._losses)
+
     def result(self, name, decoded):
         """Return the losses of a recording of which `decoded` seconds are left; none if they are negligible.
 
@@ -95,7 +76,7 @@ class LossLog:
         AudioError
             "undecodable" if less than half is left.
         """
-        lost = sum(loss.seconds for loss in self._losses)
+        lost = self.seconds
         if lost < _NEGLIGIBLE_SECONDS:
             return ()
         if lost > decoded:

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 # Enough for every signature below; what follows an ID3 tag is identified by a second call.
 HEAD_BYTES = 4096
-
-
 # Who reads it: libsndfile, FFmpeg (through PyAV), or nobody.
 SOUND, MEDIA, OTHER = "sound", "media", "other"
 
@@ -79,11 +77,7 @@ _SIGNATURES = (
     (0, rb"\x7fELF|MZ\x90", Content(OTHER, "a program")),
     (0, rb"#EXTM3U", Content(OTHER, "a playlist", advice="give the files that it lists")),
 )
-
-
 _COMPILED = tuple((offset, re.compile(pattern, re.DOTALL), content) for offset, pattern, content in _SIGNATURES)
-
-
 _HTML = re.compile(rb"<(!doctype html|html|head|body|script)\b", re.IGNORECASE)
 
 

@@ -13,8 +13,6 @@ from accent_plugin.audio.samples import LossLog, to_mono
 
 # What libsndfile and soundfile raise.
 ERRORS = (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError)
-
-
 _SMALL_BLOCK = 1152
 
 

@@ -27,19 +27,11 @@ from accent_plugin.inference.windows import RecordingWindows
 
 # Number of prefetched batches from which clips of similar length are chosen.
 _BATCHES_AHEAD = 8
-
-
 # Largest factor by which padding may lengthen a batch; more padding costs more than another call.
 _PADDING = 1.2
-
-
 _MOST_WORKERS = 8
-
-
 # On a CPU, larger batches are hardly faster.
 _BATCH_SECONDS = {"cpu": 20.0}
-
-
 _BATCH_SECONDS_ELSEWHERE = 60.0
 
 
@@ -304,12 +296,14 @@ class RecordingClassifier:
     def score(self, jobs, batch_seconds=None):
         """Score the windows of jobs and pass the scores to their recordings."""
         if self._batcher is not None:
-            _collect(jobs, self._batcher.score([job.samples for job in jobs]))
-            return
-        most = (self.batch_seconds if batch_seconds is None else batch_seconds) * SAMPLE_RATE
-        for indices in _buckets([len(job.samples) for job in jobs], most):
-            batch = [jobs[index] for index in indices]
-            _collect(batch, self._score_batch([job.samples for job in batch]))
+            batches, score = [jobs], self._batcher.score
+        else:
+            most = (self.batch_seconds if batch_seconds is None else batch_seconds) * SAMPLE_RATE
+            groups = _buckets([len(job.samples) for job in jobs], most)
+            batches, score = [[jobs[index] for index in indices] for indices in groups], self._score_batch
+        for batch in batches:
+            for job, scores in zip(batch, score([job.samples for job in batch]), strict=True):
+                job.recording.collect(job.start, scores)
 
     def _score_batch(self, windows):
         """Return the log-probabilities of each (samples,) window, or an `AudioError` if the window is too long.
@@ -376,11 +370,6 @@ class RecordingClassifier:
 
     def _named(self, probabilities):
         return dict(zip(self.labels, probabilities.tolist(), strict=True))
-
-
-def _collect(jobs, scores):
-    for job, row in zip(jobs, scores, strict=True):
-        job.recording.collect(job.start, row)
 
 
 def or_failure(source, work, *arguments):

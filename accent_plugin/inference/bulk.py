@@ -18,18 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 FORMATS = ("table", "jsonl", "csv")
-
-
 # Options that affect an answer.
 _SETTINGS = ("threshold", "window_seconds", "hop_seconds")
-
-
 _ANSWER = ("accent", "decision", "probability", "seconds", "lost_seconds", "reliable")
-
-
 _FIELDS = ("source", "model", *_ANSWER, "error", *_SETTINGS)
-
-
 # Start of each record in JSON lines.
 _BEGINNING = b'{"source": '
 

@@ -12,11 +12,7 @@ from accent_plugin.inference.records import Failure
 
 # Longer files are streamed in blocks of this length.
 BLOCK_SECONDS = 60.0
-
-
 _LEAST_SECONDS = 0.1
-
-
 _PATIENCE_SECONDS = 1.0
 
 

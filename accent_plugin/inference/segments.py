@@ -51,6 +51,10 @@ class Segment:
     channel: int | None = None
     file: str = ""
 
+    def overlaps(self, start, seconds):
+        """Whether a part of the segment is within so many seconds from `start`."""
+        return start < self.end and self.start < start + seconds
+
 
 _WHOLE = Segment(0.0, math.inf)
 
@@ -235,9 +239,7 @@ def run(classifier, sources, segments, format, output=None, each_channel=False):
 def _records(classifier, source, segments, each_channel):
     """Yield a record for each segment of a recording, then one for each speaker."""
     if not segments:
-        yield _record(
-            classifier, source, Segment(0.0, math.inf), Failure(source, EMPTY, "no segments are given for it")
-        )
+        yield _record(classifier, source, _WHOLE, Failure(source, EMPTY, "no segments are given for it"))
         return
     try:
         found = predict_segments(classifier, source, segments, each_channel)
@@ -247,9 +249,8 @@ def _records(classifier, source, segments, each_channel):
     for segment, answer in found.segments:
         yield _record(classifier, source, segment, answer)
     for (speaker, channel), answer in found.speakers.items():
-        yield _record(classifier, source, replace(_WHOLE, speaker=speaker, channel=channel), answer) | {
-            "scope": "speaker"
-        }
+        record = _record(classifier, source, replace(_WHOLE, speaker=speaker, channel=channel), answer)
+        yield record | {"scope": "speaker"}
 
 
 def _record(classifier, source, segment, answer):
@@ -282,12 +283,15 @@ def _line(record):
         return printable(f"-  failed: {record['error']}  {place}") + "\n"
     doubt = "" if record["reliable"] else "  (unreliable: under 1 s of speech)"
     abstained = "" if record["decision"] else "  (abstains)"
-    return printable(f"{record['probability']:.2f}  {record['accent']}  {place}{doubt}{abstained}") + "\n"
+    lost = f"  ({record['lost_seconds']:.1f} s could not be decoded)" if record["lost_seconds"] else ""
+    return printable(f"{record['probability']:.2f}  {record['accent']}  {place}{doubt}{abstained}{lost}") + "\n"
 
 
 def _of_one_stream(classifier, source, segments, channel):
     parts = [_Part(segment, classifier) for segment in segments]
-    name, blocks = name_of(source), codecs.stream(plain(source), BLOCK_SECONDS, channel=channel)
+    name, lost = name_of(source), []
+    # The times of segments are those of the recording, also of a damaged one.
+    blocks = codecs.stream(plain(source), BLOCK_SECONDS, lost, channel=channel, keep_time=True)
     waiting, position, jobs = sorted(parts, key=lambda part: part.start), 0, []
     enough = classifier.batch_seconds * SAMPLE_RATE
     with contextlib.closing(one_ahead(blocks)) as blocks:
@@ -310,10 +314,12 @@ def _of_one_stream(classifier, source, segments, channel):
     for part in parts:
         if part.segment.speaker:
             by_speaker[part.segment.speaker, channel].append(part)
-    return SegmentAnswers(
-        tuple((part.segment, or_failure(name, _answer, classifier, [part], name, position)) for part in parts),
-        {key: or_failure(name, _answer, classifier, members, name, position) for key, members in by_speaker.items()},
-    )
+
+    def answer(members):
+        return or_failure(name, _answer, classifier, members, name, position, lost)
+
+    answers = tuple((part.segment, answer([part])) for part in parts)
+    return SegmentAnswers(answers, {key: answer(members) for key, members in by_speaker.items()})
 
 
 class _Part:
@@ -337,7 +343,7 @@ class _Part:
         return self.high - self.low <= SILENCE_LEVEL
 
 
-def _answer(classifier, parts, name, total):
+def _answer(classifier, parts, name, total, lost):
     heard = [part for part in parts if part.samples and not part.is_silent]
     if not heard:
         first = parts[0].segment
@@ -345,7 +351,8 @@ def _answer(classifier, parts, name, total):
         if not parts[0].samples:
             raise AudioError(EMPTY, f"{where}: the recording ends at {total / SAMPLE_RATE:.2f} s")
         raise AudioError(SILENT, f"{where}: all samples are equal")
-    return classifier.answer([part.recording for part in heard], name)
+    lost = [loss for loss in lost if any(part.segment.overlaps(loss.start, loss.seconds) for part in heard)]
+    return classifier.answer([part.recording for part in heard], name, lost)
 
 
 def _from_rttm(text, path):

@@ -13,19 +13,11 @@ from accent_plugin.errors import AudioError
 
 # Quieter than any intentional recording of speech.
 _FLOOR_DB = -60.0
-
-
 _RANGE_DB = 40.0
-
-
 # The loudest frames of a long recording last half a second, so that a click is not mistaken for speech.
 _LOUDEST_FRAMES = 50
-
-
 # One frame in so many counts as loud.
 _LOUDEST_DIVISOR = 10
-
-
 # Smallest fraction of speech frames in a window: half a second of ten.
 _SPEECH_FRACTION = 0.05
 

@@ -307,6 +307,29 @@ def test_a_file_object_is_read_part_by_part_as_bytes_are(tmp_path):
         )
 
 
+@pytest.mark.parametrize("cut", [1000, 30_000])
+def test_silence_can_stand_in_for_what_is_lost(cut):
+    sound = encoded("FLAC", samples=np.tile(SPEECH, 2))
+    damaged = bytearray(sound)
+    damaged[len(sound) // 3 : len(sound) // 3 + cut] = bytes(cut)
+    losses = []
+    kept = np.concatenate(list(codecs.stream(bytes(damaged), 1.0, losses, keep_time=True)))
+    (loss,) = losses
+    start, end = round(loss.start * RATE), round((loss.start + loss.seconds) * RATE)
+    expected = read(sound)[0].copy()
+    expected[start:end] = 0
+    assert np.array_equal(kept, expected)
+
+
+def test_one_channel_of_a_damaged_file_is_read():
+    both = np.stack([SPEECH, -SPEECH[::-1]], axis=1)
+    content = encoded("FLAC", samples=both)
+    losses = []
+    found = np.concatenate(list(codecs.stream(flac_total(content, 0), lost=losses, channel=2)))
+    assert np.abs(found - both[:, 1]).max() < 1e-4
+    assert losses == []
+
+
 MUTATED = {f"{format} {subtype}": encoded(format, subtype, np.tile(SPEECH, 2)) for format, subtype in FORMATS}
 MUTATED["MP3 constant"] = encoded("MP3", samples=np.tile(SPEECH, 2), bitrate_mode="CONSTANT")
 

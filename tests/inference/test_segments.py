@@ -79,6 +79,22 @@ def test_a_segment_beyond_the_end_or_silent_fails_alone(classifier, tmp_path):
     assert isinstance(found.speakers["b", None], Failure)
 
 
+def test_segments_after_a_hole_are_those_of_the_recording(classifier, tmp_path):
+    path = tmp_path / "talk.flac"
+    soundfile.write(path, noise(8.0, seed=3), SAMPLE_RATE)
+    segments = [Segment(0.0, 1.0), Segment(1.0, 7.0), Segment(7.0, 8.0)]
+    sound = predict_segments(classifier, path, segments).segments
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 2000] = bytes(2000)
+    path.write_bytes(content)
+    damaged = predict_segments(classifier, path, segments).segments
+    for number in (0, 2):
+        require_same(damaged[number][1], sound[number][1])
+        assert damaged[number][1].lost == ()
+    assert 0.2 < damaged[1][1].lost_seconds < 1.0
+    assert damaged[1][1].seconds == 6.0
+
+
 def test_answered_segments_keep_no_samples(classifier, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "long.wav", noise(300.0), SAMPLE_RATE)
     monkeypatch.setattr("accent_plugin.inference.segments.BLOCK_SECONDS", 5.0)

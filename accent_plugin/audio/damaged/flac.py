@@ -10,33 +10,19 @@ import numpy as np
 from accent_plugin.audio.damaged.parts import WINDOW_BYTES, Part
 
 _MARKER = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
-
-
 _SYNC = re.compile(rb"\xff[\xf8\xf9]")
-
-
 # Longest frame header in bytes, and the largest frame that is searched for at the end of a file.
 _HEADER_BYTES = 16
-
-
 _BLOCK_SIZES = {
     1: 192,
     **{code: 576 << code - 2 for code in range(2, 6)},
     **{code: 256 << code - 8 for code in range(8, 16)},
 }
-
-
 # Code in a frame header -> bits per sample; 0 refers to the header of the stream.
 _BITS = {1: 8, 2: 12, 4: 16, 5: 20, 6: 24, 7: 32}
-
-
 # Frames whose checksums are computed at once, in bytes.
 _GROUP_BYTES = 1 << 24
-
-
 _MISSING = "FLAC frames are missing or damaged"
-
-
 _TRUNCATED = "the audio ends before its announced end"
 
 

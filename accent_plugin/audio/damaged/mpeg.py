@@ -11,32 +11,16 @@ _BITRATES = {
     3: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-
-
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
-
-
 # Everything in a header but its checksum bit, private bit, mode extension, copyright, original and emphasis.
 _MASK = 0xFFFEFEC0
-
-
 _SYNC = re.compile(rb"\xff[\xe2-\xe3\xf2-\xf3\xfa-\xfb]")
-
-
 _XING, _VBRI = (b"Xing", b"Info"), b"VBRI"
-
-
 # Junk before the first frame and after the last one that is not taken for lost audio.
 _PADDING_BYTES = 4096
-
-
 # Frames that the delays of the encoder and the decoder may cost.
 _DELAY_FRAMES = 5
-
-
 _GAP = "bytes that are no MP3 frames"
-
-
 _TRUNCATED = "the file ends before the last frame that its header announces"
 
 

@@ -8,15 +8,9 @@ from dataclasses import dataclass
 from accent_plugin.audio.damaged.parts import Part
 
 _PAGE = re.compile(rb"OggS\x00")
-
-
 _REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
-
-
 # Vorbis encoders begin with a block that gives no samples; libsndfile loses at most two blocks where a part begins.
 _TOLERANCE = 0.3
-
-
 _DAMAGED = "pages of the Ogg stream are missing or damaged"
 
 

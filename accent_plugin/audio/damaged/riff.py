@@ -8,22 +8,12 @@ from accent_plugin.audio.damaged.parts import Part
 
 # Programs that write to a pipe announce at least this much, because they cannot know the length.
 _UNKNOWN_LENGTH = 0x7FF00000
-
-
 # Format tag of MP3 in a WAV file, which some recorders write.
 _MP3_FORMAT = 0x55
-
-
 # A new header cannot announce more.
 _MOST_BYTES = 1 << 31
-
-
 _WAV = re.compile(rb"(RIFF|RIFX|RF64)....WAVE", re.DOTALL)
-
-
 _AFTER_THE_END = "the bytes after the announced end of the audio are no audio that this package can read"
-
-
 _TRUNCATED = "the audio ends before its announced end"
 
 
