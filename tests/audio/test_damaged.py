@@ -117,6 +117,21 @@ def test_a_truncated_file_is_read_to_its_end_and_the_rest_counted_as_lost(format
     assert "ends before its announced end" in lost[0].reason
 
 
+@pytest.mark.parametrize("total", [4 * RATE, 0])
+def test_a_false_frame_header_in_a_flac_file_is_not_believed(total):
+    content = flac_total(encoded("FLAC"), total)
+    # A valid header of a frame that would end after 36 hours, in bytes that a decoder never reaches.
+    header = content[content.index(b"\xff\xf8") :][:4] + "\U0007a120".encode()
+    crc = 0
+    for byte in header:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc << 1 ^ 0x107 if crc & 0x80 else crc << 1) & 0xFF
+    samples, lost = read(content + header + bytes([crc]) + bytes(100))
+    assert len(samples) == len(SPEECH)
+    assert lost == ()
+
+
 def test_a_truncated_mp3_says_how_much_its_header_announced():
     content = variable_mp3()
     samples, lost = read(content[: len(content) * 3 // 4])

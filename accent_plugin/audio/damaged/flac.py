@@ -11,8 +11,12 @@ from accent_plugin.audio.damaged.parts import WINDOW_BYTES, Part
 
 _MARKER = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 _SYNC = re.compile(rb"\xff[\xf8\xf9]")
-# Longest frame header in bytes, and the largest frame that is searched for at the end of a file.
+# Longest frame header, in bytes.
 _HEADER_BYTES = 16
+# How much of the end of a file is searched for its last frame, in bytes; then all of it.
+_TAILS = (1 << 17, 1 << 21)
+# Headers and checksums of a frame, and what follows the last one, such as an ID3 tag.
+_SLACK_BYTES = 1024
 _BLOCK_SIZES = {
     1: 192,
     **{code: 576 << code - 2 for code in range(2, 6)},
@@ -157,20 +161,25 @@ def _frames_in(content, stream, start, end):
 
 def _last_sample(content, stream):
     """Return the number of samples up to the end of the last frame; 0 if there is none."""
-    end = stream.end
-    size = 1 << 16
-    while end > stream.frames:
-        start = max(stream.frames, end - size)
-        if found := list(_frames_in(content, stream, start, end)):
-            return max(frame.first + frame.samples for frame in found)
-        end, size = start, WINDOW_BYTES
-    return 0
+    ends = set()
+    for size in (*_TAILS, stream.end):
+        frames = list(_frames_in(content, stream, max(stream.frames, stream.end - size), stream.end))
+        ends = {frame.first + frame.samples for frame in frames}
+        if stream.announced in ends:
+            return stream.announced
+        # Chance matches of a checksum do not follow another frame.
+        if following := [frame.first + frame.samples for frame in frames if frame.first in ends]:
+            return max(following)
+    return max(ends, default=0)
 
 
 def _repaired(content, stream, samples):
     """Make a part from the frames whose checksums are right, with silence in place of the others."""
     frames = _intact(content, stream)
     various = bool(frames) and frames[0][0].various
+    if 2 * sum(frame.samples for frame, _ in frames) < samples:
+        # It will be refused, and a false position would make hours of silence.
+        return Part((), samples / stream.rate, reason=_MISSING)
     pieces, fillers, position = [_header(stream, samples)], [], 0
     for frame, end in frames:
         if frame.first > position:
@@ -197,7 +206,9 @@ def _merged(pieces):
 
 def _intact(content, stream):
     """Return (frame, end) of the frames with the right checksum, in order of time."""
-    intact, group, size, position = [], [], 0, 0
+    intact, group, longest, position = [], [], 0, 0
+    # A damaged frame may seem to reach to the next intact one; intact frames hardly exceed their samples.
+    most = int.from_bytes(stream.info[2:4], "big") * stream.channels * (stream.bits + 1) // 8 + _SLACK_BYTES
 
     def check():
         nonlocal position
@@ -209,12 +220,13 @@ def _intact(content, stream):
     headers = list(_frames_in(content, stream, stream.frames, stream.end))
     ends = [header.position for header in headers[1:]] + [stream.end]
     for header, end in zip(headers, ends, strict=True):
-        data = content.at(header.position, min(end - header.position, _GROUP_BYTES))
-        group.append((header, end, data))
-        size += len(data)
-        if size > _GROUP_BYTES:
+        if end - header.position > most:
+            continue
+        group.append((header, end, content.at(header.position, end - header.position)))
+        longest = max(longest, end - header.position)
+        if longest * len(group) > _GROUP_BYTES:
             check()
-            group, size = [], 0
+            group, longest = [], 0
     check()
     return intact
 
