@@ -12,16 +12,16 @@ PAGE = ROOT / "docs/hyperparameters.md"
 
 HEAD = """# Hyperparameters
 
-Every hyperparameter of the recipe, with its default in [hparams/wav2vec2_base.yaml](../hparams/wav2vec2_base.yaml). Set
-any of them on the command line: `--pooling attentive`. Relative paths start at the project's root in a YAML, and at the
-working directory on the command line. SpeechBrain's documentation describes its run options (`--device`, `--debug`,
-`--test_only`, `--compile`, ...).
+This page lists every hyperparameter of the recipe, with its default in
+[hparams/wav2vec2_base.yaml](../hparams/wav2vec2_base.yaml). Any of them can be set on the command line, for example
+`--pooling attentive`. Relative paths start at the project's root in a YAML, and at the working directory on the command
+line. SpeechBrain's documentation describes its run options (`--device`, `--debug`, `--test_only`, `--compile`, ...).
 
-The other YAMLs are overlays: `base: wav2vec2_base.yaml`, and the hyperparameters that differ. Write your own in the
-same way; `base` is relative to the overlay. The run folder keeps the complete YAML.
+The other YAML files are overlays: they contain `base: wav2vec2_base.yaml` and the hyperparameters that differ. You can
+write your own in the same way; the path in `base` is relative to the overlay. The run folder keeps the complete YAML.
 
-A run folder accepts other values of the hyperparameters marked *free* when a run is resumed. Any other change makes
-another run and is refused.
+A hyperparameter marked *free* may have another value when a run is resumed. For any other change, the run folder is
+refused: it is a different run.
 
 `docs/hyperparameters.py` writes this page from `accent_plugin/experiment/hyperparameters.py`. Edit that table instead.
 """

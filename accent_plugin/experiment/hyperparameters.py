@@ -50,7 +50,7 @@ def _name_in(choices):
 
 
 def _text(value):
-    return None if isinstance(value, str) and value.strip() else "a text"
+    return None if isinstance(value, str) and value.strip() else "a string"
 
 
 def _mapping(value):
@@ -116,17 +116,19 @@ class Hyperparameter:
     text : str
         One-line description. With name and default it fits into the 80 characters of a YAML line.
     free : str
-        Why a run may resume with another value; without a reason, another value is a different run. A missing reason
-        causes an error that a user sees; the opposite default would silently mix two runs.
+        Why a run may be resumed with another value. If this is empty, another value makes a different run. The default
+        is the safe one: a forgotten reason causes an error message, whereas the opposite would silently mix two runs.
     path : bool
-        Whether it is a path: relative to the working directory on the command line, to the project's root by default.
+        Whether it is a path. Paths are relative to the working directory on the command line, and to the project's root
+        in the YAML.
     data : bool
-        Whether it decides which clips are used. Their fingerprint would also differ, but this check names the
-        hyperparameter and runs before hours of preparation. With skip_prep, it is not compared.
+        Whether it decides which clips are used. The fingerprint of the clips would also differ, but comparing the
+        value names the hyperparameter and takes place before hours of preparation. With skip_prep, it is not compared.
     was : str
         Its name in version 0.1.0, which is still accepted.
     earlier : object
-        The value for YAMLs without it, such as those in run folders of older versions; without it, they are an error.
+        The value for YAML files that lack it, such as those in run folders of older versions. Without this value, such
+        a YAML is an error.
     """
 
     name: str
@@ -164,37 +166,46 @@ _attention = _one_of("sdpa", "eager", "flash_attention_2")
 GROUPS = {
     "Names": (
         _H("name", _text, "1e5", "names the results folder", free=_PLACE),
-        _H("seed", _whole(0), "3", "for weights, batches, crops, dropout and augmentation"),
-        _H("seeds", _or_nothing(_seed_list), "1,2", "1,2,3: train with each and summarise", free=_RUNS),
+        _H("seed", _whole(0), "3", "seed of weights, batches, crops, dropout, augmentation"),
+        _H("seeds", _or_nothing(_seed_list), "1,2", "1,2,3: one run per seed, and a summary", free=_RUNS),
     ),
     "Folders": (
-        _path("data_folder", _text, "/x/data", "a DatasetDict on disk; only read"),
-        _path("prepared_folder", _or_nothing(_text), "/x/prepared", "null: data/prepared/<fingerprint>"),
-        _path("output_folder", _text, "/x/out", "used by this configuration only"),
+        _path("data_folder", _text, "/x/data", "DatasetDict on disk; never changed"),
+        _path(
+            "prepared_folder", _or_nothing(_text), "/x/prepared", "prepared clips; null: data/prepared/<fingerprint>"
+        ),
+        _path("output_folder", _text, "/x/out", "folder of this run"),
         _path("save_folder", _text, "/x/save", "checkpoints"),
         _path("train_log", _text, "/x/log.txt", "one line per epoch"),
         _H("skip_prep", _switch, "True", "True: use prepared_folder as it is", free=_MACHINE),
         _H("overwrite", _switch, "True", "True: delete the run in output_folder and start again", free=_MACHINE),
     ),
     "Data": (
-        _H("accents", _list_of(_text, "a list of different accents"), "[wales, us]", "classes, in output order"),
-        _data("data_seed", _whole(0), "3", "for splits, caps and balancing"),
+        _H(
+            "accents",
+            _list_of(_text, "a list of different accents"),
+            "[wales, us]",
+            "labels, in the order of the output",
+        ),
+        _data("data_seed", _whole(0), "3", "seed of splits, caps and balancing"),
         _data(
             "split",
             _one_of("speaker", "random", "both"),
             "random",
-            "random: leaky, for comparison with others; both: compare",
+            "random: speakers leak into test; both: compare the two",
         ),
-        _H("n_folds", _whole(0), "5", "5: pool all splits and test every speaker once; 0: none"),
+        _H("n_folds", _whole(0), "5", "5: five-fold cross-validation over all splits; 0: none"),
         _H("fold", _or_nothing(_whole(1)), "2", "run only this fold, counted from 1", free=_RUNS),
         _data("source_splits", _or_nothing(_split_list), "[train]", "splits of data_folder to use; null: all"),
-        _data("disjoint_sentences", _switch, "False", "False: where all speakers read the same text"),
-        _H("balance", _one_of(*BALANCES), "none", "how the training set is balanced"),
-        _data("max_clips_per_client", _or_nothing(_whole(1)), "null", "so that no speaker dominates; null: no limit"),
+        _data("disjoint_sentences", _switch, "False", "False: splits may share sentences"),
+        _H("balance", _one_of(*BALANCES), "none", "how to balance the accents in training"),
+        _data(
+            "max_clips_per_client", _or_nothing(_whole(1)), "null", "maximum number of clips per speaker; null: none"
+        ),
         _data("min_seconds", _number(0), "2", "shorter clips are dropped"),
         _data("max_seconds", _number(0, above=True), "9.5", "longer clips are dropped"),
         _H(
-            *("max_unreadable_fraction", _SHARE, "0", "stop if more files are broken"),
+            *("max_unreadable_fraction", _SHARE, "0", "stop if more files cannot be read"),
             free=_FOUND,
             was="max_unreadable_share",
         ),
@@ -205,13 +216,13 @@ GROUPS = {
         _H("accent_column", _or_nothing(_text), "7", "column of accents; null: found by its name", free=_FOUND),
         _H("client_column", _or_nothing(_text), "who", "column of speakers", free=_FOUND),
         _H("sentence_column", _or_nothing(_text), "text", "column of sentences", free=_FOUND),
-        _H("audio_column", _or_nothing(_text), "sound", "column of audio, or of {bytes, path}", free=_FOUND),
+        _H("audio_column", _or_nothing(_text), "sound", "column of audio: Audio, or {bytes, path}", free=_FOUND),
         _H("prepare_workers", _or_nothing(_whole(1)), "1", "processes; null: one per core", free=_MACHINE),
         _H(
             "method",
             _one_of("fine_tuning", "logistic_regression"),
             "logistic_regression",
-            "logistic_regression: the frozen baseline",
+            "logistic_regression: a baseline on frozen features",
         ),
     ),
     "Evaluation": (
@@ -219,7 +230,7 @@ GROUPS = {
             "out_of_set",
             _or_nothing(_accent_list),
             "[scotland]",
-            "other accents, which should be rejected: [scotland]",
+            "[scotland]: accents that the model should reject",
             free=_AFTER,
         ),
         _path("out_of_set_folder", _or_nothing(_text), "/x/others", "a DatasetDict with them; null: data_folder"),
@@ -231,8 +242,8 @@ GROUPS = {
         _H("test_speeds", _speed_list, "[0.9, 1.0]", "average log-probabilities over these speeds", free=_AFTER),
     ),
     "Encoder": (
-        _H("wav2vec2_hub", _text, "facebook/hubert-base-ls960", "name on the Hub, or folder"),
-        _path("wav2vec2_folder", _or_nothing(_text), "/x/cache", "for downloads; null: Hugging Face's cache"),
+        _H("wav2vec2_hub", _text, "facebook/hubert-base-ls960", "encoder: name on the Hub, or folder"),
+        _path("wav2vec2_folder", _or_nothing(_text), "/x/cache", "folder for downloads; null: Hugging Face's cache"),
         _H(
             *("from_bundle", _or_nothing(_text), "/x/bundle", "start from the weights of a bundle or HF classifier"),
             path=True,
@@ -240,60 +251,76 @@ GROUPS = {
         _H("freeze_wav2vec2", _switch, "True", "True: train only the head"),
         _H("cache_features", _switch, "True", "True: run a frozen encoder once per clip", free=_MACHINE),
         _path("features_folder", _text, "/x/features", "where cache_features keeps features"),
-        _H("freeze_feature_extractor", _switch, "False", "do not train the convolutions"),
-        _H("freeze_layers", _whole(0), "2", "number of lowest transformer layers not trained"),
-        _H("freeze_encoder_steps", _whole(0), "10", "first steps in which the encoder is not trained"),
+        _H("freeze_feature_extractor", _switch, "False", "True: do not train the CNN"),
+        _H("freeze_layers", _whole(0), "2", "number of lowest transformer layers to freeze"),
+        _H("freeze_encoder_steps", _whole(0), "10", "number of first steps with a frozen encoder"),
         _H("num_layers", _or_nothing(_whole(1)), "2", "number of lowest layers to keep; null: all"),
         _H("weighted_layers", _or_nothing(_layers), "all", "learned weighted sum of these hidden states"),
         _H(
             *("normalize_layers", _switch, "True", "layer norm of each hidden state before the sum"),
             was="standardise_layers",
         ),
-        _H("attn_implementation", _or_nothing(_attention), "eager", "null: the fastest here", free=_MACHINE),
+        _H("attn_implementation", _or_nothing(_attention), "eager", "null: the fastest on this machine", free=_MACHINE),
         _H("gradient_checkpointing", _switch, "True", "True: less memory, slower steps", free=_MACHINE),
         _H(
             "config_overrides", _mapping, "{hidden_dropout: 0.0}", "changes to the encoder's Hugging Face configuration"
         ),
         _H("lora_rank", _or_nothing(_whole(1)), "2", "rank of adapters in a frozen encoder; null: none"),
-        _H("lora_alpha", _or_nothing(_number(0, above=True)), "8", "adapter scale times rank; null: twice the rank"),
+        _H(
+            "lora_alpha",
+            _or_nothing(_number(0, above=True)),
+            "8",
+            "scale of the adapters, times rank; null: twice the rank",
+        ),
         _H("lora_dropout", _number(0, 0.95), "0.1", "dropout of the adapters' input"),
     ),
     "Head": (
-        _H("projector_size", _or_nothing(_whole(1)), "256", "linear layer before pooling; Hugging Face: 256"),
-        _H("projector_activation", _switch, "True", "GELU after it; Hugging Face: none"),
+        _H("projector_size", _or_nothing(_whole(1)), "256", "width of a layer before pooling; null: none; HF: 256"),
+        _H("projector_activation", _switch, "True", "True: GELU after the projector, unlike HF"),
         _H("pooling", _name_in(POOLINGS), "attentive", "pooling of frames over time"),
         _H("whitening_passes", _whole(0), "2", "passes over the training clips to fit whitening; 0: off"),
-        _H("whitening_shrinkage", _SHARE, "0.5", "of its covariance towards a multiple of identity"),
+        _H("whitening_shrinkage", _SHARE, "0.5", "covariance shrinkage towards a scaled identity"),
         _H("dropout", _number(0, 0.95), "0", "dropout of the head's input"),
     ),
     "Training": (
-        _H("number_of_epochs", _whole(1), "2", "at most, see early_stopping"),
-        _H("batch_seconds", _number(0, above=True), "30", "audio in a batch, including padding; fits 16 GB"),
+        _H("number_of_epochs", _whole(1), "2", "maximum; early_stopping may stop sooner"),
+        _H("batch_seconds", _number(0, above=True), "30", "seconds per batch, including padding; fits 16 GB"),
         _H("crop_seconds", _or_nothing(_number(0.1)), "4", "train on random crops of this length; null: no crops"),
         _H("lr_encoder", _number(0, 1), "1e-4", "peak learning rate of the encoder"),
         _H("lr_head", _number(0, 1, above=True), "1e-3", "peak learning rate of the head and of adapters"),
-        _H("weight_decay", _number(0), "0", "for matrices; none for biases and norms"),
-        _H("warmup_fraction", _SHARE, "0", "fraction of training in which learning rates rise", was="warmup"),
-        _H("lr_schedule", _one_of("linear", "cosine", "none"), "none", "learning rates after warm-up", was="decay"),
-        _H("max_grad_norm", _number(0, above=True), "2.5", "maximum norm of the gradient of all parameters"),
-        _H("grad_accumulation_factor", _whole(1), "2", "batches per step"),
-        _H("label_smoothing", _number(0, 0.9), "0.1", "probability given to the other classes"),
-        _H("class_weights", _or_nothing(_weights), "[1, 2, 3]", "balanced: inverse to the number of clips"),
-        _H("precision", _one_of("auto", *_PRECISIONS), "bf16", "auto: the fastest here; fp16 needs a GPU"),
-        _H("eval_precision", _one_of(*_PRECISIONS), "bf16", "for validation and test"),
-        _H("selection", _one_of("macro_f1", "loss", "last"), "loss", "which epoch is kept, by validation"),
+        _H("weight_decay", _number(0), "0", "applies to matrices, not to biases and norms"),
+        _H("warmup_fraction", _SHARE, "0", "fraction of training used for warm-up", was="warmup"),
+        _H(
+            "lr_schedule",
+            _one_of("linear", "cosine", "none"),
+            "none",
+            "decay of the learning rates after warm-up",
+            was="decay",
+        ),
+        _H("max_grad_norm", _number(0, above=True), "2.5", "gradient clipping: maximum norm over all parameters"),
+        _H("grad_accumulation_factor", _whole(1), "2", "batches per optimizer step"),
+        _H("label_smoothing", _number(0, 0.9), "0.1", "probability spread evenly over all classes"),
+        _H("class_weights", _or_nothing(_weights), "[1, 2, 3]", "loss weights; balanced: inverse to the clip counts"),
+        _H("precision", _one_of("auto", *_PRECISIONS), "bf16", "auto: the fastest on this machine; fp16 needs a GPU"),
+        _H("eval_precision", _one_of(*_PRECISIONS), "bf16", "precision of validation and test"),
+        _H("selection", _one_of("macro_f1", "loss", "last"), "loss", "epoch to keep: best on validation, or the last"),
         _H("early_stopping", _whole(0), "0", "epochs without improvement; 0: never stop early"),
-        _H("ckpt_interval_minutes", _whole(0), "0", "also save within an epoch; 0: do not", free=_MACHINE),
+        _H("ckpt_interval_minutes", _whole(0), "0", "time between checkpoints in an epoch; 0: none", free=_MACHINE),
         _H("num_workers", _whole(0), "0", "processes that read audio", free=_MACHINE),
         _H("tensorboard", _switch, "True", "also log to <output_folder>/tensorboard", free=_MACHINE),
     ),
     "Augmentation": (
         _H("augment", _switch, "True", "True: change training waveforms at random"),
-        _H("augment_probability", _SHARE, "1", "probability of each of the four below; null: off"),
-        _H("augment_speed", _or_nothing(_range(0)), "null", "range of speed factors"),
-        _H("augment_noise_snr", _or_nothing(_range(-100)), "[0, 5]", "range of signal-to-noise ratios, dB"),
-        _H("augment_band", _or_nothing(_range(0)), "[1000, 2000]", "range of the upper cut-off frequency, hertz"),
-        _H("augment_mask_seconds", _or_nothing(_number(0, above=True)), "0.1", "maximum length of a silenced part"),
+        _H("augment_probability", _SHARE, "1", "probability of each of the four changes below"),
+        _H("augment_speed", _or_nothing(_range(0)), "null", "range of speed factors; null: off"),
+        _H("augment_noise_snr", _or_nothing(_range(-100)), "[0, 5]", "range of SNRs in dB; null: off"),
+        _H("augment_band", _or_nothing(_range(0)), "[1000, 2000]", "range of the upper cut-off in Hz; null: off"),
+        _H(
+            "augment_mask_seconds",
+            _or_nothing(_number(0, above=True)),
+            "0.1",
+            "maximum length of a silenced part; null: off",
+        ),
     ),
 }
 
@@ -308,7 +335,7 @@ CHOICES = {field.name for field in dataclasses.fields(PreparationChoices)}
 
 
 def wrong_values(values):
-    """Check values and return a dict, key -> problem."""
+    """Check the values of a YAML; return a dict, name -> problem."""
     problems = {}
     for key, hyperparameter in TABLE.items():
         if key not in values:
