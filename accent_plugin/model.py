@@ -24,7 +24,7 @@ class AccentModel(nn.Module):
     projector_activation : bool
         Apply a GELU after the projector. Hugging Face's model does not.
     dropout : float
-        Dropout probability of the pooled features, and of the features of frames if there is a projector.
+        Dropout probability of the pooled features; with an activated projector, also of its output.
     whitening : bool
         Whiten the pooled features within classes. `Whitening.fit` has to be called before training.
     """
@@ -73,7 +73,7 @@ class AccentModel(nn.Module):
         if pooled_states is None:
             frames, valid = self.wav2vec2(wavs, wav_lens)
         else:
-            # One frame per state, the mean over time. Its mean is exact: the weighted sum and the projector are linear.
+            # Each state is one frame, its mean over time. This is exact: the weighted sum and the projector are linear.
             frames = self.wav2vec2.combine(pooled_states.unsqueeze(2).unbind(1))
             valid = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
         if self.projector is not None:
@@ -82,12 +82,12 @@ class AccentModel(nn.Module):
         return pooled if self.whitening is None else self.whitening(pooled)
 
     def forward(self, wavs, wav_lens=None, pooled_states=None):
-        """Classify: (batch, classes) log-probabilities in float32; arguments as in `embed`."""
+        """Return (batch, classes) log-probabilities in float32; arguments as in `embed`."""
         scores = self.classifier(self.dropout(self.embed(wavs, wav_lens, pooled_states)))
         return torch.log_softmax(scores.float(), dim=-1)
 
     def head_parameters(self):
-        """Return the parameters that are not pretrained: the head and any adapters in the encoder."""
+        """Return the parameters that are not pretrained: those of the head, and of any adapters in the encoder."""
         encoder = {id(parameter) for parameter in self.encoder_parameters()}
         return [parameter for parameter in self.parameters() if id(parameter) not in encoder]
 
@@ -111,14 +111,14 @@ class Whitening(nn.Module):
 
     @property
     def fitted(self):
-        """Whether `fit` was called, here or before the loaded weights were saved."""
+        """Whether `fit` was called, on this module or before the loaded weights were saved."""
         return bool(self.mean.any())
 
     @torch.no_grad()
     def fit(self, vectors, labels, shrinkage=0.1):
-        """Fit mean and transform to (examples, features) vectors and (examples,) labels of int64.
+        """Fit the mean and the transform to (examples, features) vectors and (examples,) labels of int64.
 
-        `shrinkage` 0 uses the full covariance, 1 only its mean variance.
+        A `shrinkage` of 0 uses the full covariance; 1 uses only its mean variance.
         """
         vectors = vectors.double()
         centred = vectors.clone()

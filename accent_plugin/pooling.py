@@ -9,7 +9,7 @@ from torch import nn
 
 from accent_plugin.errors import ConfigError
 
-# Keeps the gradient of the square root finite if a feature is constant, as with one frame.
+# Keeps the gradient of the square root finite if a feature is constant, for example with a single frame.
 _VARIANCE_FLOOR = 1e-6
 
 
@@ -33,7 +33,7 @@ class MeanPooling(nn.Module):
         self.out_features = features
 
     def forward(self, frames, valid):
-        """Pool.
+        """Pool the frames of each clip.
 
         Arguments
         ---------
@@ -53,7 +53,7 @@ class MeanPooling(nn.Module):
             return self._pool(frames, self._weights(frames, valid))
 
     def _weights(self, frames, valid):
-        """Weight each frame: (batch, frames, 1), which sum to one over the valid frames."""
+        """Return the weight of each frame, (batch, frames, 1); the weights of the valid frames sum to one."""
         valid = valid.to(torch.float32)
         return valid / valid.sum(dim=1, keepdim=True).clamp(min=1.0)
 
@@ -62,7 +62,7 @@ class MeanPooling(nn.Module):
 
 
 class StatisticsPooling(MeanPooling):
-    """Mean and standard deviation over the valid frames, concatenated: twice as wide as a frame.
+    """Mean and standard deviation over the valid frames, concatenated; the output is twice as wide as a frame.
 
     Snyder et al., "X-vectors: robust DNN embeddings for speaker recognition" (2018). Arguments as in `MeanPooling`.
     """
@@ -78,7 +78,7 @@ class StatisticsPooling(MeanPooling):
 
 
 class _FrameAttention(nn.Module):
-    """One attention weight per frame: softmax over the valid frames of v' tanh(W x + b)."""
+    """Compute an attention weight for each frame: the softmax, over the valid frames, of v' tanh(W x + b)."""
 
     def __init__(self, features, attention_features):
         super().__init__()
@@ -91,7 +91,7 @@ class _FrameAttention(nn.Module):
 
 
 class AttentivePooling(MeanPooling):
-    """Mean over the valid frames weighted by a learned attention.
+    """Mean over the valid frames, weighted by a learned attention.
 
     The self-attentive pooling of Lin et al., "A structured self-attentive sentence embedding" (2017), with one head.
 
@@ -112,7 +112,7 @@ class AttentivePooling(MeanPooling):
 
 
 class AttentiveStatisticsPooling(AttentivePooling, StatisticsPooling):
-    """Attention-weighted mean and standard deviation over the valid frames, concatenated: twice as wide as a frame.
+    """Attention-weighted mean and standard deviation over the valid frames, concatenated; twice as wide as a frame.
 
     Okabe et al., "Attentive statistics pooling for deep speaker embedding" (2018). Arguments as in `AttentivePooling`.
     """
@@ -127,7 +127,7 @@ POOLINGS = {
 
 
 def make_pooling(name, features):
-    """Make a pooling by its name.
+    """Create a pooling from its name.
 
     Arguments
     ---------
@@ -144,7 +144,7 @@ def make_pooling(name, features):
     Raises
     ------
     ConfigError
-        If there is no such pooling.
+        If the name is unknown.
     """
     if name not in POOLINGS:
         raise ConfigError(f"pooling {name!r} is unknown; choose one of {', '.join(POOLINGS)}")

@@ -1,7 +1,7 @@
 """Read and check the config.json of a bundle, without torch.
 
 A bundle may be untrusted. All values in config.json are checked against limits before anything is built from them. The
-files that it names are checked against their size and SHA-256.
+files that it names must have the size and SHA-256 that it states.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ WEIGHTS_FILE = "model.ckpt"
 ONNX_FILE = "model.onnx"
 YAML_FILE = "hyperparams.yaml"
 CARD_FILE = "README.md"
-# All files that the folder of a bundle and of an ONNX export may contain.
+# All files that a bundle, and an ONNX export, may contain.
 BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE, YAML_FILE, CARD_FILE)
 ONNX_FILES = (CONFIG_FILE, ONNX_FILE, CARD_FILE)
 # In bytes. A normal configuration has some kilobytes; a hostile one may have any size.
@@ -48,7 +48,7 @@ _LIMITS = {
     "chunk_length": (1, 240),
 }
 
-# Lists in which each number is checked against the limits. With null, transformers uses its default.
+# Values that are lists: each number is checked against the limits. If a value is null, transformers uses its default.
 _EACH = ("conv_kernel", "conv_stride")
 # Limits of the hop between frames, in samples. Pretrained encoders have 160 to 640.
 _SHORTEST_HOP, _LONGEST_HOP = 80, SAMPLE_RATE
@@ -59,12 +59,12 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def is_bundle(folder):
-    """Whether a folder's config.json is that of a bundle, of any version; transformers models have one too."""
+    """Whether a folder is a bundle of any version; transformers models have a config.json too."""
     return "format_version" in _read_unchecked(folder)
 
 
 def is_hugging_face(folder):
-    """Whether a folder's config.json is that of a transformers model, of any class."""
+    """Whether a folder is a transformers model of any class."""
     config = _read_unchecked(folder)
     return "architectures" in config and "format_version" not in config
 
@@ -79,7 +79,7 @@ def require_replaceable(folder, files, is_own=is_bundle):
     files : collection of str
         Names of the files that may be replaced.
     is_own : callable
-        Folder -> whether its config.json is of the kind that will replace it.
+        Folder -> whether its config.json is of the same kind as the one that will replace it.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def read(folder):
             f"{folder} is not a bundle: it has no {CONFIG_FILE}; training writes bundles to OUTPUT_FOLDER/bundle"
         )
     if path.stat().st_size > _LARGEST_CONFIG:
-        raise BundleError(f"{path} has {path.stat().st_size:,} bytes, more than any bundle's: do not trust it")
+        raise BundleError(f"{path} has {path.stat().st_size:,} bytes, more than any bundle needs: do not trust it")
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_mapping)
     except (ValueError, RecursionError, OSError) as error:
@@ -174,16 +174,14 @@ def require_size(path, config):
     size, expected = path.stat().st_size, config["weights"]["bytes"]
     if size != expected:
         raise BundleError(
-            f"{path} has {size:,} bytes, {CONFIG_FILE} says {expected:,}: it is damaged or changed; copy it again"
+            f"{path} has {size:,} bytes, but {CONFIG_FILE} says {expected:,}: it is damaged or changed; copy it again"
         )
 
 
 def require_identity(path, config):
     """Raise a `BundleError` if the digest of a weights file differs from config.json."""
     if weights_identity(path) != config["weights"]:
-        raise BundleError(
-            f"{path} has another SHA-256 than {CONFIG_FILE} says: it is damaged or changed; copy it again"
-        )
+        raise BundleError(f"the SHA-256 of {path} differs from {CONFIG_FILE}: it is damaged or changed; copy it again")
 
 
 def _problems(config):

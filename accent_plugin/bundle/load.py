@@ -2,14 +2,14 @@
 
 ::
 
-    config.json        the source of truth: labels, architecture, calibration, size and digest of the weights
+    config.json        labels, architecture, calibration, and the size and digest of the weights
     model.ckpt         the weights, as safetensors under the name that SpeechBrain's Pretrainer looks for
     hyperparams.yaml   generated from config.json, for SpeechBrain's `EncoderClassifier.from_hparams`
     README.md          the model card
 
 `load_bundle` reads config.json and the weights. It executes no YAML, unpickles nothing, and raises an error if the
-bundle is incomplete, so it can safely open untrusted bundles. `from_hparams` executes hyperparams.yaml, as SpeechBrain
-does for every model.
+bundle is incomplete or inconsistent, so it can open untrusted bundles safely. `from_hparams` executes hyperparams.yaml,
+as SpeechBrain does for every model.
 """
 
 import json
@@ -37,7 +37,7 @@ from accent_plugin.model import AccentModel
 
 @dataclass(frozen=True)
 class Bundle:
-    """The content of a bundle, as SpeechBrain's `EncoderClassifier` needs it.
+    """The content of a bundle, in the form that SpeechBrain's `EncoderClassifier` needs.
 
     Arguments
     ---------
@@ -74,7 +74,7 @@ def load_bundle(folder):
             f"{folder} is an ONNX export: load it with accent_plugin.exchange.onnx_classifier.OnnxAccentClassifier"
         )
     bundle_config.require_size(weights, config)
-    # Tensors on this device take no memory, so the shapes can be compared first, however large they are.
+    # Tensors on the meta device take no memory, so the shapes can be checked first, however large they are.
     with torch.device("meta"):
         expected = _build_model(config, folder / CONFIG_FILE)
     require_tensors(weights, read_tensor_shapes(weights), expected)
@@ -90,9 +90,9 @@ def check_bundle(folder):
 
 
 def build(config):
-    """Build the model for a bundle's hyperparams.yaml; ``config`` (str) is the content of config.json.
+    """Build the model without weights, for a bundle's hyperparams.yaml; ``config`` (str) is the text of config.json.
 
-    SpeechBrain's Pretrainer loads the weights.
+    SpeechBrain's Pretrainer then loads the weights.
     """
     return _build_model(json.loads(config), YAML_FILE)
 

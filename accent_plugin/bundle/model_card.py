@@ -1,6 +1,6 @@
-"""The model card of a bundle: README.md with the Hugging Face Hub's metadata.
+"""The model card of a bundle: a README.md with metadata for the Hugging Face Hub.
 
-All figures and warnings come from the report.
+All metrics and warnings come from the report.
 """
 
 import re
@@ -70,7 +70,7 @@ print(classifier.predict_file("clip.wav"))"""
 
 
 def write(folder, config, metrics=None, license="other"):
-    """Write the card of a bundle and return its path.
+    """Write the model card of a bundle, and return its path.
 
     Arguments
     ---------
@@ -85,7 +85,7 @@ def write(folder, config, metrics=None, license="other"):
     Raises
     ------
     BundleError
-        If the labels of the metrics differ.
+        If the labels in the metrics differ from those of the bundle.
     """
     path = Path(folder) / CARD_FILE
     text = render(config, metrics, license)
@@ -95,7 +95,7 @@ def write(folder, config, metrics=None, license="other"):
 
 
 def render(config, metrics=None, license="other"):
-    """Make the text of a card; arguments as for `write`.
+    """Return the text of a model card; arguments as for `write`.
 
     Example
     -------
@@ -113,7 +113,7 @@ def render(config, metrics=None, license="other"):
 
 
 def metadata(config, metrics=None, license="other"):
-    """Make the Hub's metadata of a card, as plain values; arguments as for `write`."""
+    """Return the metadata of a model card for the Hub, as plain values; arguments as for `write`."""
     encoder = config["model"]["encoder"]
     family, base = str(encoder["family"]), str(encoder.get("name", ""))
     synthetic = ["synthetic"] if metrics and metrics["data"].get("synthetic") else []
@@ -133,7 +133,7 @@ def metadata(config, metrics=None, license="other"):
 
 
 def for_transformers(card):
-    """Replace metadata and usage of a bundle's card with those of the transformers export; other text stays.
+    """Adapt a bundle's model card to its transformers export: replace the metadata and the usage, keep the rest.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def for_transformers(card):
 
 
 def for_onnx(card):
-    """Replace metadata and usage of a bundle's card with those of the ONNX export; see `for_transformers`."""
+    """Adapt a bundle's model card to its ONNX export; see `for_transformers`."""
     return _for_library(card, "onnx", _USE_IN_ONNX)
 
 
@@ -178,7 +178,9 @@ def _result(metrics):
                 "type": kind,
                 "value": metrics[level][figure]["value"],
                 "name": f"{NAMES[figure]} by {level}",
-                **({"args": dict(arguments)} if arguments else {}),  # its own, or YAML would refer to the first
+                **(
+                    {"args": dict(arguments)} if arguments else {}
+                ),  # a copy: for a shared dict, YAML would write an alias
             }
             for level in ("clip", "speaker")
             if metrics[level]

@@ -33,7 +33,7 @@ class BundledModel(AccentModel):
 
 
 class AsIs(nn.Module):
-    """Identity module: the model itself computes and normalises features and embeddings."""
+    """Identity module, because the model itself computes and normalises features and embeddings."""
 
     def forward(self, features, lengths=None):
         """Return the features."""
@@ -41,7 +41,7 @@ class AsIs(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Waveforms -> one vector for each clip and speed, from an `AccentModel`; speed 1 leaves the clip unchanged."""
+    """Map waveforms to one vector for each clip and speed, with an `AccentModel`; speed 1 leaves a clip unchanged."""
 
     def __init__(self, model, speeds=(1.0,)):
         super().__init__()
@@ -55,7 +55,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Vectors of a clip's copies -> log-probabilities, averaged over the copies and normalised again."""
+    """Map the vectors of a clip at several speeds to log-probabilities, averaged over speeds and normalised again."""
 
     def __init__(self, model):
         super().__init__()
@@ -63,14 +63,14 @@ class Head(nn.Module):
 
     def forward(self, embeddings):
         """Classify (batch, speeds, features); returns (batch, 1, classes) log-probabilities in float32."""
-        # Always in float32, for exact probabilities; the cost is negligible.
+        # Always in float32, for accurate probabilities; the cost is negligible.
         with torch.autocast(embeddings.device.type, enabled=False):
             copies = torch.log_softmax(self.model.classifier(embeddings.float()), dim=-1)
         return torch.log_softmax(copies.mean(dim=1, keepdim=True), dim=-1)
 
 
 class Normalizer:
-    """Any waveform -> mono at 16 kHz, resampled as in training; replaces SpeechBrain's AudioNormalizer."""
+    """Convert waveforms to mono at 16 kHz, resampled as in training; replaces SpeechBrain's AudioNormalizer."""
 
     def __call__(self, wav, sample_rate):
         """Convert (samples,) or (samples, channels) torch.Tensor; returns (samples,)."""
@@ -79,7 +79,7 @@ class Normalizer:
 
 
 def change_batch_speed(wavs, wav_lens, speed):
-    """Change the speed of a batch clip by clip, so that padding has no effect."""
+    """Change the speed of each clip of a batch separately, so that padding has no effect."""
     if speed == 1:
         return wavs, wav_lens
     lens = torch.ones(len(wavs)) if wav_lens is None else wav_lens
@@ -95,7 +95,7 @@ def change_batch_speed(wavs, wav_lens, speed):
 
 
 def read_tensor_shapes(path):
-    """Read the type, as named by safetensors, and the shape of each tensor in a file."""
+    """Read the dtype (as named by safetensors) and the shape of each tensor in a file."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)

@@ -46,10 +46,15 @@ def _add_model_commands(command):
         "classify",
         "classify the accent of audio files",
         epilog="exit codes: 0 on success; 1 if a file could not be classified; 2 for wrong arguments, or an --output "
-        "that was written by something else; 130 when interrupted. A second run with the same --output does not try "
-        "failed files again: to retry them, remove their lines first.",
+        "that another program or model wrote; 130 if interrupted. A second run with the same --output does not try "
+        "failed files again; to retry them, remove their lines first.",
     )
-    add("files", nargs="+", metavar="FILE_OR_FOLDER", help="wav, flac, mp3, ogg, opus, ...")
+    add(
+        "files",
+        nargs="+",
+        metavar="FILE_OR_FOLDER",
+        help="audio file, or folder of audio files: wav, flac, mp3, ogg, opus, aiff or au",
+    )
     add("--model", required=True, metavar="BUNDLE_OR_HF", help=_MODEL)
     _add_labels_option(add)
     add("--format", choices=("table", "jsonl", "csv"), help="(default: by the output's suffix, or table)")
@@ -57,10 +62,10 @@ def _add_model_commands(command):
     add(
         "--segments",
         metavar="FILE",
-        help="answer each segment, and each speaker from all of theirs: RTTM, CSV or TSV (start, end, and optionally "
-        "speaker, channel, file), or a Praat TextGrid; --output is written once all answers are there",
+        help="classify each segment in this file, and each speaker from all their segments: RTTM, CSV or TSV (start, "
+        "end, and optionally speaker, channel, file), or a Praat TextGrid; --output is written at the end",
     )
-    channels = "average the channels, or answer each one, as in telephone calls (default: mix)"
+    channels = "average the channels, or classify each one, as in telephone calls (default: mix)"
     add("--channels", choices=("mix", "each"), default="mix", help=channels)
     _add_decision_options(add)
     _add_device_options(add)
@@ -79,17 +84,23 @@ def _add_model_commands(command):
     add("--token", help="secret that every request must carry (default: $ACCENT_PLUGIN_TOKEN, or none)")
     add("--no_page", action="store_true", help="serve the API only, without Gradio")
     add("--open", action="store_true", help="open the page in a browser")
-    add("--max_bytes", type=int, help="size limit of one request (default: 50000000)")
-    add("--max_seconds", type=float, help="limit on the length of one file (default: 600)")
+    add("--max_bytes", type=int, help="size limit of one request in bytes (default: 50000000)")
+    add("--max_seconds", type=float, help="limit on the length of one file in seconds (default: 600)")
     add("--max_files", type=int, help="limit on the files in one request (default: 16)")
     add("--max_requests", type=int, help="requests answered at the same time (default: 16)")
-    add("--max_queue", type=int, help="requests that may wait; more are refused (default: 64)")
+    add("--max_queue", type=int, help="waiting requests; more are refused (default: 64)")
     add("--timeout", type=float, help="time limit of one request in seconds (default: 120)")
     _add_decision_options(add)
     _add_device_options(add)
 
     add = command(run_evaluate, "evaluate", "evaluate a model on labelled speech, or compare two models")
-    add("--model", required=True, metavar="BUNDLE_OR_HF", action="append", help=f"{_MODEL}; may be given twice")
+    add(
+        "--model",
+        required=True,
+        metavar="BUNDLE_OR_HF",
+        action="append",
+        help=f"{_MODEL}; give the option twice to compare two models",
+    )
     _add_labels_option(add)
     add("--data", required=True, metavar=_DATA, help="labelled speech: a DatasetDict's test split, or a whole manifest")
     add("--split", help="comma-separated splits of the DatasetDict (default: the test split, also if called eval)")
@@ -114,7 +125,7 @@ def _add_exchange_commands(command):
     add("--device", help="device for --to bundle, such as cuda:0 (default: cpu)")
     precisions = ("fp32", "fp16", "bf16", "int8")
     add("--precision", default="fp32", choices=precisions, help="precision of the ONNX model (default: fp32)")
-    add("--data", metavar=_DATA, help="labelled speech to compare a lower precision with fp32")
+    add("--data", metavar=_DATA, help="labelled speech on which to compare a lower precision with fp32")
     add("--split", help="comma-separated splits of that DatasetDict (default: validation)")
     add("--unchecked", action="store_true", help="keep a lower precision, however much accuracy it loses")
 
@@ -135,20 +146,25 @@ def _add_data_commands(command):
 
     add = command(run_prepare, "prepare", "convert a corpus, such as a Common Voice release, to a DatasetDict")
     add("source", help="a release folder, a DatasetDict, one folder per accent, a CSV file or a name on the Hub")
-    add("--out", required=True, help="folder to write; apart from the Hugging Face cache, nothing is written elsewhere")
+    add("--out", required=True, help="folder to write; nothing else is written, except the Hugging Face cache")
     add("--accents", default="three", help="three, sixteen, or comma-separated labels (default: three)")
     _add_corpus_options(add)
     add(
         "--split",
         default="client",
         choices=("client", "official", "random"),
-        help="client: no speaker in two splits; official: the splits of the source; random: speakers are in several "
-        "splits (default: client)",
+        help="client: no speaker in two splits; official: the splits of the source; random: speakers may be in "
+        "several splits (default: client)",
     )
-    add("--seed", type=int, default=1986, help="seed of the splits and of the clips drawn (default: 1986)")
+    add("--seed", type=int, default=1986, help="seed of the splits and of the choice of clips (default: 1986)")
     add("--valid_fraction", type=float, default=0.1, help="fraction of the speakers (default: 0.1)")
     add("--test_fraction", type=float, default=0.1, help="fraction of the speakers (default: 0.1)")
-    add("--max_clips_per_client", type=_integer_or_none, default=30, help="clips per speaker, or none (default: 30)")
+    add(
+        "--max_clips_per_client",
+        type=_integer_or_none,
+        default=30,
+        help="maximum number of clips per speaker, or none (default: 30)",
+    )
     add("--min_up_votes", type=int, help="minimum number of Common Voice's up-votes")
     add("--max_down_votes", type=int, help="maximum number of Common Voice's down-votes")
     add("--min_seconds", type=float, help="minimum duration of a clip; needs durations in the source")
@@ -171,7 +187,7 @@ def _add_data_commands(command):
     add("--workers", type=int, help="threads that copy audio (default: one per core)")
 
     add = command(run_accents, "accents", "list the accent names in a corpus with their counts and labels")
-    add("source", help="see prepare")
+    add("source", help="as for prepare")
     _add_corpus_options(add)
     formats = ("table", "tsv", "json", "yaml")
     add("--format", default="table", choices=formats, help="yaml: a file to fill in for --mapping (default: table)")
@@ -181,7 +197,7 @@ def _add_data_commands(command):
     add("--json", action="store_true", help="print JSON")
     add("--report", metavar="DIR", help="folder for check.md, check.json and figures")
     add("--ignore", metavar="KINDS", action="append", default=[], help="comma-separated kinds of findings to accept")
-    add("--no_audio", action="store_true", help="check the text only: seconds instead of hours")
+    add("--no_audio", action="store_true", help="check only the text, which takes seconds instead of hours")
     add("--permutations", type=int, default=199, help="permutations in the confound test (default: 199)")
     add("--seed", type=int, default=1986, help="seed of the confound test (default: 1986)")
     add("--workers", type=int, help="decoding processes (default: one per core)")
@@ -214,7 +230,7 @@ def _add_labels_option(add):
 def _add_decision_options(add):
     add("--window_seconds", type=float, help="cut longer recordings into windows of this length (default: 10)")
     add("--hop_seconds", type=float, help="step from one window to the next (default: half a window)")
-    add("--batch_seconds", type=float, help="seconds of audio in one forward pass")
+    add("--batch_seconds", type=float, help="seconds of audio in one forward pass (default: 20 on a CPU, 60 on a GPU)")
     add("--min_probability", type=float, help="abstain below this probability")
     add("--max_risk", type=float, help="abstain below the threshold that keeps the validation error rate at this value")
     add("--min_coverage", type=float, help="abstain below the threshold that answers this fraction of validation clips")

@@ -1,4 +1,4 @@
-"""Bootstrap over speakers, computed from sufficient statistics of each speaker."""
+"""Bootstrap over speakers, computed from each speaker's sufficient statistics."""
 
 import zlib
 
@@ -40,7 +40,7 @@ class ResamplingUnits:
         return len(self.starts)
 
     def speaker_log_probabilities(self, p):
-        """(speakers, classes) np.ndarray: mean over each speaker's clips, normalised."""
+        """Average over each speaker's clips, and normalise: (speakers, classes) np.ndarray."""
         clips = np.diff(np.append(self.starts, len(self.order)))
         means = np.add.reduceat(p.log_probabilities[self.order], self.starts, axis=0) / clips[:, None]
         return means - logsumexp(means, axis=1, keepdims=True)
@@ -68,7 +68,8 @@ class ResamplingUnits:
             sizes = np.diff(np.append(firsts, end))
             if not sizes.size:
                 continue
-            # Drawing the number of hits per block, then units within it, gives the same multinomial in bounded memory.
+            # Drawing the number of hits per block, then units within the block, gives the same distribution, but needs
+            # only bounded memory.
             hits = rng.multinomial(end - start, sizes / (end - start), size=draws)
             for first, size, hit in zip(firsts, sizes, hits.T, strict=True):
                 drawn = np.repeat(np.arange(1, draws + 1), hit) * size + rng.integers(0, size, hit.sum())
@@ -82,7 +83,7 @@ class ResamplingUnits:
 
 
 class ClipStatistics:
-    """Statistics summed over clips or speakers: answers, log-loss, and the gap of each calibration bin."""
+    """Statistics to sum over clips or speakers: predicted labels, log-loss, and the gap of each calibration bin."""
 
     def __init__(self, log_probabilities, truth, unit):
         self.unit, self.classes = unit, log_probabilities.shape[1]
@@ -93,7 +94,7 @@ class ClipStatistics:
         self.bin, self.gap = np.minimum((self.top * BINS).astype(int), BINS - 1), self.top - self.right
 
     def statistics(self, first, last):
-        """(units, classes + 1 + BINS) np.ndarray for units first to last - 1."""
+        """Return the (units, classes + 1 + BINS) np.ndarray for the units from first to last - 1."""
         a, b = np.searchsorted(self.unit, [first, last])
         unit, units = self.unit[a:b] - first, last - first
         return np.hstack([
@@ -109,7 +110,7 @@ def grouped_sums(unit, units, column, columns, weights=None):
 
 
 def headline_figures(totals):
-    """Headline figures from (..., classes, classes + 1 + BINS) totals of `ClipStatistics.statistics`."""
+    """Compute the headline metrics from (..., classes, classes + 1 + BINS) totals of `ClipStatistics.statistics`."""
     classes = totals.shape[-2]
     confusion = totals[..., :classes]
     count = confusion.sum(axis=(-2, -1))
@@ -123,7 +124,7 @@ def headline_figures(totals):
 
 
 def bootstrap_interval(values, n):
-    """Make {"value", "low", "high", "n"} from the figure of the sample (first) and those of the draws."""
+    """Make {"value", "low", "high", "n"} from the metric of the sample (first) and those of the draws."""
     draws = values[1:][~np.isnan(values[1:])]
     low, high = np.percentile(draws, [2.5, 97.5]) if draws.size else (None, None)
     return {"value": _number(values[0]), "low": _number(low), "high": _number(high), "n": int(n)}

@@ -3,10 +3,10 @@
 Conventions
 -----------
 * Temperature scaling (Guo et al., 2017): the probabilities are softmax(scores / T), with one T for all clips. T above 1
-  lowers the confidence, T below 1 raises it. No answer changes, neither of a clip nor of a speaker.
+  lowers the confidence, T below 1 raises it. The predicted labels of clips and speakers do not change.
 * T minimises the mean negative log-likelihood over clips. Accents are not reweighted, so that the probabilities fit the
-  mixture of accents in the clips.
-* Fit T on the validation split: fitted on the test split, it would make the test calibration look better than it is.
+  distribution of accents in the clips.
+* Fit T on the validation split. If T were fitted on the test split, the calibration on test would look too good.
   The "after" figures and the curve of `describe_calibration` are computed on the clips that T was fitted on, and are
   slightly optimistic.
 * Log-probabilities are floored at -700, as in `accent_plugin.evaluation.evaluate`.
@@ -49,8 +49,8 @@ def _loss(log_probabilities, truth):
 def fit_temperature(log_probabilities, truth):
     """Fit the temperature that maximises the likelihood of the true accents (Guo et al., 2017).
 
-    The log-likelihood is concave in 1 / T, so a bounded search on log T finds its maximum. If no answer is wrong, the
-    best T would be 0; 1 is returned instead. If the model is worse than chance, T is at its upper bound.
+    The log-likelihood is concave in 1 / T, so a bounded search on log T finds its maximum. If no prediction is
+    wrong, the best T would be 0; 1 is returned instead. If the model is worse than chance, T is at its upper bound.
 
     Arguments
     ---------

@@ -10,11 +10,11 @@ from accent_plugin.evaluation.evaluate import speaker_rows
 from accent_plugin.evaluation.scores import BINS, auroc
 
 FIGURES = ("accuracy", "unweighted_average_recall", "macro_f1", "log_loss", "expected_calibration_error")
-CONFIDENT = (0.5, 0.8, 0.9)  # thresholds at which answers to out-of-set speech are counted
+CONFIDENT = (0.5, 0.8, 0.9)  # thresholds at which predictions for out-of-set speech are counted
 
 
 def compare_models(a, b, draws=1000, seed=0):
-    """Compare two models on the same clips; a difference is the figure of b minus that of a.
+    """Compare two models on the same clips; a difference is the metric of b minus that of a.
 
     Arguments
     ---------
@@ -27,7 +27,7 @@ def compare_models(a, b, draws=1000, seed=0):
     -------
     comparison : dict
         "clip" and "speaker": {figure: {"a", "b", "difference": {"value", "low", "high", "n"}}} ("speaker" is None
-        if the speakers are unknown); "changed": the speakers whose answers differ; "clips", "speakers", "notes".
+        if the speakers are unknown); "changed": the speakers whose predictions differ; "clips", "speakers", "notes".
 
     Raises
     ------
@@ -94,7 +94,7 @@ def _aligned(a, b):
 
 
 def summarise_runs(runs, names=None):
-    """Average the headline figures of several runs, such as seeds.
+    """Average the headline metrics of several runs, such as runs with different seeds.
 
     Arguments
     ---------
@@ -107,7 +107,7 @@ def summarise_runs(runs, names=None):
     -------
     summary : dict
         "runs": names; "clip" and "speaker": {figure: {"mean", "standard_deviation" (n - 1; None for one run),
-        "values"}}; "speaker" is None if a run has no such figures.
+        "values"}}; "speaker" is None if a run has no metrics by speaker.
     """
     if not runs:
         raise ReportError("no runs to summarise")

@@ -2,16 +2,16 @@
 
 Conventions
 -----------
-* The rows of a confusion matrix are the truth, the columns the answers. The answer is the class with the largest
-  probability, the first one on a tie.
+* The rows of a confusion matrix are the true accents, the columns the answers (predicted accents). The answer is the
+  class with the largest probability; on a tie, the first of them.
 * By clip, every clip counts once. By speaker, every speaker counts once: a speaker's log-probabilities are the
   normalised means over the clips. A speaker with clips of two accents counts as one speaker in each accent.
-* An accent without clips is excluded from every average and listed under ``absent_accents``; answering with it is still
-  an error. An accent that is never the answer has precision 0 and F1 0.
+* An accent without clips is excluded from every average and listed under ``absent_accents``; predicting it is still
+  an error. An accent that is never predicted has precision 0 and F1 0.
 * Log-loss is in nats. Log-probabilities are floored at -700, so that a single wrong answer cannot make it infinite.
 * Expected calibration error: 15 equal-width bins [k/15, (k+1)/15) of the largest probability, with 1 in the last bin;
   the mean over clips of the gap between a bin's accuracy and its mean probability (Guo et al., 2017). With few clips
-  it is biased upwards, in a resample even more: its interval may lie above it.
+  it is biased upwards, and even more so in resamples: its interval may lie above the value.
 * Risk and coverage: a clip is answered if its largest probability reaches a threshold. Coverage is the fraction of
   clips answered, risk the fraction of wrong answers among them. The area under the curve is the mean over clips of the
   risk at the clip's own probability (AURC of Geifman and El-Yaniv, 2017; clips with equal probability have the same
@@ -19,7 +19,7 @@ Conventions
 * Intervals are 95 % percentile intervals of a bootstrap that draws speakers with replacement within each accent and
   keeps all clips of a speaker together, because their errors are correlated. If speakers are unknown it draws clips;
   the intervals are then too narrow, which a note states. ``n`` is the number of units drawn for the figure.
-* With no error at all, the interval has no width.
+* If there are no errors, the interval has zero width.
 * A group's unweighted average recall is over the accents in the group. A group of fewer than 5 speakers is ``small``:
   too small for conclusions.
 * Equal predictions give an identical report, whatever the order of the clips. An accent's draws do not depend on other
@@ -44,7 +44,7 @@ SMALL = 5  # speakers; groups with fewer are marked
 UNKNOWN = "unknown"
 _AGES = ("teens", "twenties", "thirties", "forties", "fifties", "sixties", "seventies", "eighties", "nineties")
 _DURATIONS = ((3.0, "under 3 s"), (5.0, "3 to 5 s"), (8.0, "5 to 8 s"), (np.inf, "8 s and over"))
-_MOST_GROUPS = 12  # so that a free-text column does not give a thousand groups
+_MOST_GROUPS = 12  # so that a free-text column does not produce a thousand groups
 
 
 def _age(text):

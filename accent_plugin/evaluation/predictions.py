@@ -1,4 +1,4 @@
-"""A model's scores of labelled clips: the input of every metric."""
+"""A model's scores for labelled clips: the input of every metric."""
 
 from collections import Counter
 from dataclasses import dataclass, fields, replace
@@ -32,7 +32,7 @@ class ScoredClips:
     seconds : (clips,) np.ndarray
         Duration of each clip.
     gender, age : tuple of str, or None
-        Optional columns of text, one value per clip: as in the data, and empty if unknown.
+        Optional columns of text, with one value per clip, as in the data; empty if unknown.
 
     Raises
     ------
@@ -109,7 +109,7 @@ class ScoredClips:
 
     @classmethod
     def from_clips(cls, clips, accents, log_probabilities, labels, **columns):
-        """Make the scored clips of a list of clips.
+        """Create the scored clips from a list of clips.
 
         Arguments
         ---------
@@ -120,7 +120,7 @@ class ScoredClips:
         log_probabilities : (clips, classes) np.ndarray
         labels : sequence of str
         **columns
-            ``seconds``, and any optional column that is not the clips' own attribute.
+            ``seconds``, and any optional column that is not an attribute of the clips.
         """
         texts: dict[str, Any] = {
             name: [getattr(clip, name) for clip in clips] for name in text_columns() if name not in columns
@@ -185,7 +185,7 @@ def _text(value):
 
 
 def pool_clips(parts):
-    """Concatenate the predictions of several folds, as if one model had made them.
+    """Concatenate the predictions of several folds, to evaluate them like those of one model.
 
     Raises
     ------

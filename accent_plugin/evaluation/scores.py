@@ -18,12 +18,12 @@ def _mean_over_present(values, confusion):
 
 
 def recalls(confusion):
-    """Fraction of each accent's clips with the correct answer, (..., classes) np.ndarray; 0 for an absent accent."""
+    """Fraction of each accent's clips that are predicted correctly, (..., classes) np.ndarray; 0 for absent accents."""
     return safe_ratio(np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(axis=-1))
 
 
 def precisions(confusion):
-    """Fraction of each answer that is correct, (..., classes) np.ndarray; 0 for an answer that is never given."""
+    """Fraction of each accent's predictions that are correct, (..., classes) np.ndarray; 0 without predictions."""
     return safe_ratio(np.diagonal(confusion, axis1=-2, axis2=-1), confusion.sum(axis=-2))
 
 
@@ -64,7 +64,7 @@ def macro_f1(confusion):
 
 
 def confusion_matrix(truth, predicted, classes):
-    """Count answers: (classes, classes) np.ndarray of int; rows are the truth."""
+    """Count predictions by true accent: (classes, classes) np.ndarray of int; rows are the truth."""
     cells = np.asarray(truth) * classes + np.asarray(predicted)
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 

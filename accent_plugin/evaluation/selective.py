@@ -37,14 +37,14 @@ class Curve:
     def threshold_for(self, *, max_risk=None, min_coverage=None):
         """Choose a threshold for a given risk or coverage.
 
-        The risk on these clips is no bound for other clips, especially if there are few of them.
+        On other clips the risk may be higher, especially if the curve was computed from few clips.
 
         Arguments
         ---------
         max_risk : float
             Answer as many clips as possible with at most this fraction of wrong answers.
         min_coverage : float
-            Answer at least this fraction of clips, and as few as possible.
+            Answer at least this fraction of clips, but as few more as possible.
 
         Returns
         -------
@@ -53,7 +53,7 @@ class Curve:
         Raises
         ------
         ReportError
-            When not exactly one of the two is given, its value is not between 0 and 1, or no threshold keeps the risk.
+            When not exactly one of the two is given, its value is not from 0 to 1, or no threshold reaches the risk.
 
         Example
         -------

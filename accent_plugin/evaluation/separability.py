@@ -9,8 +9,9 @@ Conventions
   the area under a receiver operating characteristic (ROC) curve", 1982), and 0.5 is chance. The machine ABX task of
   Schatz et al. (2013) is the equivalent for triples.
 * Intervals are 95 % percentile intervals of a bootstrap that draws speakers with replacement and keeps all clips of a
-  speaker together. A pair of two speakers has as weight the product of their numbers of draws; a pair of one speaker's
-  clips has the number of draws of that speaker. Two copies of one speaker are never a pair of two speakers.
+  speaker together. The weight of a pair of two speakers is the product of their numbers of draws. The weight of a pair
+  of clips by one speaker is the number of draws of that speaker. Two copies of one speaker are never a pair of two
+  speakers.
 * A draw without pairs of one kind is skipped. With few speakers the interval is too narrow.
 """
 
@@ -22,7 +23,7 @@ from accent_plugin.errors import ReportError
 def similarities(vectors):
     """Cosine similarities, (clips, clips), between all rows of (clips, features) after subtracting their mean.
 
-    A vector equal to the mean has similarity 0 to all.
+    A vector that equals the mean has similarity 0 to all others.
 
     Raises
     ------

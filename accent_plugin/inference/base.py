@@ -1,12 +1,12 @@
-"""Classify speech of any kind and length with a trained bundle.
+"""Classify recordings of any length with a trained bundle.
 
-Files, arrays and batches share one code path. Each recording is cut into windows. The network scores the windows in
-batches of similar length. The scores of all windows of a recording give one `Prediction`.
+Files, arrays and batches use the same code. Each recording is cut into windows. The network scores the windows in
+batches of similar length. The scores of all windows of a recording are combined into one `Prediction`.
 
-Times are in seconds from the start of a recording. A recording that is not longer than a window is one window. A longer
-recording has windows at multiples of the hop, and a last window that ends with the recording. The log-probabilities of
-the windows are averaged with equal weights and normalised again. `accent_plugin.inference.windows` skips windows
-without speech.
+Times are in seconds from the start of a recording. A recording that is not longer than a window is one window. In a
+longer recording, windows start at multiples of the hop, and the last window ends with the recording. The
+log-probabilities of the windows are averaged, weighted by length, and normalised again.
+`accent_plugin.inference.windows` skips windows without speech.
 """
 
 import contextlib
@@ -46,13 +46,13 @@ class InferenceOptions:
     hop_seconds : float
         Time from the start of one window to the start of the next.
     batch_seconds : float
-        Audio in one batch, including padding. A longer window gets its own batch. None uses 60 on an accelerator, and
-        20 on a CPU, where larger batches cost memory and gain little.
+        Length of a batch, including padding. A longer window gets its own batch. None uses 60 on an accelerator, and 20
+        on a CPU, where larger batches need more memory and are hardly faster.
     min_probability, max_risk, min_coverage : float
-        Threshold for abstaining; give at most one. `min_probability` is the threshold itself: below it, the classifier
-        abstains. `max_risk` selects the smallest threshold at which at most this fraction of the answers on the
-        validation split was wrong. `min_coverage` selects the largest threshold at which at least this fraction of the
-        validation clips was answered.
+        Threshold for abstaining; give at most one. `min_probability` is the threshold itself: the classifier abstains
+        below it. `max_risk` selects the smallest threshold at which at most this fraction of the answered validation
+        clips was wrong. `min_coverage` selects the largest threshold at which at least this fraction of the validation
+        clips was answered.
     """
 
     window_seconds: float = 10.0
@@ -99,18 +99,18 @@ class RecordingClassifier:
 
     @property
     def identity(self):
-        """Return the first twelve digits of the weights' digest."""
+        """Return the first twelve hexadecimal digits of the SHA-256 of the weights."""
         return self.config["weights"]["sha256"][:12]
 
     def enable_batching(self):
-        """From now on, batch the windows of several threads together (dynamic batching).
+        """Turn on dynamic batching: score the windows of several threads in common batches.
 
-        An answer does not depend on the other windows in its batch.
+        A prediction does not depend on the other windows in its batch.
 
         Returns
         -------
         accent_plugin.inference.batcher.DynamicBatcher
-            Counts batches and sets deadlines.
+            For counting batches and setting deadlines.
         """
         if self._batcher is None:
             self._batcher = DynamicBatcher(
@@ -163,7 +163,7 @@ class RecordingClassifier:
         return self._predict_arrays([samples_from_array(_as_array(wave), sample_rate)])[0]
 
     def predict_batch(self, waves, sample_rate=SAMPLE_RATE):
-        """Classify recordings; each answer is independent of the other recordings.
+        """Classify several recordings; each prediction is independent of the other recordings.
 
         Arguments
         ---------
@@ -179,7 +179,7 @@ class RecordingClassifier:
         Raises
         ------
         AudioError
-            If a recording cannot be classified; the error says which.
+            If a recording cannot be classified; the error names its index.
         """
         arrays = []
         for number, wave in enumerate(waves):
@@ -190,18 +190,18 @@ class RecordingClassifier:
         return self._predict_arrays(arrays)
 
     def predict_files(self, sources, workers=None, batch_seconds=None):
-        """Classify many files with prefetching threads and batches of similar length.
+        """Classify many files; threads decode ahead, and batches contain clips of similar length.
 
         Arguments
         ---------
         sources : iterable
-            Each as in `predict_file`. The threads take them one at a time, when they need them.
+            Each as in `predict_file`. The threads draw from it one item at a time, on demand.
         workers : int
             Number of decoding threads; None for one per core.
         batch_seconds : float
-            As in `InferenceOptions`; None uses the value given there. Eight times as much is prefetched before the
-            first answer, so that the batches, and therefore the last digits of the answers, do not depend on the timing
-            of the threads.
+            As in `InferenceOptions`; None uses the value given there. Eight times as much audio is prefetched before
+            the first prediction, so that the batches, and therefore the last digits of the probabilities, do not depend
+            on the timing of the threads.
 
         Returns
         -------
@@ -289,7 +289,7 @@ class RecordingClassifier:
         return self.answer([recording], source, lost)
 
     def make_recording(self, offset=0):
-        """Make the windows of a recording, or of a segment that starts at a sample of one."""
+        """Create the windows of a recording, or of a segment that starts `offset` samples after the recording."""
         window, hop = round(self.window_seconds * SAMPLE_RATE), round(self.hop_seconds * SAMPLE_RATE)
         return RecordingWindows(window, hop, offset)
 
@@ -341,7 +341,7 @@ class RecordingClassifier:
         if not np.isfinite(mean).all():
             raise AudioError(
                 NON_FINITE,
-                "the network gives scores that are no numbers: the model is damaged",
+                "the network returns scores that are not finite: the model is damaged",
             )
         best = int(mean.argmax())
         accent, probability = self.labels[best], float(mean[best])
@@ -399,7 +399,7 @@ def _buckets(lengths, most):
 def _as_array(wave):
     """Convert a NumPy array, a torch tensor or a list to an array."""
     if isinstance(wave, str | bytes | os.PathLike):
-        raise AudioError(UNDECODABLE, f"{type(wave).__name__} is no array of samples; predict_file takes files")
+        raise AudioError(UNDECODABLE, f"{type(wave).__name__} is not an array of samples: use predict_file for files")
     if hasattr(wave, "detach"):
         # A torch tensor. torch is not imported here, because some classifiers run without it.
         wave = wave.detach().cpu()
@@ -407,7 +407,7 @@ def _as_array(wave):
     try:
         return np.asarray(wave)
     except (TypeError, ValueError) as error:
-        raise AudioError(UNDECODABLE, f"{type(wave).__name__} is no array of samples: {error}") from None
+        raise AudioError(UNDECODABLE, f"{type(wave).__name__} is not an array of samples: {error}") from None
 
 
 def _is_number(value):
@@ -434,13 +434,13 @@ def _find_threshold(calibration, min_probability, max_risk, min_coverage):
             _, coverage, risk = min(points, key=lambda point: point[2])
             raise ConfigError(
                 f"max_risk is {wanted:g}, but the lowest risk that validation reached is {risk:.3g}, "
-                f"with a coverage of {coverage:.3g}: ask for that or more"
+                f"with a coverage of {coverage:.3g}: give that or more"
             )
         return min(enough)
     enough = [threshold for threshold, coverage, _ in points if coverage >= wanted]
     if not enough:
         raise ConfigError(
-            f"min_coverage is {wanted:g}, but the highest of the calibration is "
-            f"{max(coverage for _, coverage, _ in points):.3g}: ask for that or less"
+            f"min_coverage is {wanted:g}, but the highest coverage on validation is "
+            f"{max(coverage for _, coverage, _ in points):.3g}: give that or less"
         )
     return max(enough)

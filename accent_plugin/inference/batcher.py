@@ -12,14 +12,14 @@ from accent_plugin.errors import LimitError
 
 
 class _Request:
-    """Request of one thread: the results of its windows, the number of missing results, and an error."""
+    """The request of one thread: the results of its windows, the number of missing results, and any error."""
 
     def __init__(self, count):
         self.results, self.missing, self.error = [None] * count, count, None
 
 
 class DynamicBatcher:
-    """A thread that runs the work of all other threads.
+    """A thread that scores the windows of all other threads in common batches.
 
     Arguments
     ---------
@@ -42,7 +42,7 @@ class DynamicBatcher:
 
     @contextlib.contextmanager
     def deadline(self, deadline):
-        """Set this thread's deadline, in the time of `time.monotonic`; `score` raises an error after it."""
+        """Set the deadline of the calling thread, as a value of `time.monotonic`; `score` raises an error after it."""
         self._own.deadline = deadline
         try:
             yield
@@ -50,7 +50,7 @@ class DynamicBatcher:
             self._own.deadline = None
 
     def score(self, windows):
-        """Wait for the results of windows.
+        """Queue windows, and wait for their results.
 
         Arguments
         ---------
@@ -64,9 +64,9 @@ class DynamicBatcher:
         Raises
         ------
         LimitError
-            "time" at the deadline. Windows still in the queue are dropped.
+            With the reason "time", if the deadline passes. Windows still in the queue are dropped.
         Exception
-            Any error of `work`, in each thread with a window in the batch.
+            Any error of `work`. It is raised in each thread that has a window in the batch.
         """
         if not windows:
             return []
@@ -82,7 +82,7 @@ class DynamicBatcher:
         if request.error is not None:
             raise request.error
         if not in_time:
-            raise LimitError("time", "there was not enough time for the network to hear all of it")
+            raise LimitError("time", "there was not enough time to classify the whole recording")
         return request.results
 
     def close(self):

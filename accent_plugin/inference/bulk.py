@@ -1,4 +1,4 @@
-"""Classify many files and write a table, CSV or JSON lines, which a second run can resume."""
+"""Classify many files, and write a table, CSV or JSON lines; a second run can resume CSV and JSON lines."""
 
 import contextlib
 import csv
@@ -27,9 +27,9 @@ _BEGINNING = b'{"source": '
 
 
 def find(paths):
-    """Yield each given file, and all audio files in and below each given folder, sorted, except hidden ones.
+    """Yield each given file, and all audio files in and below each given folder in sorted order, except hidden files.
 
-    A path that does not exist is yielded too, and later reported like an unreadable file.
+    A path that does not exist is yielded too; it is later reported like an unreadable file.
     """
     for path in paths:
         if not os.path.isdir(path):
@@ -37,7 +37,7 @@ def find(paths):
             continue
         found = sorted(str(file) for file in Path(path).rglob("*") if _is_audio(file, path))
         if not found:
-            raise DataError(f"{path} holds no audio file ({', '.join(codecs.SUFFIXES)})")
+            raise DataError(f"{path} contains no audio file ({', '.join(codecs.SUFFIXES)})")
         yield from found
 
 
@@ -48,7 +48,7 @@ def _is_audio(file, folder):
 
 
 def run(classifier, sources, format, output=None, progress=True, **reading):
-    """Classify files and write one answer per file.
+    """Classify files, and write one result per file.
 
     Arguments
     ---------
@@ -58,7 +58,7 @@ def run(classifier, sources, format, output=None, progress=True, **reading):
     format : str
         One of `FORMATS`.
     output : str or Path
-        None writes to stdout. Answers of an interrupted run are kept, and their files are not classified again.
+        None writes to stdout. The results of an interrupted run are kept, and their files are not classified again.
     progress : bool
         Whether to draw a progress bar on stderr.
     **reading
@@ -72,7 +72,7 @@ def run(classifier, sources, format, output=None, progress=True, **reading):
     Raises
     ------
     DataError
-        When ``output`` cannot be written, holds answers of another model or with other options, or is another kind of
+        When ``output`` cannot be written, has results of another model or with other options, or is another kind of
         file.
     """
     from tqdm import tqdm
@@ -82,7 +82,7 @@ def run(classifier, sources, format, output=None, progress=True, **reading):
     answered = writer.go_on(Path(output)) if output else {}
     waiting = [source for source in sources if source not in answered]
     if answered:
-        logger.info("%d of %d files are in %s already", len(sources) - len(waiting), len(sources), output)
+        logger.info("%d of %d files already have results in %s", len(sources) - len(waiting), len(sources), output)
     failed = sum(answered.get(source, False) for source in sources)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_open(output)) if output else sys.stdout
@@ -102,7 +102,7 @@ def run(classifier, sources, format, output=None, progress=True, **reading):
 
 
 def make_record(classifier, source, answer):
-    """Convert an answer to a dict of plain values, in the order of the output.
+    """Convert a result to a dict of plain values, in the order of the output.
 
     Arguments
     ---------
@@ -133,6 +133,14 @@ def make_record(classifier, source, answer):
     return record
 
 
+def remarks(record):
+    """Convert what limits an answer to the remarks at the end of its line in a table."""
+    doubt = "" if record["reliable"] else "  (unreliable: under 1 s of speech)"
+    abstained = "" if record["decision"] else "  (abstains)"
+    lost = f"  ({record['lost_seconds']:.1f} s could not be decoded)" if record["lost_seconds"] else ""
+    return doubt + abstained + lost
+
+
 def _settings(classifier):
     settings = {name: getattr(classifier, name) for name in _SETTINGS}
     return {name: None if value is None else float(value) for name, value in settings.items()}
@@ -144,7 +152,7 @@ def _open(output):
         return open(output, "a", newline="", encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise DataError(
-            f"{output} cannot be written: {error.strerror}\nmake its folder first, or choose another --output"
+            f"{output} cannot be written: {error.strerror}\ncreate its folder first, or choose another --output"
         ) from None
 
 
@@ -174,12 +182,9 @@ class _Writer:
             return self._row(["" if flat.get(name) is None else flat[name] for name in self._columns])
         if record["error"]:
             return f"-  failed: {printable(record['error'])}  {printable(source)}\n"
-        doubt = "" if record["reliable"] else "  (unreliable: under 1 s of speech)"
-        abstained = "" if record["decision"] else "  (abstains)"
-        lost = f"  ({record['lost_seconds']:.1f} s could not be decoded)" if record["lost_seconds"] else ""
         width = max(len(printable(label)) for label in self._labels)
         accent = f"{printable(record['accent']):<{width}}"
-        return f"{record['probability']:.2f}  {accent}  {printable(source)}{doubt}{abstained}{lost}\n"
+        return f"{record['probability']:.2f}  {accent}  {printable(source)}{remarks(record)}\n"
 
     def go_on(self, path):
         """Read the answers in ``path`` as source -> whether it failed, and remove an incomplete last line."""
@@ -188,7 +193,7 @@ class _Writer:
             return {}
         if self._format == "table":
             raise DataError(
-                f"{path} is there already, and a table cannot be gone on with: choose --format jsonl or csv"
+                f"{path} exists, and a run with --format table cannot be resumed: choose --format jsonl or csv"
             )
         end = _end_of_records(content, quotes=self._format == "csv")
         try:
@@ -197,7 +202,7 @@ class _Writer:
             self._require_same(path, records)
         except (ValueError, KeyError, TypeError, RecursionError, csv.Error):
             raise DataError(
-                f"{path} is no output of accent-plugin classify as {self._format}: choose another"
+                f"{path} was not written by accent-plugin classify as {self._format}: choose another --output"
             ) from None
         if end < len(content):
             os.truncate(path, end)
@@ -207,7 +212,7 @@ class _Writer:
         """Parse the records of complete lines, if the rest is an incomplete record."""
         if self._format == "jsonl":
             if not rest.startswith(_BEGINNING) and not _BEGINNING.startswith(rest):
-                raise ValueError("the last line is somebody else's")
+                raise ValueError("the last line is not a record")
             # splitlines would also split at U+2028 and similar characters.
             return [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
         header = self.header().encode("utf-8")
@@ -221,13 +226,13 @@ class _Writer:
     def _require_same(self, path, records):
         for record in records:
             if record["model"] != self._model:
-                raise DataError(f"{path} holds answers of another model: choose another output, or remove it")
+                raise DataError(f"{path} has results of another model: choose another --output, or remove it")
             for name, ours in self._settings.items():
                 theirs = record[name]
                 if theirs != ours:
                     raise DataError(
-                        f"{path} holds answers with {name} {theirs}, not {ours}: give the same options, choose another "
-                        "output, or remove it"
+                        f"{path} has results with {name} {theirs}, not {ours}: give the same options, choose another "
+                        "--output, or remove it"
                     )
 
     def _json(self, record):

@@ -20,17 +20,17 @@ PRECISIONS = ("fp32", "bf16", "auto")
 
 
 class AccentClassifier(RecordingClassifier, EncoderClassifier):
-    """SpeechBrain's `EncoderClassifier` for bundles of this package; it returns records instead of tensors.
+    """SpeechBrain's `EncoderClassifier` for the bundles of this package; it returns `Prediction` records.
 
-    Create it with `from_bundle`, or with SpeechBrain's `from_hparams`, which executes the bundle's YAML and accepts the
-    same options. It is thread-safe; on a GPU, one thread at a time uses the network.
+    Create it with `from_bundle`, or with SpeechBrain's `from_hparams`. The latter executes the bundle's YAML; both
+    accept the same options. The classifier is thread-safe. On a GPU, one thread at a time uses the network.
 
     Arguments
     ---------
     modules, hparams, run_opts, freeze_params
         As in SpeechBrain's `EncoderClassifier`; `hparams` contains "bundle_config".
     precision : str
-        "fp32", "bf16", or "auto": bf16 if the device is faster with it. On a CPU, this is timed once.
+        "fp32", "bf16", or "auto", which uses bf16 if the device is faster with it. On a CPU, this is timed once.
     **options
         Fields of `accent_plugin.inference.base.InferenceOptions`: `window_seconds`, `hop_seconds`, `batch_seconds`,
         `min_probability`, ...
@@ -38,7 +38,7 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
     Raises
     ------
     ConfigError
-        If options are invalid; it lists all of them.
+        If options are invalid; the error lists all problems.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ def _read_config(hparams):
         config = json.loads(config)
     if not isinstance(config, Mapping) or not config.get("labels"):
         raise ConfigError(
-            "hparams have no bundle_config with labels: this is no bundle of accent_plugin; "
-            "speechbrain.inference.EncoderClassifier loads others"
+            "hparams have no bundle_config with labels, so this is not a bundle of accent_plugin: load it with "
+            "speechbrain.inference.EncoderClassifier"
         )
     return config

@@ -1,4 +1,4 @@
-"""Evaluate bundles on any labelled speech: write the same report as training, or compare two bundles."""
+"""Evaluate models on any labelled speech: write the same report as training, or compare two models."""
 
 import contextlib
 import functools
@@ -46,7 +46,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class LabelledClips:
-    """Clips to evaluate a model on.
+    """Labelled clips on which a model is evaluated.
 
     Arguments
     ---------
@@ -55,7 +55,7 @@ class LabelledClips:
     left_out : collections.Counter
         Reason -> number of skipped clips.
     unknown : collections.Counter
-        Spelling of an accent that no label is known for -> number of skipped clips.
+        Spelling of an accent without a known label -> number of skipped clips.
     splits : tuple of str
         Names of the splits of the DatasetDict that were read; empty for a manifest.
     """
@@ -78,12 +78,12 @@ def read_labelled(data, accents, *, mapping=None, split=None, preferred=naming.T
     mapping : dict
         Additional spellings, ``{spelling: label}``.
     split : str
-        Split of a DatasetDict, by name or by kind, or several, separated by commas; None uses the splits of the
-        preferred kind. A split that is alone is used, whatever its name.
+        Names or kinds of splits of a DatasetDict, separated by commas; None uses the splits of the preferred kind. A
+        DatasetDict with a single split uses that split, whatever its name.
     preferred : str
         One of `accent_plugin.data.naming.SPLITS`.
     columns : dict
-        For a DatasetDict: one of `ROLES` -> column. None, or a value of None, detects the column.
+        For a DatasetDict: one of `ROLES` -> name of the column. Columns that are not given, or None, are detected.
 
     Returns
     -------
@@ -111,18 +111,18 @@ def read_labelled(data, accents, *, mapping=None, split=None, preferred=naming.T
             continue
         rows.append(Labelled(clip, parsed.label, sound))
     if unknown:
-        logger.warning("accents that no label is known for, skipped: %s; a mapping can name them", _most(unknown))
+        logger.warning("skipped accents without a known label: %s; give a mapping to include them", _most(unknown))
     if not rows:
         reasons = ", ".join(f"{reason} {n}" for reason, n in left_out.most_common()) or "it has no clips"
-        spelled = f"\nits unknown spellings: {_most(unknown)}; give a mapping for them" if unknown else ""
+        spelled = f"\nspellings without a known label: {_most(unknown)}; give a mapping for them" if unknown else ""
         raise DataError(f"no clip of {data} has one of the accents {', '.join(accents)}: {reasons}{spelled}")
     if chosen:
-        logger.info("splits of %s that are used: %s", data, ", ".join(chosen))
+        logger.info("splits used from %s: %s", data, ", ".join(chosen))
     return LabelledClips(rows, left_out, unknown, tuple(chosen))
 
 
 def _most(counts, listed=10):
-    """The most frequent spellings and their counts, on one line."""
+    """Return the most frequent spellings and their counts, on one line."""
     shown = ", ".join(f"'{printable(name)}' {count}" for name, count in counts.most_common(listed))
     return shown + (f" and {len(counts) - listed} more" if len(counts) > listed else "")
 
@@ -164,16 +164,18 @@ def evaluate_model(classifier, rows, progress=True, **reading):
 
 
 def evaluate_both(first, second):
-    """Restrict the predictions of two classifiers to the clips that both could classify."""
+    """Restrict the predictions of two models to the clips that both could classify."""
     alone = set(first.ids) ^ set(second.ids)
     if alone:
-        logger.warning("clips that only one of the two could classify, left out of the comparison: %d", len(alone))
+        logger.warning(
+            "clips that only one of the two models could classify, left out of the comparison: %d", len(alone)
+        )
     first, second = (p.select([clip not in alone for clip in p.ids]) for p in (first, second))
     return first, second
 
 
 def remove_earlier(folder):
-    """Remove files that earlier evaluations of one or two bundles wrote to a folder; other files stay."""
+    """Remove the files that earlier evaluations of one or two models wrote to a folder; other files stay."""
     parts = [folder_of(folder, number) for number in (1, 2)]
     if all(map(_is_ours, parts)):
         for name in COMPARISON_FILES:
@@ -187,7 +189,7 @@ def remove_earlier(folder):
 
 
 def folder_of(folder, number):
-    """Return the folder of the report on the first or second of two bundles."""
+    """Return the folder of the report on the first or second of two models."""
     return Path(folder) / f"model_{number}"
 
 
@@ -201,7 +203,7 @@ def _is_ours(folder):
 
 
 def write_evaluation(folder, classifier, predictions, data, labelled, failures, command=_COMMAND):
-    """Write the report of a bundle on labelled data; returns the content of metrics.json.
+    """Write the report on a model and labelled data; return the content of metrics.json.
 
     Arguments
     ---------
@@ -209,7 +211,7 @@ def write_evaluation(folder, classifier, predictions, data, labelled, failures, 
     classifier : accent_plugin.inference.base.RecordingClassifier
     predictions : accent_plugin.evaluation.predictions.ScoredClips
     data : str or Path
-        Where the clips are from.
+        Source of the clips.
     labelled : LabelledClips
         The clips.
     failures : collections.Counter
@@ -225,7 +227,7 @@ def write_evaluation(folder, classifier, predictions, data, labelled, failures, 
         data={
             "name": card.get("name") or Path(data).name,
             "synthetic": bool(card.get("synthetic", False)),
-            # Unknown: the training speakers of the model are not known here.
+            # Unknown, because a bundle does not list its training speakers.
             "speakers_disjoint": None,
             "left_out": dict(labelled.left_out + failures),
             **({"splits": list(labelled.splits)} if labelled.splits else {}),
@@ -236,8 +238,8 @@ def write_evaluation(folder, classifier, predictions, data, labelled, failures, 
         command=command,
         notes=[
             *([f"Splits: {', '.join(labelled.splits)}."] if labelled.splits else []),
-            *([f"Accents that no label is known for, skipped: {_most(labelled.unknown)}."] if labelled.unknown else []),
-            "whether the model has heard these speakers in training is not known to the evaluation",
+            *([f"Skipped accents without a known label: {_most(labelled.unknown)}."] if labelled.unknown else []),
+            "It is not known whether these speakers were in the model's training data.",
         ],
     )
 
@@ -245,13 +247,13 @@ def write_evaluation(folder, classifier, predictions, data, labelled, failures, 
 def _of_manifest(path, columns):
     if columns:
         given = ", ".join(f"{role}_column" for role in columns)
-        raise DataError(f"{path} is a manifest, whose columns have their names: leave {given} out")
+        raise DataError(f"{path} is a manifest, whose column names are fixed: leave {given} out")
     for clip in read_manifest(path):
         yield clip, functools.partial(str, clip.wav)
 
 
 def _open_splits(folder, asked, preferred):
-    """The splits to read: name -> Dataset."""
+    """Open the splits to read: name -> Dataset."""
     dataset_dict.fingerprint(folder)
     loaded = dataset_dict.open_all(folder)
     if asked:

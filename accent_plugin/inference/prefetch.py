@@ -1,4 +1,4 @@
-"""Prefetch: threads decode files while the network runs."""
+"""Prefetching: threads decode files while the network runs."""
 
 import threading
 from collections.abc import Generator
@@ -52,7 +52,7 @@ class Prefetcher:
             thread.start()
 
     def take(self, seconds):
-        """Return the next `SourceAudio` or `Failure` items that reach this total length, or all that are left."""
+        """Return the next `SourceAudio` or `Failure` items until they reach this total length, or all that are left."""
         taken, total = [], 0.0
         while total < seconds:
             with self._changed:

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 
-# With less speech than this, an answer is not reliable.
+# With less speech than this, a prediction is marked as unreliable.
 RELIABLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Window:
-    """A window of a recording, in seconds, and its probabilities; None if it contains too little speech."""
+    """Start and end of a window in seconds, and its probabilities, which are None if it contains too little speech."""
 
     start: float
     end: float
@@ -16,13 +16,13 @@ class Window:
 
     @property
     def skipped(self):
-        """Whether the window does not contribute to the answer."""
+        """Whether the window was skipped, and does not contribute to the prediction."""
         return self.probabilities is None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one recording.
+    """The prediction for one recording.
 
     Arguments
     ---------

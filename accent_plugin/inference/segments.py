@@ -1,4 +1,4 @@
-"""Classify segments of recordings, as diarisation tools and annotators mark them.
+"""Classify segments of recordings that a diarisation tool or an annotator has marked.
 
 Segment files are RTTM (NIST, Rich Transcription 2009), CSV or TSV tables, or Praat TextGrids. Times are in seconds from
 the start of the recording. A segment holds the samples from ``round(start * 16000)`` up to, not including,
@@ -23,7 +23,7 @@ from accent_plugin.audio.samples import EMPTY, SAMPLE_RATE, SILENCE_LEVEL, SILEN
 from accent_plugin.data import naming
 from accent_plugin.errors import AudioError, DataError
 from accent_plugin.inference.base import or_failure
-from accent_plugin.inference.bulk import make_record
+from accent_plugin.inference.bulk import make_record, remarks
 from accent_plugin.inference.prefetch import BLOCK_SECONDS, name_of, one_ahead, plain
 from accent_plugin.inference.records import Failure, printable
 
@@ -41,8 +41,8 @@ _COLUMNS = {
 class Segment:
     """A part of a recording, in seconds; an infinite end is the end of the recording.
 
-    The speaker is empty if unknown, the channel counts from 1 and is None if it is not given, and `file` is the name of
-    the recording without folder and suffix, or empty.
+    `speaker` is empty if unknown. `channel` counts from 1 and is None if it is not given. `file` is the name of the
+    recording without folder and suffix, and is empty if it is not given.
     """
 
     start: float
@@ -60,10 +60,10 @@ _WHOLE = Segment(0.0, math.inf)
 
 
 def read_segments(path):
-    """Read a segment file; its kind follows from the suffix: .rttm, .csv, .tsv or .TextGrid.
+    """Read a segment file; the suffix decides its format: .rttm, .csv, .tsv or .TextGrid.
 
-    A TextGrid with one interval tier names the speakers in its intervals; with several, each tier is a speaker. Empty
-    intervals are pauses.
+    In a TextGrid with one interval tier, the labels of the intervals are speakers. With several tiers, each tier is a
+    speaker. Empty intervals are pauses.
 
     Returns
     -------
@@ -73,12 +73,12 @@ def read_segments(path):
     Raises
     ------
     DataError
-        When the file cannot be read, has no segments, or a line is not as its format demands.
+        When the file cannot be read, has no segments, or has a line that is not valid in its format.
     """
     path = Path(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path} is no segment file: give {', '.join(_READERS)}")
+        raise DataError(f"{path} is not a segment file: give {', '.join(_READERS)}")
     try:
         content = path.read_bytes()
         encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
@@ -100,17 +100,17 @@ def assign_segments(segments, sources):
     ---------
     segments : sequence of Segment
     sources : sequence of str
-        Paths of the recordings. One recording gets all segments if they name no file, or a single one.
+        Paths of the recordings. A single recording gets all segments if they name no file, or all name the same one.
 
     Returns
     -------
     dict
-        Source -> list of Segment, without sources that have none.
+        Source -> list of Segment; sources without segments are omitted.
 
     Raises
     ------
     DataError
-        When there are several recordings and some segments name none, or a segment names a file that is not given.
+        When there are several recordings and some segments name no file, or a segment names a file that is not given.
     """
     named = {segment.file for segment in segments}
     if len(sources) == 1 and len(named) == 1:
@@ -123,7 +123,9 @@ def assign_segments(segments, sources):
     if unknown := sorted(named - by_name.keys()):
         raise DataError(f"segments name recordings that are not given: {', '.join(unknown[:5])}")
     if double := sorted(name for name in named if len(by_name[name]) > 1):
-        raise DataError(f"segments name '{double[0]}', which is {' and '.join(by_name[double[0]])}: give one of them")
+        raise DataError(
+            f"segments name '{double[0]}', which may be {' or '.join(by_name[double[0]])}: give one of them"
+        )
     found = defaultdict(list)
     for segment in segments:
         found[by_name[segment.file][0]].append(segment)
@@ -132,15 +134,15 @@ def assign_segments(segments, sources):
 
 @dataclass(frozen=True)
 class SegmentAnswers:
-    """Answers for the segments of one recording.
+    """Results for the segments and the speakers of one recording.
 
     Arguments
     ---------
     segments : tuple of (Segment, Prediction or Failure)
-        In the order in which the segments were given. Windows have their place in the recording.
+        In the order in which the segments were given. The times of windows are relative to the recording.
     speakers : dict
-        (speaker, channel) -> Prediction or Failure from all segments of the speaker, their windows weighted by length;
-        without unknown speakers. The channel is None unless each channel is answered.
+        (speaker, channel) -> Prediction or Failure from all segments of the speaker, with windows weighted by length.
+        Segments without a speaker are left out. The channel is None unless each channel is classified.
     """
 
     segments: tuple
@@ -148,7 +150,7 @@ class SegmentAnswers:
 
 
 def predict_segments(classifier, source, segments, each_channel=False):
-    """Classify segments of one recording, which is decoded once, block by block.
+    """Classify the segments of one recording, which is decoded once, block by block.
 
     Arguments
     ---------
@@ -158,8 +160,8 @@ def predict_segments(classifier, source, segments, each_channel=False):
     segments : sequence of Segment
         They may overlap.
     each_channel : bool
-        Whether to answer each channel by itself, as in telephone calls with one speaker per channel: a segment is heard
-        on its channel, or on every channel if it names none. Otherwise channels are averaged.
+        Whether to classify each channel by itself, as in telephone calls with one speaker per channel. A segment is
+        then classified on its channel, or on every channel if it names none. Otherwise channels are averaged.
 
     Returns
     -------
@@ -170,12 +172,12 @@ def predict_segments(classifier, source, segments, each_channel=False):
     AudioError
         When the recording cannot be decoded.
     DataError
-        When the segments name several channels without `each_channel`, or a channel that the recording lacks.
+        When the segments name several channels and `each_channel` is false, or a channel that the recording lacks.
     """
     named = sorted({segment.channel for segment in segments if segment.channel is not None})
     if not each_channel:
         if len(named) > 1:
-            raise DataError(f"segments of {source} name the channels {named}: answer each channel (--channels each)")
+            raise DataError(f"segments of {source} name the channels {named}: classify each channel (--channels each)")
         return _of_one_stream(classifier, source, [replace(segment, channel=None) for segment in segments], None)
     if hasattr(source, "read"):
         source = source.read()
@@ -193,7 +195,7 @@ def predict_segments(classifier, source, segments, each_channel=False):
 
 
 def run(classifier, sources, segments, format, output=None, each_channel=False):
-    """Classify segments of recordings, and write an answer for each segment and each speaker.
+    """Classify segments of recordings, and write a result for each segment and each speaker.
 
     Arguments
     ---------
@@ -201,18 +203,18 @@ def run(classifier, sources, segments, format, output=None, each_channel=False):
     sources : sequence of str
         Paths of recordings.
     segments : sequence of Segment or None
-        None answers whole recordings.
+        None classifies whole recordings.
     format : str
         "table", "jsonl" or "csv".
     output : str or Path, optional
-        File to write, replaced when all answers are there; None writes to stdout after each recording.
+        File to write. It is replaced once all results are complete. None writes to stdout after each recording.
     each_channel : bool
         As in `predict_segments`.
 
     Returns
     -------
     tuple of int
-        Numbers of answers and of failures.
+        Numbers of predictions and of failures.
     """
     sources = list(dict.fromkeys(sources))
     if segments is None:
@@ -239,7 +241,7 @@ def run(classifier, sources, segments, format, output=None, each_channel=False):
 def _records(classifier, source, segments, each_channel):
     """Yield a record for each segment of a recording, then one for each speaker."""
     if not segments:
-        yield _record(classifier, source, _WHOLE, Failure(source, EMPTY, "no segments are given for it"))
+        yield _record(classifier, source, _WHOLE, Failure(source, EMPTY, "no segments are given for this recording"))
         return
     try:
         found = predict_segments(classifier, source, segments, each_channel)
@@ -281,10 +283,7 @@ def _line(record):
         place += f"  {record['speaker']}" + (": all segments" if record["scope"] == "speaker" else "")
     if record["error"]:
         return printable(f"-  failed: {record['error']}  {place}") + "\n"
-    doubt = "" if record["reliable"] else "  (unreliable: under 1 s of speech)"
-    abstained = "" if record["decision"] else "  (abstains)"
-    lost = f"  ({record['lost_seconds']:.1f} s could not be decoded)" if record["lost_seconds"] else ""
-    return printable(f"{record['probability']:.2f}  {record['accent']}  {place}{doubt}{abstained}{lost}") + "\n"
+    return printable(f"{record['probability']:.2f}  {record['accent']}  {place}{remarks(record)}") + "\n"
 
 
 def _of_one_stream(classifier, source, segments, channel):
@@ -323,7 +322,7 @@ def _of_one_stream(classifier, source, segments, channel):
 
 
 class _Part:
-    """A segment while its recording is read: bounds in samples, its windows, and the range of its samples."""
+    """A segment while its recording is read: its bounds in samples, its windows, and the range of its values."""
 
     def __init__(self, segment, classifier):
         self.segment = segment
@@ -358,7 +357,7 @@ def _answer(classifier, parts, name, total, lost):
 def _from_rttm(text, path):
     for number, line in enumerate(text.splitlines(), 1):
         fields = line.split()
-        # Other types of records describe words and non-speech.
+        # Records of other types describe words and non-speech.
         if not fields or fields[0] != "SPEAKER":
             continue
         where = f"{path} line {number}"
@@ -391,7 +390,7 @@ def _from_table(text, path):
 
 
 def _from_textgrid(text, path):
-    """Both of Praat's text formats are the same values in the same order, the long one with names before them."""
+    """Both of Praat's text formats have the same values in the same order; the long format adds names before them."""
     tokens = [
         found[0]
         for found in re.finditer(r'"(?:[^"]|"")*"|\[\d*\]|<\w+>|-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?', text)
@@ -400,7 +399,7 @@ def _from_textgrid(text, path):
     values = iter(tokens)
     try:
         if next(values) != '"ooTextFile"' or next(values) != '"TextGrid"':
-            raise DataError(f"{path} is no TextGrid in one of Praat's text formats")
+            raise DataError(f"{path} is not a TextGrid in one of Praat's text formats")
         tiers = []
         next(values), next(values)
         if next(values) == "<exists>":
@@ -426,9 +425,11 @@ _READERS = {".rttm": _from_rttm, ".csv": _from_table, ".tsv": _from_table, ".tex
 
 def _segment(start, end, speaker, channel, file, where):
     if not 0 <= start < end:
-        raise DataError(f"{where} is a segment from {start:g} to {end:g} s: the end must come after the start")
+        raise DataError(
+            f"{where} is a segment from {start:g} to {end:g} s: start must be 0 or more, and end must be after start"
+        )
     if channel and not (channel.isdecimal() and int(channel) > 0):
-        raise DataError(f"{where}: channel is '{channel}', give a number from 1 up")
+        raise DataError(f"{where}: channel is '{channel}': give a number, at least 1")
     return Segment(start, end, speaker, int(channel) if channel else None, file)
 
 
@@ -438,7 +439,7 @@ def _seconds(text, name, where):
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"{where}: {name} is '{text}', give seconds")
+        raise DataError(f"{where}: {name} is '{text}': give seconds")
     return value
 
 

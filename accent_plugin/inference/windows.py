@@ -1,7 +1,7 @@
-"""Cut a recording into windows block by block, and detect windows with speech by their energy.
+"""Cut a recording into windows, block by block, and detect the windows with speech by their energy.
 
 Levels are in dB relative to full scale. They are computed from the variance of a frame, so that a constant offset has
-no effect. A window with hardly any speech is skipped. If this applies to all windows, the loudest window counts.
+no effect. Windows with hardly any speech are skipped. If all windows have hardly any speech, the loudest one is used.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _SPEECH_FRACTION = 0.05
 
 @dataclass(frozen=True)
 class WindowJob:
-    """A window to be scored: its recording, its start and its (samples,)."""
+    """A window to be scored: its recording, its start in samples, and its (samples,) audio."""
 
     recording: "RecordingWindows"
     start: int
@@ -33,7 +33,7 @@ class WindowJob:
 
 @dataclass(frozen=True)
 class WindowOutcome:
-    """Result of a complete recording, in samples; `counted` holds the starts of the windows that count."""
+    """Result of a complete recording, in samples; `counted` holds the starts of the windows that are used."""
 
     samples: int
     speech_samples: int
@@ -43,16 +43,16 @@ class WindowOutcome:
 
 
 class RecordingWindows:
-    """The windows of one recording, fed block by block; memory holds little more than a window and a block.
+    """The windows of one recording, which arrives in blocks; it holds little more than a window and a block in memory.
 
     The speech threshold follows the loudest frames so far and can only rise. A window without speech at the current
     threshold therefore has no speech at the final threshold, and is not scored. The final threshold decides which of
-    the scored windows count, so the answer does not depend on the blocks.
+    the scored windows are used, so the result does not depend on the size of the blocks.
     """
 
     def __init__(self, window, hop, offset=0):
         self._window, self._hop = window, hop
-        # Where it starts, if it is a segment of a longer recording.
+        # Its first sample, if it is a segment of a longer recording.
         self.offset = offset
         self._samples = 0
         self._spans = []
@@ -69,7 +69,7 @@ class RecordingWindows:
         self.refused = None
 
     def feed(self, block, last=False):
-        """Add the next (samples,) and return the jobs of windows that may count."""
+        """Add the next (samples,) block, and return the jobs of the windows that may be used."""
         self._samples += len(block)
         self._kept = _joined(self._kept, block)
         self._measure(block, last)
@@ -100,7 +100,7 @@ class RecordingWindows:
             loudest = self._loudest_window[1]
             jobs = [] if loudest.start in self._scores else [loudest]
         if last:
-            # A recording of many segments keeps all of them until it ends.
+            # The segments of a recording are all kept until it ends, so each frees its audio now.
             nothing = np.zeros(0, np.float32)
             self._kept, self._unframed = nothing, nothing
             power, loudest = self._loudest_window

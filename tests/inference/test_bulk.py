@@ -117,7 +117,7 @@ def test_folders_are_searched_and_files_taken_as_they_are(speech):
 
 
 def test_a_folder_without_audio_is_refused(tmp_path):
-    with pytest.raises(DataError, match="holds no audio file .*.wav"):
+    with pytest.raises(DataError, match="contains no audio file .*.wav"):
         list(find([tmp_path]))
 
 
@@ -191,7 +191,7 @@ def test_answers_of_another_model_are_not_mixed(classifier, speech, tmp_path):
     answers(classifier, sources, output)
     text = output.read_text(encoding="utf-8")
     output.write_text(text.replace(classifier.identity, "another"), encoding="utf-8")
-    with pytest.raises(DataError, match="holds answers of another model"):
+    with pytest.raises(DataError, match="has results of another model"):
         answers(classifier, sources, output)
 
 
@@ -236,7 +236,7 @@ def test_a_file_that_is_given_twice_is_answered_once(tmp_path):
 @pytest.mark.parametrize("format", ["jsonl", "csv"])
 def test_answers_of_other_options_are_not_mixed(tmp_path, format):
     answers(Fake(), ["a.wav"], tmp_path / "out", format)
-    with pytest.raises(DataError, match="holds answers with threshold None, not 0.9"):
+    with pytest.raises(DataError, match="has results with threshold None, not 0.9"):
         answers(Fake(threshold=0.9), ["a.wav", "b.wav"], tmp_path / "out", format)
     answers(Fake(threshold=0.9), ["a.wav"], tmp_path / "more", format)
     assert answers(Fake(threshold=0.9), ["a.wav", "b.wav"], tmp_path / "more", format) == (2, 0)
@@ -249,7 +249,7 @@ def test_answers_of_other_options_are_not_mixed(tmp_path, format):
 @pytest.mark.parametrize("format", ["jsonl", "csv"])
 def test_other_peoples_files_are_left_alone(tmp_path, format, content):
     (tmp_path / "out").write_bytes(content)
-    with pytest.raises(DataError, match="is no output of accent-plugin classify"):
+    with pytest.raises(DataError, match="was not written by accent-plugin classify"):
         answers(Fake(), ["a.wav"], tmp_path / "out", format)
     assert (tmp_path / "out").read_bytes() == content
 
@@ -258,14 +258,14 @@ def test_what_was_written_after_our_answers_is_left_alone(tmp_path):
     answers(Fake(), ["a.wav"], tmp_path / "out")
     content = (tmp_path / "out").read_bytes() + b"my notes"
     (tmp_path / "out").write_bytes(content)
-    with pytest.raises(DataError, match="is no output of accent-plugin classify"):
+    with pytest.raises(DataError, match="was not written by accent-plugin classify"):
         answers(Fake(), ["a.wav"], tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == content
 
 
 @pytest.mark.parametrize("name", ["nowhere/out.jsonl", "."])
 def test_an_output_that_cannot_be_written(tmp_path, name):
-    with pytest.raises(DataError, match="cannot be written: .*\nmake its folder first, or choose another --output"):
+    with pytest.raises(DataError, match="cannot be written: .*\ncreate its folder first, or choose another --output"):
         answers(Fake(), ["a.wav"], tmp_path / name)
 
 
@@ -382,7 +382,7 @@ def test_only_the_test_split_is_evaluated_whatever_its_name(tiny_bundle, tmp_pat
     assert (metrics["data"]["splits"], metrics["data"]["clips"]) == ([name], 4)
     assert metrics["data"]["unknown_accents"] == {"Kentish": 2}
     text = (out / "report.md").read_text(encoding="utf-8")
-    assert f"Splits: {name}." in text and "skipped: 'Kentish' 2." in text
+    assert f"Splits: {name}." in text and "Skipped accents without a known label: 'Kentish' 2." in text
 
 
 def test_without_a_test_split_one_has_to_be_chosen(tmp_path):
@@ -399,7 +399,7 @@ def test_without_a_test_split_one_has_to_be_chosen(tmp_path):
 
 def test_unknown_accents_are_named_where_nothing_is_left(tmp_path):
     data = save(tmp_path / "data", **three_splits(("Kentish",), clients=(1, 1, 1)))
-    with pytest.raises(DataError, match="its unknown spellings: 'Kentish' 2; give a mapping for them"):
+    with pytest.raises(DataError, match="spellings without a known label: 'Kentish' 2; give a mapping for them"):
         read_labelled(data, LABELS)
 
 
@@ -460,7 +460,7 @@ def test_columns_of_other_names_are_evaluated_too(tiny_bundle, tmp_path, capsys)
 
 def test_a_manifest_has_columns_of_its_own(tmp_path):
     (tmp_path / "test.csv").write_text("")
-    with pytest.raises(DataError, match="is a manifest, whose columns have their names: leave accent_column out"):
+    with pytest.raises(DataError, match="is a manifest, whose column names are fixed: leave accent_column out"):
         read_labelled(tmp_path / "test.csv", LABELS, columns={"accent": "dialect", "client": None})
 
 
@@ -523,7 +523,7 @@ def test_two_bundles_are_compared_on_the_clips_that_both_answered(tiny_bundle, t
     models = ["--model", str(whisper), "--model", str(tiny_bundle)]
     assert main.main(["evaluate", *models, "--data", str(data), "--out", str(out)]) == 1
     assert json.loads((out / "comparison.json").read_text(encoding="utf-8"))["clips"] == 11
-    assert "only one of the two could classify, left out of the comparison: 1" in caplog.text
+    assert "only one of the two models could classify, left out of the comparison: 1" in caplog.text
 
 
 @pytest.mark.parametrize("accent", ["Kentish", ""])

@@ -364,7 +364,7 @@ def test_any_rate(rate):
         (np.arange(100), 16_000, "undecodable", "int64 are not supported"),
         (np.ones(100, bool), 16_000, "undecodable", "bool"),
         (np.array(["a", "b"]), 16_000, "undecodable", "are not supported"),
-        ([[0.1, 0.2], [0.3]], 16_000, "undecodable", "no array of samples"),
+        ([[0.1, 0.2], [0.3]], 16_000, "undecodable", "not an array of samples"),
         (0.5, 16_000, "undecodable", r"shape \(\)"),
         (np.zeros((2, 3, 4)), 16_000, "undecodable", "is not one clip"),
         (np.zeros((64, 16_000)), 16_000, "undecodable", "a batch as a list of clips"),
@@ -398,7 +398,7 @@ def test_an_answer_is_never_nan(tmp_path):
     classifier.mods.embedding_model = Spoilt()
     loud, quiet = tone(1.0, level=0.9), tone(1.0)
     for door in (lambda: classifier.predict(loud, 16_000), lambda: classifier.predict_file(encode(loud))):
-        with pytest.raises(AudioError, match="scores that are no numbers") as caught:
+        with pytest.raises(AudioError, match="scores that are not finite") as caught:
             door()
         assert caught.value.reason == "non-finite"
     answers = list(classifier.predict_files([encode(quiet), encode(loud), encode(quiet)]))

@@ -120,7 +120,7 @@ def test_each_channel_is_answered_by_itself(classifier, tmp_path):
     named = [Segment(0.0, 1.0, "a", 2), Segment(1.0, 2.0, "a", 1)]
     found = predict_segments(classifier, tmp_path / "call.wav", named, each_channel=True)
     require_same(found.speakers["a", 2], classifier.predict(sides[1][:SAMPLE_RATE], SAMPLE_RATE))
-    with pytest.raises(DataError, match=r"name the channels \[1, 2\]: answer each channel"):
+    with pytest.raises(DataError, match=r"name the channels \[1, 2\]: classify each channel"):
         predict_segments(classifier, tmp_path / "call.wav", named)
     with pytest.raises(DataError, match="segments name channel 3, but .*call.wav has 2"):
         predict_segments(classifier, tmp_path / "call.wav", [Segment(0.0, 1.0, "a", 3)], each_channel=True)
@@ -209,19 +209,19 @@ def test_segment_files_of_each_kind(tmp_path, name, text, expected, encoding):
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
-    ("a.txt", "0 1", "is no segment file: give .rttm, .csv, .tsv, .textgrid"),
+    ("a.txt", "0 1", "is not a segment file: give .rttm, .csv, .tsv, .textgrid"),
     ("a.rttm", "", "has no segments"),
     ("a.rttm", "SPEAKER talk 1 0.5", "line 1 has 4 fields"),
-    ("a.rttm", "\nSPEAKER talk 1 0.5 abc <NA> <NA> A", "line 2: duration is 'abc', give seconds"),
-    ("a.rttm", "SPEAKER talk 1 nan 1 <NA> <NA> A", "line 1: start is 'nan', give seconds"),
-    ("a.csv", "start,stop,speaker\n2,1,a\n", "line 2 is a segment from 2 to 1 s: the end must come after the start"),
+    ("a.rttm", "\nSPEAKER talk 1 0.5 abc <NA> <NA> A", "line 2: duration is 'abc': give seconds"),
+    ("a.rttm", "SPEAKER talk 1 nan 1 <NA> <NA> A", "line 1: start is 'nan': give seconds"),
+    ("a.csv", "start,stop,speaker\n2,1,a\n", "line 2 is a segment from 2 to 1 s: start must be 0 or more"),
     ("a.csv", "start,end\n-1,1\n", "a segment from -1 to 1 s"),
-    ("a.csv", "start,end,channel\n0,1,left\n", "channel is 'left', give a number from 1 up"),
+    ("a.csv", "start,end,channel\n0,1,left\n", "channel is 'left': give a number, at least 1"),
     ("a.csv", "speaker,end\na,1\n", "needs the columns start and end, or start and duration: it has speaker, end"),
-    ("a.csv", "start,end\n1\n", "line 2: end is '', give seconds"),
+    ("a.csv", "start,end\n1\n", "line 2: end is '': give seconds"),
     ("a.TextGrid", "hello", "is a damaged TextGrid"),
     ("a.TextGrid", SHORT[:-20], "is a damaged TextGrid"),
-    ("a.TextGrid", 'File type = "ooTextFile"\nObject class = "Pitch"\n', "is no TextGrid"),
+    ("a.TextGrid", 'File type = "ooTextFile"\nObject class = "Pitch"\n', "is not a TextGrid"),
 ])  # fmt: skip
 def test_damaged_segment_files_are_errors_that_name_the_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
@@ -238,7 +238,7 @@ def test_segments_go_to_the_recordings_that_they_name():
         assign_segments([a, b], ["a.wav"])
     with pytest.raises(DataError, match="some segments do not name theirs"):
         assign_segments([a, nameless], ["a.wav", "b.wav"])
-    with pytest.raises(DataError, match="segments name 'a', which is x/a.wav and y/a.wav"):
+    with pytest.raises(DataError, match="segments name 'a', which may be x/a.wav or y/a.wav"):
         assign_segments([a, b], ["x/a.wav", "y/a.wav", "b.wav"])
 
 
