@@ -14,7 +14,7 @@ version = next(
 setup(
     name="accent_plugin",
     version=version,
-    description="A SpeechBrain plugin and recipe that fine-tunes wav2vec 2.0 to tell English accents apart",
+    description="A SpeechBrain plugin and recipe that fine-tunes wav2vec 2.0 to classify English accents",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

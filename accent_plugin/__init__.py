@@ -1,4 +1,4 @@
-"""Fine-tune wav2vec 2.0 and its relatives to tell English accents apart, with SpeechBrain."""
+"""Fine-tune wav2vec 2.0 and related speech encoders to classify English accents, with SpeechBrain."""
 
 __version__ = "0.2.0"
 

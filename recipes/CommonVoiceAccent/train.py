@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Recipe that fine-tunes wav2vec 2.0, or one of its relatives, to tell English accents apart.
+"""Recipe that fine-tunes wav2vec 2.0, or a related speech encoder, to classify English accents.
 
     python train.py hparams/wav2vec2_base.yaml --data_folder DATASET
 

@@ -123,7 +123,10 @@ def test_the_thread_outlives_an_error(batcher, work):
 def test_what_has_not_begun_by_its_deadline_is_never_done(batcher, work):
     ask(batcher, Window("first"))
     assert work.begun.wait(30)
-    with pytest.raises(LimitError, match="not enough time to classify") as caught, batcher.deadline(time.monotonic() + 0.01):
+    with (
+        pytest.raises(LimitError, match="not enough time to classify") as caught,
+        batcher.deadline(time.monotonic() + 0.01),
+    ):
         batcher.score([Window("late")])
     assert caught.value.reason == "time"
     work.go.set()
