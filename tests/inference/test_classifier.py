@@ -368,7 +368,7 @@ def test_any_rate(rate):
         (0.5, 16_000, "undecodable", r"shape \(\)"),
         (np.zeros((2, 3, 4)), 16_000, "undecodable", "is not one clip"),
         (np.zeros((64, 16_000)), 16_000, "undecodable", "a batch as a list of clips"),
-        ("a.wav", 16_000, "undecodable", "predict_file takes files"),
+        ("a.wav", 16_000, "undecodable", "use predict_file for files"),
         (tone(1.0), 0, "undecodable", "sample rate of 0 Hz"),
         (tone(1.0), float("nan"), "undecodable", "sample rate of nan Hz"),
         (tone(1.0), None, "undecodable", "sample rate of None Hz"),
