@@ -217,10 +217,8 @@ def run(classifier, sources, segments, format, output=None, each_channel=False):
         Numbers of predictions and of failures.
     """
     sources = list(dict.fromkeys(sources))
-    if segments is None:
-        of_source = {source: [_WHOLE] for source in sources}
-    else:
-        of_source = assign_segments(segments, sources)
+    whole = {source: [_WHOLE] for source in sources}
+    of_source = whole if segments is None else assign_segments(segments, sources)
     counts = Counter()
     with files.atomic_write(Path(output)) if output else contextlib.nullcontext(sys.stdout) as file:
         table = csv.DictWriter(file, _fields(classifier), extrasaction="ignore", lineterminator="\n")
