@@ -1,14 +1,96 @@
-"""Atomic files and folders, locks, and readable errors of the file system."""
+"""Atomic files and folders, locks, readable errors of the file system, and files that stand in for others."""
 
 import contextlib
 import errno
 import logging
 import os
+import re
 import shutil
 
 from accent_plugin.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+# As many bytes of a file's beginning as `describe_content` needs.
+BEGINNING = 4096
+
+# What takes the place of a file: (pattern of its beginning, what it is, what to do). A group captures its own words.
+_STAND_INS = [
+    (re.compile(pattern, re.IGNORECASE | re.DOTALL), kind, remedy)
+    for pattern, kind, remedy in (
+        (
+            r"version https://\S+/spec/v1\s+(?:ext-.*)?oid sha256:",
+            "a Git LFS pointer",
+            "the content was not downloaded; run git lfs pull",
+        ),
+        (
+            r"(?:\.\./|/)*(?:\.git/)?annex/objects/",
+            "a git-annex pointer",
+            "the content was not downloaded; run git annex get",
+        ),
+        (
+            r"(?:<!--.*?-->\s*|<\?xml[^>]*>\s*)*<(?:!doctype html|html|head|body)\b(?:.*?<title[^>]*>(.*?)</title>)?",
+            "a web page",
+            "download the file itself",
+        ),
+        (
+            r"(?:<\?xml[^>]*>\s*)?<Error\b(?:.*?<Code>(.*?)</Code>)?",
+            "an object store's error",
+            "download the file again",
+        ),
+        (
+            r'\{\s*"(?:error|errors|message|detail)"\s*:\s*(?:\{\s*"message"\s*:\s*)?(?:"([^"]*))?',
+            "a server's error",
+            "download the file again",
+        ),
+        (
+            r"((?:entry |repository |revision |file |page )?not found|404\W[^\n]*|invalid username or password|"
+            r"forbidden|access (?:to [^\n]* is restricted|denied)[^\n]*|unauthori[sz]ed|internal server error|"
+            r"bad gateway)\W*$",
+            "a server's error",
+            "download the file again",
+        ),
+    )
+]
+
+
+def describe_content(first_bytes):
+    """Recognise what a failed download or clone leaves in place of a file.
+
+    Arguments
+    ---------
+    first_bytes : bytes
+        The beginning of the file; `BEGINNING` bytes are enough.
+
+    Returns
+    -------
+    str, or None
+        What the file is and what to do, to follow "FILE is"; None if it may be the file that its name says.
+
+    Example
+    -------
+    >>> describe_content(b"version https://git-lfs.github.com/spec/v1\\noid sha256:4d7a")
+    'a Git LFS pointer: the content was not downloaded; run git lfs pull'
+    """
+    if not first_bytes:
+        return "empty: copy or download it again"
+    if not any(first_bytes):
+        return "filled with zeros: the copy or download did not finish; repeat it"
+    text = first_bytes.decode("utf-8-sig", "replace").lstrip()
+    for pattern, kind, remedy in _STAND_INS:
+        if found := pattern.match(text):
+            words = " ".join((found.group(1) or "").split())[:80] if pattern.groups else ""
+            return f"{kind}{f' ({words!r})' if words else ''}: {remedy}"
+    return None
+
+
+def describe_file(path):
+    """Apply `describe_content` to a file; None if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return describe_content(file.read(BEGINNING))
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager
