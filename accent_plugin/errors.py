@@ -4,6 +4,30 @@ Every message states the problem, the value, the place and a fix. The recipe and
 traceback and exit with code 2.
 """
 
+# The hyphen, and the dashes and minus signs that editors and web pages put in its place.
+DASHES = "-\u00ad\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
+
+
+def misspelt_option(word, names):
+    """Describe a word of a command line that is an option with other dashes, or with none; None for other words.
+
+    Arguments
+    ---------
+    word : str
+    names : collection of str
+        The options, without their dashes.
+
+    Example
+    -------
+    >>> misspelt_option("\u2014lr_head=1", ["lr_head"])
+    "'\u2014lr_head=1' does not begin with two hyphens: type --lr_head=1"
+    """
+    bare = word.lstrip(DASHES)
+    name, equals, _ = bare.partition("=")
+    if name not in names or word == f"--{bare}" or (word == bare and not equals):
+        return None
+    return f"{word!r} does not begin with two hyphens: type --{bare}"
+
 
 class AccentPluginError(Exception):
     """Base class of all errors that this package raises for user input."""

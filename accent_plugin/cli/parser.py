@@ -1,11 +1,14 @@
 """The parser of `accent-plugin`."""
 
 import argparse
+import os
+import sys
 
 import accent_plugin
 from accent_plugin.cli.data import run_accents, run_check, run_demo, run_prepare, split_list
 from accent_plugin.cli.models import EXPORTS, run_classify, run_evaluate, run_export, run_import, run_push, run_serve
 from accent_plugin.cli.runs import run_compare, run_summarise
+from accent_plugin.errors import misspelt_option
 from accent_plugin.versions import installed_versions
 
 _MODEL = "bundle folder, or folder or Hub name of a Hugging Face transformers classifier"
@@ -18,9 +21,21 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses options with other dashes, which argparse would take for files."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        names = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
+        for word in sys.argv[1:] if args is None else args:
+            problem = misspelt_option(word, names)
+            if problem and not os.path.exists(word):
+                self.error(problem)
+        return super().parse_known_args(args, namespace)
+
+
 def make_parser():
     """Make the parser of all commands."""
-    parser = argparse.ArgumentParser(prog="accent-plugin", description=accent_plugin.__doc__)
+    parser = _Parser(prog="accent-plugin", description=accent_plugin.__doc__)
     parser.add_argument(
         "--version", action=_Version, nargs=0, dest=argparse.SUPPRESS, help="show the versions to quote in a bug report"
     )

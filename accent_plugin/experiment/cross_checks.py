@@ -41,13 +41,47 @@ def _feature_problems(values):
         yield "cache_features caches features of whole, unchanged clips: augment must be False and crop_seconds null"
 
 
+# SpeechBrain's run options that this recipe does not support -> why, and what to do.
+_UNSUPPORTED = {
+    "jit": "the encoder's masks cannot be scripted: use --compile",
+    "jit_module_keys": "the encoder's masks cannot be scripted: use --compile",
+    "data_parallel_backend": "several GPUs take one process each: use torchrun",
+    "auto_mix_prec": "it is deprecated: use --precision fp16",
+    "bfloat16_mix_prec": "it is deprecated: use --precision bf16",
+    "remove_vector_weight_decay": "weight_decay already leaves out biases and norms: remove it",
+}
+
+_RUN_OPTION_CHOICES = {
+    "compile_mode": ("default", "reduce-overhead", "max-autotune"),
+    "distributed_backend": ("nccl", "gloo", "mpi"),
+}
+
+
+def _run_option_problems(run_opts):
+    """Yield SpeechBrain's run options that are not supported, or whose value SpeechBrain does not check."""
+    given = run_opts.overridden_args
+    for name, reason in _UNSUPPORTED.items():
+        if name in given:
+            yield f"--{name} is not supported: {reason}"
+    for name, choices in _RUN_OPTION_CHOICES.items():
+        if name in given and run_opts[name] not in choices:
+            yield f"{name} is {run_opts[name]!r}; it should be one of {', '.join(choices)}"
+    if "compile_module_keys" in given and run_opts.compile_module_keys != ["model"]:
+        yield f"compile_module_keys is {run_opts.compile_module_keys}; the only module is model"
+    limit = run_opts.optimizer_step_limit
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        yield f"optimizer_step_limit is {limit!r}; it should be a whole number, at least 1"
+    if run_opts.debug_batches < 1:
+        yield f"debug_batches is {run_opts.debug_batches}; it should be at least 1"
+
+
 def contradictions(values, run_opts):
     """Find conflicts between valid values, and missing folders."""
     from accent_plugin.devices import require_device
     from accent_plugin.encoder.sources import find_source
     from accent_plugin.exchange.start import find_start
 
-    problems = []
+    problems = list(_run_option_problems(run_opts))
     if len(values["accents"]) < 2:
         problems.append(f"accents is {values['accents']}: give at least two")
     if values["n_folds"] in (1, 2):

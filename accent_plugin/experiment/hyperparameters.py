@@ -151,6 +151,11 @@ class Hyperparameter:
         """Describe the valid values."""
         return self.check(object())
 
+    def problem(self, value):
+        """Describe what is wrong with a value; None if it is valid."""
+        wanted = self.check(value)
+        return wanted and f"{self.name} is {value!r}; it should be {wanted}"
+
 
 _H = Hyperparameter
 _path = functools.partial(Hyperparameter, free=_PLACE, path=True)
@@ -340,8 +345,8 @@ def wrong_values(values):
     for key, hyperparameter in TABLE.items():
         if key not in values:
             problems[key] = f"{key} is missing"
-        elif wanted := hyperparameter.check(values[key]):
-            problems[key] = f"{key} is {values[key]!r}; it should be {wanted}"
+        elif problem := hyperparameter.problem(values[key]):
+            problems[key] = problem
     missing = CHOICES - (values.get("preparation") or {}).keys()
     if missing:
         problems["preparation"] = f"preparation lacks {', '.join(sorted(missing))}: give each as !ref <its name>"

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import yaml
 from hyperpyyaml import resolve_references
-from speechbrain.utils.run_opts import RunOptions
+from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
+from accent_plugin import files
 from accent_plugin.data.manifests import load_prepared
 from accent_plugin.data.prepare import check_preparation, default_prepared_folder
-from accent_plugin.errors import AccentPluginError, ConfigError
+from accent_plugin.errors import DASHES, AccentPluginError, ConfigError, misspelt_option
 from accent_plugin.experiment.cross_checks import contradictions
 from accent_plugin.experiment.hyperparameters import CHOICES, RENAMED, TABLE, wrong_values
 
@@ -31,7 +32,13 @@ _GROUPS = ("preparation", "evaluation")
 _PREPARATION = {{"seed": "data_seed", "max_unreadable_share": "max_unreadable_fraction"}.get(f, f) for f in CHOICES}
 _PREPARATION |= {"skip_prep", "prepared_folder", "data_folder"}
 
-_OPTION_NAMES = tuple(field.name for field in dataclasses.fields(RunOptions))
+# Run options that take several words.
+_LISTS = ("jit_module_keys", "compile_module_keys")
+
+# All run options of the command line; `RunOptions` has more fields.
+_OPTION_NAMES = (*HELP_TEXTS, *_LISTS)
+
+_SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+", re.IGNORECASE)
 
 # SpeechBrain's run options with a default in the YAML. SpeechBrain's own precision does not support "auto".
 _SHARED = (TABLE.keys() & set(_OPTION_NAMES)) - {"precision"}
@@ -138,27 +145,29 @@ def read_settings(argv, root, look_at_data=True):
     ConfigError
         With all problems, one per line.
     """
-    given_file, own, others = _split(argv)
+    given_file, own, others, problems = _split(argv)
     hparams_file, changed = read_overlay(given_file)
     text = _read_yaml(hparams_file)
     known = _plain(text, {})
     added = {one.name: one.earlier for one in TABLE.values() if one.name not in known and one.earlier is not ...}
     known |= added
-    run_opts, unknown_words = _run_options(hparams_file, others)
-    problems = [_unknown(word, known) for word in unknown_words]
+    run_opts = _run_options(hparams_file, others)
     _warn_of_old_names(f"--{key}" for key in own)
     _warn_of_old_names(re.findall(r"^(\w+):", text, re.M))
     overrides = {}
     for typed, words in own.items():
         key = RENAMED.get(typed, typed)
         if key not in known or key not in TABLE:
-            problems.append(_unknown(f"--{typed}", known))
+            problems.append(_unknown(f"--{typed}"))
         elif not words:
             problems.append(f"--{typed} was given without a value")
         elif typed != key and key in own:
             problems.append(f"--{typed} is now called --{key}, and both were given: leave one out")
         else:
             overrides[key] = _value(key, " ".join(words))
+    # HyperPyYAML cannot put a mapping in the place of a plain value.
+    wrong = {key: problem for key, value in (changed | overrides).items() if (problem := TABLE[key].problem(value))}
+    changed, overrides = ({key: values[key] for key in values if key not in wrong} for values in (changed, overrides))
     for key in _PATHS:
         # An empty path is not a folder; do not resolve it to the working directory.
         if isinstance(overrides.get(key), str) and overrides[key].strip():
@@ -178,7 +187,7 @@ def read_settings(argv, root, look_at_data=True):
         # SpeechBrain accepts only one of the two, and the YAML has a default for minutes.
         overrides["ckpt_interval_minutes"] = 0
     settings = Settings(hparams_file, run_opts, overrides, Path(root))
-    wrong = wrong_values(settings.values)
+    wrong = wrong_values(settings.values) | wrong
     problems += wrong.values()
     if not wrong:
         problems += contradictions(settings.values, run_opts)
@@ -215,33 +224,56 @@ def _preparation_problems(wanted):
 
 
 def _split(argv):
-    """Split a command line into the YAML's path, this recipe's `--key` options and SpeechBrain's options."""
-    options = {field.name: field.default for field in dataclasses.fields(RunOptions)}
-    if not argv or argv[0].startswith("--"):
+    """Split a command line into the YAML's path, this recipe's options, SpeechBrain's options and problems."""
+    if not argv or argv[0].startswith(tuple(DASHES)):
         raise ConfigError("the first argument is a YAML of hyperparameters: train.py hparams/wav2vec2_base.yaml")
-    own, others, place = {}, [], 1
+    names = {*TABLE, *RENAMED, *_OPTION_NAMES}
+    own, others, problems, place, option = {}, [], [], 1, argv[0]
     while place < len(argv):
         word = argv[place]
         place += 1
-        words = []
-        if word.startswith("--") and "=" in word:
-            word, value = word.split("=", 1)
-            words = [value]
-        else:
-            while word.startswith("--") and place < len(argv) and not argv[place].startswith("--"):
-                words.append(argv[place])
-                place += 1
-        name = word.removeprefix("--")
         if not word.startswith("--"):
-            others.append(word)
-        elif name not in options or name == "precision":
+            problems.append(_stray(word, names, option))
+            # Its value is no problem of its own.
+            place += _is_dashed(word) and "=" not in word and place < len(argv) and not _is_dashed(argv[place])
+            continue
+        option, equals, value = word.partition("=")
+        words, name = [value] if equals else [], option.removeprefix("--")
+        while not equals and place < len(argv) and _continues(argv[place], words, names, name in _LISTS):
+            words.append(argv[place])
+            place += 1
+        if name not in _OPTION_NAMES or name == "precision":
             # SpeechBrain's own option does not support "auto".
             own[name] = words
-        elif options[name] is False and words and words[0].lower() in ("true", "false"):
-            others += [word] * (words[0].lower() == "true") + words[1:]
+        elif getattr(RunOptions(), name) is not False:
+            others += [option, *words]
+        elif not words or words[0].lower() in ("true", "false"):
+            others += [option] * (not words or words[0].lower() == "true")
         else:
-            others += [word, *words]
-    return argv[0], own, others
+            problems.append(f"{option} is {words[0]!r}; it should be True or False")
+    return argv[0], own, others, problems
+
+
+def _continues(word, words, names, several):
+    """Whether a word is the value of an option, or the next word of a value that opens a bracket."""
+    if words and words[0].startswith(("[", "{")):
+        text = " ".join(words)
+        return not word.startswith("--") and sum(map(text.count, "[{")) > sum(map(text.count, "]}"))
+    return (several or not words) and not _is_dashed(word) and misspelt_option(word, names) is None
+
+
+def _is_dashed(word):
+    """Whether a word begins like an option, unlike a negative number."""
+    return word.startswith(tuple(DASHES)) and word.lstrip(DASHES)[:1].isalpha()
+
+
+def _stray(word, names, option):
+    """Describe a word that is neither an option nor a value."""
+    if problem := misspelt_option(word, names):
+        return problem
+    if _is_dashed(word):
+        return _unknown(word)
+    return f"{word!r} is no hyperparameter or run option: a value is one word, so quote the value of {option}"
 
 
 def _run_options(hparams_file, words):
@@ -250,14 +282,24 @@ def _run_options(hparams_file, words):
     except SystemExit as error:
         # argparse has already printed on stderr which option is wrong.
         raise ConfigError("a run option of SpeechBrain has a wrong value, see above") from error
-    return run_opts, rest.split()
+    if rest:
+        raise ConfigError(f"SpeechBrain does not know the run option {rest}")
+    with contextlib.suppress(ValueError, TypeError):
+        # SpeechBrain leaves it a text.
+        return dataclasses.replace(run_opts, optimizer_step_limit=int(run_opts.optimizer_step_limit))
+    return run_opts
 
 
 def _read_yaml(hparams_file):
     try:
-        return Path(hparams_file).read_text(encoding="utf-8")
+        content = Path(hparams_file).read_bytes()
+        if what := files.describe_content(content[: files.BEGINNING]):
+            raise ConfigError(f"{hparams_file} is {what}")
+        return content.decode("utf-8")
     except OSError as error:
         raise ConfigError(f"the hyperparameters {hparams_file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{hparams_file} is not a YAML of hyperparameters: {error}") from None
 
 
 def read_overlay(hparams_file):
@@ -311,6 +353,8 @@ def _plain(text, overrides):
     except Exception as error:
         # ruamel, PyYAML and HyperPyYAML raise different errors.
         raise ConfigError(f"the YAML cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("the YAML cannot be read: it holds no names of hyperparameters")
     return _values(_renamed(values))
 
 
@@ -351,6 +395,8 @@ def _value(key, value):
         if key in TABLE and TABLE[key].is_text:
             return None if parsed is None and value in ("null", "~", "None") else value
         value = None if parsed == "None" else parsed
+    if isinstance(value, list | dict) and key in TABLE and TABLE[key].problem(["text"]):
+        return _numbers(value)
     if isinstance(value, str) and (key in TABLE or key in RENAMED):
         try:
             return [int(part) for part in value.split(",")] if key == "seeds" else float(value)
@@ -361,7 +407,15 @@ def _value(key, value):
     return value
 
 
-def _unknown(word, known):
-    name = word.removeprefix("--")
-    close = difflib.get_close_matches(name, [key for key in known if key in TABLE] + list(_OPTION_NAMES), n=1)
+def _numbers(value):
+    """Convert scientific notation in a list or a mapping to numbers."""
+    if isinstance(value, dict):
+        return {key: _numbers(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_numbers(part) for part in value]
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
+def _unknown(word):
+    close = difflib.get_close_matches(word.lstrip(DASHES), [*TABLE, *_OPTION_NAMES], n=1)
     return f"{word!r} is no hyperparameter or run option" + (f" (did you mean --{close[0]}?)" if close else "")

@@ -270,3 +270,18 @@ def test_log_messages_go_to_the_current_stderr(monkeypatch):
         main._log_to_stderr()
         logging.getLogger("accent_plugin.somewhere").info("a message")
     assert (first.getvalue(), second.getvalue()) == ("a message\n", "a message\n")
+
+
+@pytest.mark.parametrize("word", ["\u2014model", "-model", "\u2013\u2013model=x", "model=x"])
+def test_an_option_with_other_dashes_is_an_error(word, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main(["classify", "clip.wav", "--model", "y", word, "x"])
+    assert ended.value.code == 2
+    assert f"{word!r} does not begin with two hyphens: type --model" in capsys.readouterr().err
+
+
+def test_a_file_whose_name_looks_like_an_option_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model=x").touch()
+    arguments = parser.make_parser().parse_args(["classify", "model=x", "--model", "y"])
+    assert arguments.files == ["model=x"]

@@ -119,6 +119,21 @@ KEPT = ("--cache_features", "True", "--freeze_wav2vec2", "True")
         (["--skip_prep", "True"], "skip_prep is True, but prepared_folder is not given"),
         (["--overwrite", "True", "--test_only"], "overwrite deletes the run that test_only would evaluate"),
         (["--wav2vec2_hub", "./nowhere"], "wav2vec2_hub: there is no folder"),
+        (["--class_weights", "{us: 1, england: 2}"], "class_weights is {'us': 1, 'england': 2}; it should be balanced"),
+        (["--number_of_epochs", "{a: 1}"], "number_of_epochs is {'a': 1}; it should be a whole number"),
+        (["--jit"], "--jit is not supported: .* use --compile"),
+        (["--jit_module_keys", "model"], "--jit_module_keys is not supported"),
+        (["--data_parallel_backend"], "--data_parallel_backend is not supported: .* use torchrun"),
+        (["--auto_mix_prec"], "--auto_mix_prec is not supported: .* --precision fp16"),
+        (["--bfloat16_mix_prec"], "--bfloat16_mix_prec is not supported: .* --precision bf16"),
+        (["--remove_vector_weight_decay"], "--remove_vector_weight_decay is not supported"),
+        (["--compile_mode", "fast"], "compile_mode is 'fast'; it should be one of default, reduce-overhead"),
+        (["--distributed_backend", "tcp"], "distributed_backend is 'tcp'; it should be one of nccl"),
+        (["--compile_module_keys", "model", "head"], "the only module is model"),
+        (["--optimizer_step_limit", "few"], "optimizer_step_limit is 'few'; it should be a whole number"),
+        (["--debug_batches", "0"], "debug_batches is 0; it should be at least 1"),
+        (["--param_file", "x"], "'--param_file' is no hyperparameter or run option"),
+        (["--debug", "perhaps"], "--debug is 'perhaps'; it should be True or False"),
     ],
 )
 def test_a_wrong_value_is_named(read, words, problem):
@@ -131,7 +146,7 @@ def test_a_start_that_is_none(read, tiny_encoder, tiny_bundle, tmp_path):
     assert "holds a HubertModel, which is not a classifier" in "\n".join(problems(read, "--from_bundle", encoder))
     cut = shutil.copytree(tiny_bundle, tmp_path / "cut")
     (cut / "model.ckpt").write_bytes(b"")
-    assert re.search("from_bundle: .*has 0 bytes", "\n".join(problems(read, "--from_bundle", str(cut))))
+    assert re.search("from_bundle: .*is empty", "\n".join(problems(read, "--from_bundle", str(cut))))
 
 
 def test_a_start_takes_the_place_of_the_encoders_source(read, tiny_bundle, monkeypatch):
@@ -163,6 +178,59 @@ def test_missing_yaml(read):
 def test_a_yaml_that_is_none(read, tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1, 2\n b: }")
     assert "the YAML cannot be read" in "\n".join(problems(read, hparams=str(tmp_path / "bad.yaml")))
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["--name", "x", "\u2014lr_head", "0.1"], "'\u2014lr_head' does not begin with two hyphens: type --lr_head"),
+        (["--name", "x", "\u2013\u2013lr_head=0.1"], "does not begin with two hyphens: type --lr_head=0.1"),
+        (["--name", "\u2212lr_head", "0.1"], "type --lr_head"),
+        (["--name", "x", "-lr_head", "0.1"], "'-lr_head' does not begin with two hyphens: type --lr_head"),
+        (["--name", "x", "lr_head=0.1"], "'lr_head=0.1' does not begin with two hyphens: type --lr_head=0.1"),
+        (["--debug", "\u2014noprogressbar"], "type --noprogressbar"),
+        (["--name", "x", "bands=True"], "type --bands=True"),
+        (["--name", "x", "-lr_hed", "0.1"], "'-lr_hed' is no hyperparameter or run option .did you mean --lr_head"),
+        (["--name", "my", "run"], "'run' is no hyperparameter or run option: .*quote the value of --name"),
+        (
+            ["--accents", "us,", "england"],
+            "'england' is no hyperparameter or run option: .*quote the value of --accents",
+        ),
+        (["--accents", "[us,", "england]", "wales"], "'wales' is no hyperparameter or run option"),
+    ],
+)
+def test_a_word_that_is_neither_an_option_nor_a_value_is_a_problem(read, words, problem):
+    found = "\n".join(problems(read, *words))
+    assert re.search(problem, found)
+    # The value of a misspelt option is no problem of its own.
+    assert "'0.1'" not in found
+
+
+@pytest.mark.parametrize(
+    "words, key, value",
+    [
+        (["--accents", "[us,", "england]"], "accents", ["us", "england"]),
+        (["--augment_noise_snr", "[-5,", "1e1]"], "augment_noise_snr", [-5, 10.0]),
+        (["--config_overrides", "{hidden_dropout: 1e-1}"], "config_overrides", {"hidden_dropout": 0.1}),
+        (["--name=\u2014x y"], "name", "\u2014x y"),
+        (["--name", "a=b"], "name", "a=b"),
+        (["--accents", "[us, 1e5]"], "accents", ["us", "1e5"]),
+    ],
+)
+def test_a_value_is_one_word_or_a_bracket(read, words, key, value):
+    assert read(*words).values[key] == value
+
+
+def test_a_limit_on_steps_is_a_number(read):
+    assert read("--optimizer_step_limit", "3").run_opts.optimizer_step_limit == 3
+
+
+@pytest.mark.parametrize(
+    "content, problem", [(b"<html><title>404</title>", "is a web page"), (b"just text", "no names")]
+)
+def test_a_file_that_is_no_yaml_of_hyperparameters(read, tmp_path, content, problem):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    assert problem in "\n".join(problems(read, hparams=str(tmp_path / "bad.yaml")))
 
 
 def test_a_stray_word():
