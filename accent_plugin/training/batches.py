@@ -9,8 +9,10 @@ and its batch holds the reason. A batch may be empty as a result.
 
 import atexit
 import contextlib
+import errno
 import logging
 import multiprocessing.connection
+import os
 import signal
 import threading
 import weakref
@@ -33,6 +35,10 @@ NO_LABEL = -100
 
 # Seconds within which a worker whose connections are closed must have ended.
 EXIT_GRACE_SECONDS = 5.0
+
+
+# Words in errors about full shared memory: of PyTorch, and of Python's semaphores. A loader writes to no other disk.
+_SHARED_MEMORY_FULL = ("shared memory(shm)", "unable to write to file </torch_", os.strerror(errno.ENOSPC))
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,10 @@ class Batch:
     def to(self, device):
         """The same batch on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def share_memory(self):
+        """The same batch in shared memory; called in a worker."""
+        return self._map(torch.Tensor.share_memory_)
 
     def pin_memory(self):
         """The same batch in page-locked memory; called by the loader."""
@@ -291,14 +301,20 @@ class ClipLoader(DataLoader):
                         yield batch
                     return
                 except (RuntimeError, OSError, EOFError) as error:
+                    if self.num_workers and any(words in str(error) for words in _SHARED_MEMORY_FULL):
+                        raise TrainingError(
+                            "shared memory (/dev/shm) is full: workers pass batches through it\n"
+                            "give a container more (docker run --shm-size=1g), or lower num_workers (0 reads without "
+                            "workers) or batch_seconds, and rerun the same command: it resumes from the last checkpoint"
+                        ) from error
                     if not _is_dead_worker(batches, error):
                         raise
                     restarts += 1
                     if restarts > self.RESTARTS:
                         raise TrainingError(
                             f"the workers that read audio died {restarts} times in one epoch: {error}\n"
-                            "memory may be short: lower num_workers (0 reads without workers) or batch_seconds, and "
-                            "rerun the same command: it resumes from the last checkpoint"
+                            "memory, or shared memory (/dev/shm), may be short: lower num_workers (0 reads without "
+                            "workers) or batch_seconds, and rerun the same command: it resumes from the last checkpoint"
                         ) from error
                     logger.warning("a worker that reads audio died; restarting the workers (%s)", error)
                 self._iterator = batches = None
@@ -349,12 +365,26 @@ def _ignore_signals(worker):
     signals.ignore_signals()
 
 
+class _SharedCollate:
+    """Collate to a batch in shared memory; a class, as spawned workers have to pickle it.
+
+    PyTorch would share it in a thread, where an error (shared memory is full) loses the batch, and the loader waits for
+    it for ever.
+    """
+
+    def __init__(self, collate_fn):
+        self.collate_fn = collate_fn
+
+    def __call__(self, items):
+        return self.collate_fn(items).share_memory()
+
+
 def make_loader(dataset, sampler, num_workers=0, pin_memory=False, collate_fn=collate):
     """Make a `ClipLoader` of a `ClipDataset` with batches from a `BucketBatchSampler`."""
     return ClipLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate_fn,
+        collate_fn=_SharedCollate(collate_fn) if num_workers else collate_fn,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,

@@ -24,6 +24,7 @@ from accent_plugin.audio.augment import Augmentation, add_noise, change_speed, l
 from accent_plugin.data.manifests import Clip, Clips
 from accent_plugin.errors import TrainingError
 from accent_plugin.training.batches import (
+    Batch,
     BucketBatchSampler,
     ClipDataset,
     ClipLoader,
@@ -571,3 +572,27 @@ def test_a_process_exits_while_its_loader_is_alive():
     """Python sends the workers SIGTERM, which they ignore, and then waits for them."""
     done = subprocess.run([sys.executable, "-c", KEEPS_ITS_LOADER], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "the end\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "unable to allocate shared memory(shm) for file </torch_1_2_0>: Resource temporarily unavailable (11)",
+        "unable to write to file </torch_1_2_0>: No space left on device (28)",
+    ],
+)
+def test_full_shared_memory_is_named(clips, monkeypatch, words):
+    def fail(batch):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(Batch, "share_memory", fail)
+    dataset = ClipDataset(clips, ["a", "b"])
+    loader = make_loader(dataset, BucketBatchSampler(dataset.seconds(), 4.0), num_workers=1)
+    with pytest.raises(TrainingError, match="shared memory .*\n.*--shm-size=1g.*num_workers"):
+        list(loader)
+
+
+def test_batches_of_workers_are_in_shared_memory(clips):
+    dataset = ClipDataset(clips, ["a", "b"])
+    (batch, *_) = make_loader(dataset, BucketBatchSampler(dataset.seconds(), 4.0), num_workers=1)
+    assert batch.wavs.is_shared() and batch.labels.is_shared()
