@@ -8,8 +8,10 @@ import logging
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
+from accent_plugin import files
 from accent_plugin.audio import codecs
 from accent_plugin.errors import ConfigError, DataError
 from accent_plugin.inference.records import Failure, printable
@@ -35,16 +37,47 @@ def find(paths):
         if not os.path.isdir(path):
             yield str(path)
             continue
-        found = sorted(str(file) for file in Path(path).rglob("*") if _is_audio(file, path))
+        found, skipped = [], Counter()
+        for file in Path(path).rglob("*"):
+            if reason := _reason_to_skip(file, path):
+                skipped[reason] += 1
+            elif not file.is_dir():
+                found.append(str(file))
+        if skipped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+            logger.info("%s: %d files are skipped: %s", path, skipped.total(), printable(reasons))
         if not found:
             raise DataError(f"{path} contains no audio file ({', '.join(codecs.SUFFIXES)})")
-        yield from found
+        yield from sorted(found)
 
 
-def _is_audio(file, folder):
-    """Whether a file found in a folder is audio and not hidden; macOS creates a hidden "._x.mp3" beside each x.mp3."""
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in codecs.SUFFIXES and not hidden and not file.is_dir()
+def _reason_to_skip(file, folder):
+    """Why a file found in a folder is skipped, if it is; macOS creates a hidden "._x.mp3" beside each x.mp3."""
+    if file.is_dir():
+        return None
+    if any(part.startswith(".") for part in file.relative_to(folder).parts):
+        return "hidden"
+    if file.suffix.lower() in codecs.SUFFIXES:
+        return None
+    return f"with the suffix {file.suffix.lower()}" if file.suffix else "without a suffix"
+
+
+@contextlib.contextmanager
+def _locked(output):
+    """Lock an output file: two processes would both append to it."""
+    output = output.resolve()
+    # A pipe or a device cannot be resumed, and a missing folder is reported when the file is opened.
+    if not output.parent.is_dir() or (output.exists() and not output.is_file()):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.lock(output.parent, f".{output.name}.lock", wait=False))
+        except BlockingIOError:
+            raise DataError(
+                f"{output} is being written by another process: wait until it has ended, or choose another --output"
+            ) from None
+        yield
 
 
 def run(classifier, sources, format, output=None, progress=True, **reading):
@@ -72,19 +105,21 @@ def run(classifier, sources, format, output=None, progress=True, **reading):
     Raises
     ------
     DataError
-        When ``output`` cannot be written, has results of another model or with other options, or is another kind of
-        file.
+        When ``output`` cannot be written, is being written by another process, has results of another model or with
+        other options, or is another kind of file.
     """
     from tqdm import tqdm
 
     sources = list(dict.fromkeys(sources))
     writer = _Writer(format, classifier, "utf-8" if output else sys.stdout.encoding or "utf-8")
-    answered = writer.go_on(Path(output)) if output else {}
-    waiting = [source for source in sources if source not in answered]
-    if answered:
-        logger.info("%d of %d files already have results in %s", len(sources) - len(waiting), len(sources), output)
-    failed = sum(answered.get(source, False) for source in sources)
     with contextlib.ExitStack() as stack:
+        if output:
+            stack.enter_context(_locked(Path(output)))
+        answered = writer.go_on(Path(output)) if output else {}
+        waiting = [source for source in sources if source not in answered]
+        if answered:
+            logger.info("%d of %d files already have results in %s", len(sources) - len(waiting), len(sources), output)
+        failed = sum(answered.get(source, False) for source in sources)
         file = stack.enter_context(_open(output)) if output else sys.stdout
         if not output or not os.path.getsize(output):
             file.write(writer.header())

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -564,3 +565,36 @@ def test_any_bytes_give_an_answer_or_a_failure(classifier, data):
         content = bytes(content[: data.draw(st.integers(0, len(content)))])
     (answer,) = classifier.predict_files([content])
     assert isinstance(answer, Failure) or answer.accent in LABELS
+
+
+def test_files_in_a_folder_that_are_not_audio_are_counted_by_reason(speech, caplog):
+    (speech / ".hidden.wav").touch()
+    (speech / "more/README").touch()
+    (speech / "more/list.TXT").touch()
+    with caplog.at_level("INFO"):
+        assert len(list(find([speech]))) == 4
+    assert "4 files are skipped: 1 hidden, 2 with the suffix .txt, 1 without a suffix" in caplog.text
+
+
+def test_without_skipped_files_nothing_is_said(speech, caplog):
+    (speech / "notes.txt").unlink()
+    with caplog.at_level("INFO"):
+        list(find([speech]))
+    assert caplog.text == ""
+
+
+def test_an_output_that_another_process_writes_is_refused(classifier, speech, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    code = (
+        "import sys, pathlib; from accent_plugin.inference.bulk import _locked\n"
+        "with _locked(pathlib.Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(DataError, match="is being written by another process"):
+            answers(classifier, list(find([speech])), output)
+        assert not output.exists()
+        other.stdin.close()
+    assert answers(classifier, list(find([speech])), output) == (3, 1)
