@@ -93,6 +93,12 @@ def describe_file(path):
         return None
 
 
+def require_downloaded(path, error_class):
+    """Raise an error of a class if `describe_content` recognises the content of a file."""
+    if what := describe_file(path):
+        raise error_class(f"{path} is {what}")
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a file under a temporary name and rename it when it is complete; ``mode`` "w" writes UTF-8, "wb" bytes."""

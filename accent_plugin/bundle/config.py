@@ -14,6 +14,7 @@ from pathlib import Path
 import accent_plugin
 from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.errors import BundleError
+from accent_plugin.files import require_downloaded
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -126,6 +127,7 @@ def read(folder):
         raise BundleError(
             f"{folder} is not a bundle: it has no {CONFIG_FILE}; training writes bundles to OUTPUT_FOLDER/bundle"
         )
+    require_downloaded(path, BundleError)
     if path.stat().st_size > _LARGEST_CONFIG:
         raise BundleError(f"{path} has {path.stat().st_size:,} bytes, more than any bundle needs: do not trust it")
     try:
@@ -171,6 +173,7 @@ def require_size(path, config):
     """Raise a `BundleError` if a weights file is missing or its size differs from config.json."""
     if not path.is_file():
         raise BundleError(f"{path} is missing: copy the whole folder")
+    require_downloaded(path, BundleError)
     size, expected = path.stat().st_size, config["weights"]["bytes"]
     if size != expected:
         raise BundleError(

@@ -9,6 +9,7 @@ from accent_plugin.audio.augment import change_speed
 from accent_plugin.audio.samples import resample
 from accent_plugin.bundle.config import CONFIG_FILE
 from accent_plugin.errors import BundleError
+from accent_plugin.files import require_downloaded
 from accent_plugin.model import AccentModel
 
 # Types of a model's tensors, as named by safetensors.
@@ -96,6 +97,7 @@ def change_batch_speed(wavs, wav_lens, speed):
 
 def read_tensor_shapes(path):
     """Read the dtype (as named by safetensors) and the shape of each tensor in a file."""
+    require_downloaded(path, BundleError)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)

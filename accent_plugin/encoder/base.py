@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import logging
+import pickle
 import re
 
 import torch
@@ -22,7 +23,7 @@ from transformers import AutoModel
 from accent_plugin.encoder import lora
 from accent_plugin.encoder.fast_dropout import use_cpu_kernels
 from accent_plugin.encoder.masking import sample_counts, valid_frames
-from accent_plugin.encoder.sources import NOT_ARCHITECTURE, quiet_transformers
+from accent_plugin.encoder.sources import NOT_ARCHITECTURE, quiet_transformers, require_finite
 from accent_plugin.errors import EncoderError
 
 logger = logging.getLogger(__name__)
@@ -281,12 +282,16 @@ class InvariantEncoder:
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise EncoderError(f"the encoder in {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        except (pickle.UnpicklingError, LookupError, TypeError, AttributeError, EOFError) as error:
+            # torch's reader of .bin files raises these for any other content.
+            raise EncoderError(f"the weights in {source} are no PyTorch checkpoint, or more than weights") from error
         missing = [key for key in info["missing_keys"] if not self._may_be_missing(key)]
         if missing:
             raise EncoderError(
                 f"the weights in {source} lack {len(missing)} tensors of the encoder, such as {missing[0]}; "
                 "the folder contains another model or a damaged file"
             )
+        require_finite(model.state_dict(), source, EncoderError)
         self.model = model
 
     def _without_weights(self, **kwargs):

@@ -1,9 +1,11 @@
 """Sources of encoders: local folders and the Hub."""
 
 import contextlib
+import json
 import warnings
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -11,6 +13,13 @@ from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from accent_plugin.errors import EncoderError
+from accent_plugin.files import require_downloaded
+
+# Files with weights, in the order in which transformers looks for them.
+WEIGHTS_FILES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 
 # Configuration keys that describe the origin or the use of a model, not its architecture.
 NOT_ARCHITECTURE = (
@@ -32,6 +41,8 @@ def find_source(source):
             raise EncoderError(f"the encoder's folder {source} has no preprocessor_config.json beside its config.json")
         if not (list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))):
             raise EncoderError(f"the encoder's folder {source} has no weights (*.safetensors or *.bin)")
+        for path in (folder / "config.json", folder / "preprocessor_config.json", *weights_files(folder)):
+            require_downloaded(path, EncoderError)
         return folder
     looks_local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1 or folder.exists()
     try:
@@ -41,6 +52,27 @@ def find_source(source):
     if looks_local:
         raise EncoderError(f"there is no folder {source}; give a Hugging Face model folder, or a name on the Hub")
     return None
+
+
+def weights_files(folder):
+    """Return the files from which transformers loads weights: an index before its parts."""
+    name = next((name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
+    if name is None:
+        return []
+    try:
+        parts = json.loads((folder / name).read_bytes())["weight_map"].values() if name.endswith(".json") else ()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        # Not an index; transformers says so.
+        parts = ()
+    return [folder / name, *(folder / part for part in sorted(set(map(str, parts))))]
+
+
+def require_finite(state, where, error_class):
+    """Raise an error of a class that names the tensors of a state dict with NaN or infinity."""
+    names = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if names:
+        others = f" and {len(names) - 3} others" if len(names) > 3 else ""
+        raise error_class(f"{where} has NaN or infinity in {', '.join(names[:3])}{others}: the weights are damaged")
 
 
 def local_folder(source, save_path=None):

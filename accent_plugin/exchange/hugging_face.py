@@ -31,7 +31,15 @@ from accent_plugin.bundle.write import make_config, write_bundle
 from accent_plugin.data import labels
 from accent_plugin.encoder.base import PREFIX
 from accent_plugin.encoder.factory import FAMILIES, build_encoder
-from accent_plugin.encoder.sources import NOT_ARCHITECTURE, local_folder, quiet_transformers, read_config
+from accent_plugin.encoder.sources import (
+    NOT_ARCHITECTURE,
+    WEIGHTS_FILES,
+    local_folder,
+    quiet_transformers,
+    read_config,
+    require_finite,
+    weights_files,
+)
 from accent_plugin.errors import EncoderError, ExchangeError
 from accent_plugin.model import AccentModel
 
@@ -54,11 +62,9 @@ _NOT_ENCODER = {
     *("id2label", "label2id", "problem_type", "classifier_proj_size", "use_weighted_layer_sum"),
 }
 
-# Files with weights, in the order in which transformers looks for them.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # All files of a folder written for transformers.
-_FILES = (bundle_config.CONFIG_FILE, "preprocessor_config.json", _WEIGHTS[0], bundle_config.CARD_FILE)
+_FILES = (bundle_config.CONFIG_FILE, "preprocessor_config.json", WEIGHTS_FILES[0], bundle_config.CARD_FILE)
 
 # A softmax gives this exactly 0 if any other number is 0 or more.
 _NEVER = -1e4
@@ -209,6 +215,7 @@ def _load_classifier(folder, config):
     if vector in info["missing_keys"]:
         # Zeros instead of random numbers, so that the same checkpoint gives the same bundle.
         torch.nn.init.zeros_(classifier.base_model.masked_spec_embed)
+    require_finite(classifier.state_dict(), folder, ExchangeError)
     return classifier.eval()
 
 
@@ -260,16 +267,13 @@ def _labels(source, names, mapping):
 
 def checkpoint_identity(folder):
     """Name, size in bytes and SHA-256 of a checkpoint's weights; several files are combined."""
-    name = next(name for name in _WEIGHTS if (folder / name).is_file())
-    files = [folder / name]
-    if name.endswith(".index.json"):
-        index = json.loads(files[0].read_text(encoding="utf-8"))
-        files = [folder / part for part in sorted(set(index["weight_map"].values()))]
+    first, *parts = weights_files(folder)
+    files = parts or [first]
     if len(files) == 1:
         return bundle_config.weights_identity(files[0])
     parts = [bundle_config.weights_identity(file) for file in files]
     digest = hashlib.sha256("".join(part["sha256"] for part in parts).encode()).hexdigest()
-    return {"file": name, "bytes": sum(part["bytes"] for part in parts), "sha256": digest}
+    return {"file": first.name, "bytes": sum(part["bytes"] for part in parts), "sha256": digest}
 
 
 def _short_name(source):
@@ -343,7 +347,7 @@ def _write(folder, found, source):
         has_mask = getattr(encoder.config, "feat_extract_norm", "layer") == "layer"
         _extractor(encoder.normalize_wav, has_mask).save_pretrained(folder)
     # safetensors ignores the umask and makes its files readable for the owner only.
-    shutil.copymode(folder / bundle_config.CONFIG_FILE, folder / _WEIGHTS[0])
+    shutil.copymode(folder / bundle_config.CONFIG_FILE, folder / WEIGHTS_FILES[0])
     card = source / model_card.CARD_FILE
     text = card.read_text(encoding="utf-8") if card.is_file() else model_card.render(found.config)
     (folder / model_card.CARD_FILE).write_text(model_card.for_transformers(text), encoding="utf-8")

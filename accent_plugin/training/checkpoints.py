@@ -16,10 +16,13 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 import yaml
 from speechbrain.utils.checkpoints import CKPT_PREFIX, METAFNAME, PARAMFILE_EXT, Checkpoint, Checkpointer, ckpt_recency
 from speechbrain.utils.distributed import ddp_barrier
 
+from accent_plugin import files
+from accent_plugin.encoder.sources import require_finite
 from accent_plugin.errors import CheckpointError
 from accent_plugin.training import distributed
 
@@ -141,6 +144,8 @@ class AtomicCheckpointer(Checkpointer):
         for folder in sorted(self.checkpoints_dir.glob(f"{CKPT_PREFIX}*")):
             if not folder.is_dir():
                 continue
+            if folder not in self._whole:
+                _require_downloaded(folder)
             try:
                 meta = _read_meta(folder / METAFNAME)
                 if folder not in self._whole:
@@ -150,8 +155,8 @@ class AtomicCheckpointer(Checkpointer):
                 continue
             self._whole.add(folder)
             self._last = max(self._last, meta["unixtime"])
-            files = {path.stem: path for path in folder.iterdir() if path.suffix == PARAMFILE_EXT}
-            found.append(Checkpoint(folder, meta, files))
+            saved = {path.stem: path for path in folder.iterdir() if path.suffix == PARAMFILE_EXT}
+            found.append(Checkpoint(folder, meta, saved))
         # By the recorded time: names can repeat within a second. Among equally good ones the oldest counts as best.
         return sorted(found, key=lambda checkpoint: checkpoint.meta["unixtime"])
 
@@ -179,6 +184,9 @@ class AtomicCheckpointer(Checkpointer):
                 "it belongs to another model or is damaged: move it away to use the one before it, or choose another "
                 "output_folder"
             ) from error
+        for name, recoverable in self.recoverables.items():
+            if isinstance(recoverable, torch.nn.Module):
+                require_finite(recoverable.state_dict(), checkpoint.path / f"{name}{PARAMFILE_EXT}", CheckpointError)
 
     # Deleting
 
@@ -217,6 +225,18 @@ class AtomicCheckpointer(Checkpointer):
                     shutil.rmtree(left, ignore_errors=True)
             for left in self.checkpoints_dir.glob(".*.tmp"):
                 left.unlink(missing_ok=True)
+
+
+def _require_downloaded(folder):
+    """Raise a `CheckpointError` if a checkpoint was never downloaded; to set it aside would lose its place."""
+    # The folder may be deleted in the meantime by the process that trains in it.
+    with contextlib.suppress(OSError):
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            # A crash of the machine leaves empty and zero-filled files: they are damaged.
+            with open(path, "rb") as file:
+                beginning = file.read(files.BEGINNING)
+            if any(beginning) and (what := files.describe_content(beginning)):
+                raise CheckpointError(f"{path} is {what}")
 
 
 def _read_meta(path):

@@ -624,3 +624,22 @@ def test_a_disk_that_is_full_of_weights_is_named(tmp_path, tiny_bundle, monkeypa
     with pytest.raises(BundleError, match="No space left on device"):
         write_bundle(tmp_path / "b", loaded.model, ("us", "england", "australia"), encoder_name="tiny", pooling="mean")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.ckpt"])
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n",
+            "a Git LFS pointer: .* git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>", "a web page"),
+        (b'{"error":"Repository not found"}', "a server's error"),
+        (b"", "empty"),
+    ],
+)
+def test_a_file_that_was_never_downloaded_is_named(spoilt, name, content, what):
+    (spoilt / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name} is {what}"):
+        load_bundle(spoilt)

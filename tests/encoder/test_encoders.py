@@ -18,6 +18,7 @@ from accent_plugin import devices
 from accent_plugin.audio.samples import TOO_LONG
 from accent_plugin.encoder.factory import FAMILIES, make_encoder
 from accent_plugin.encoder.masking import MaskedGroupNorm, masked_group_norm
+from accent_plugin.encoder.sources import find_source
 from accent_plugin.errors import AudioError, EncoderError
 from accent_plugin.model import AccentModel
 
@@ -609,3 +610,54 @@ def test_thirty_real_clips_alone_and_in_batches_of_eight(real_speech, model, req
         for rows in np.array_split(order, 4):
             batch = log_probabilities(model, [clips[row] for row in rows])
             assert torch.allclose(batch, alone[rows], atol=1e-5)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "content, what", [(POINTER, "a Git LFS pointer"), (b"<html></html>", "a web page"), (b"", "empty")]
+)
+def test_a_file_that_was_never_downloaded_is_named(tiny_encoder, tmp_path, name, content, what):
+    folder = shutil.copytree(tiny_encoder("wav2vec2-group"), tmp_path / "part")
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(EncoderError, match=f"{name} is {what}"):
+        find_source(folder)
+
+
+def test_a_shard_that_was_never_downloaded_is_named(tiny_encoder, tmp_path):
+    folder = shutil.copytree(tiny_encoder("wav2vec2-group"), tmp_path / "part")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model-00002-of-00002.safetensors").write_bytes(POINTER)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(EncoderError, match="model-00002-of-00002.safetensors is a Git LFS pointer"):
+        find_source(folder)
+
+
+def test_weights_that_are_not_used_may_be_pointers(tiny_encoder, tmp_path):
+    folder = shutil.copytree(tiny_encoder("wav2vec2-group"), tmp_path / "part")
+    (folder / "pytorch_model.bin").write_bytes(POINTER)
+    assert find_source(folder) == folder
+
+
+def test_any_other_content_as_weights_is_an_error(tiny_encoder, tmp_path):
+    folder = shutil.copytree(tiny_encoder("wav2vec2-group"), tmp_path / "part")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"something else")
+    with pytest.raises(EncoderError, match="no PyTorch checkpoint"):
+        make_encoder(str(folder))
+
+
+def test_weights_with_nan_are_named(tiny_encoder, tmp_path):
+    folder = shutil.copytree(tiny_encoder("wav2vec2-group"), tmp_path / "nan")
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    state["encoder.layer_norm.bias"][3] = torch.nan
+    state["feature_projection.projection.weight"][0, 0] = torch.inf
+    safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EncoderError, match="has NaN or infinity in") as caught:
+        make_encoder(str(folder))
+    assert "encoder.layer_norm.bias" in str(caught.value) and "feature_projection.projection" in str(caught.value)

@@ -717,3 +717,11 @@ def test_labels_for_a_bundle_are_refused(run, exported, map_of_tones, tmp_path):
     words = ("classify", tmp_path / "a.wav", "--model", exported.parent / "bundle", "--labels", map_of_tones)
     code, _, stderr = run(*words)
     assert code == 2 and "--labels renames the classes of a Hugging Face model" in stderr
+
+
+def test_a_classifier_with_nan_is_refused_by_the_name_of_the_tensor(spoilt):
+    state = load_file(spoilt / "model.safetensors")
+    state["classifier.bias"][0] = torch.nan
+    save_file(state, spoilt / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExchangeError, match="NaN or infinity in classifier.bias: the weights are damaged"):
+        from_hugging_face(spoilt)

@@ -497,3 +497,32 @@ def test_a_missing_folder_is_an_error(two, tmp_path):
     shutil.rmtree(folder)
     with pytest.raises(CheckpointError, match="No such file or directory"):
         save(checkpointer, model, 3.0)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", METAFNAME])
+def test_a_checkpoint_that_was_never_downloaded_is_an_error_and_stays(two, tmp_path, name):
+    folder = copied(two, tmp_path / "save")
+    place = newest(folder)
+    (place / name).write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer: .* git lfs pull"):
+        make(folder)[0].list_checkpoints()
+    assert place.is_dir()
+
+
+@pytest.mark.parametrize("content", [b"", bytes(100)])
+def test_what_a_crash_of_the_machine_leaves_is_damage(two, tmp_path, content):
+    folder = copied(two, tmp_path / "save")
+    (newest(folder) / "model.ckpt").write_bytes(content)
+    assert values(folder) == [1.0]
+
+
+def test_a_checkpoint_with_nan_is_refused_by_the_name_of_the_tensor(tmp_path):
+    checkpointer, model = make(tmp_path / "save")
+    save(checkpointer, model, 1.0)
+    model.set(float("nan"))
+    saved = checkpointer.save_checkpoint({"epoch": 2})
+    with pytest.raises(CheckpointError, match="model.ckpt has NaN or infinity in weight"):
+        checkpointer.load_checkpoint(saved)
