@@ -73,7 +73,11 @@ class OnnxAccentClassifier(RecordingClassifier):
             )
         bundle_config.require_size(graph, config)
         bundle_config.require_identity(graph, config)
-        return cls(_session(graph, threads, providers), config, **options)
+        classifier = cls(_session(graph, threads, providers), config, **options)
+        # Without the package onnx, the tensors themselves cannot be read.
+        if not np.isfinite(classifier._log_probabilities([np.zeros(1, np.float32)])).all():
+            raise BundleError(f"{graph} gives NaN for silence: its weights have NaN or infinity; export it again")
+        return classifier
 
     def _log_probabilities(self, waves):
         copies = [self._at_speed(waves, speed) for speed in self._speeds]
@@ -90,11 +94,20 @@ class OnnxAccentClassifier(RecordingClassifier):
         return scores.astype(np.float64)
 
 
-def _session(graph, threads, providers):
-    # Telemetry is off unless the user enables it.
+def import_onnxruntime():
+    """Import ONNX Runtime without its telemetry, unless the user has set ORT_DISABLE_TELEMETRY to 0.
+
+    It reads the variable on import; otherwise it leaves a device identifier in the home folder.
+    """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
+
+
+def _session(graph, threads, providers):
     try:
-        import onnxruntime
+        onnxruntime = import_onnxruntime()
     except ImportError:
         raise ConfigError("ONNX Runtime is not installed: pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()

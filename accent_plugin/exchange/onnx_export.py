@@ -33,7 +33,13 @@ from accent_plugin.data.naming import VALID
 from accent_plugin.encoder.factory import FAMILIES
 from accent_plugin.errors import BundleError, ExchangeError
 from accent_plugin.evaluation.scores import confusion_matrix, unweighted_average_recall
-from accent_plugin.exchange.onnx_classifier import LENGTHS, LOG_PROBABILITIES, WAVES, OnnxAccentClassifier
+from accent_plugin.exchange.onnx_classifier import (
+    LENGTHS,
+    LOG_PROBABILITIES,
+    WAVES,
+    OnnxAccentClassifier,
+    import_onnxruntime,
+)
 from accent_plugin.inference.labelled import WHOLE_CLIPS, evaluate_model, read_labelled
 
 logger = logging.getLogger(__name__)
@@ -291,8 +297,9 @@ def _require_same_scores(folder, loaded):
 
 def _require_packages():
     try:
+        # First, before another package imports ONNX Runtime with its telemetry.
+        import_onnxruntime()
         import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExchangeError(f"{error.name} is not installed: pip install 'accent_plugin[onnx]'") from None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import transformers
 from helpers.encoders import TINY, family_of
 
 from accent_plugin.bundle import load
+from accent_plugin.bundle.config import weights_identity
 from accent_plugin.bundle.load import load_bundle
 from accent_plugin.bundle.write import write_bundle
 from accent_plugin.encoder.factory import FAMILIES, make_encoder
@@ -363,3 +365,34 @@ def test_a_missing_exporter_is_an_error(tiny_bundle, tmp_path, monkeypatch):
 def test_options_are_validated_as_with_torch(exported):
     with pytest.raises(ConfigError, match=r"hop_seconds is 9.*\n.*choose one way to abstain"):
         OnnxAccentClassifier.from_bundle(exported, window_seconds=5, hop_seconds=9, max_risk=0.1, min_coverage=0.5)
+
+
+@pytest.mark.slow
+def test_onnx_runtime_leaves_nothing_in_the_home_folder(tiny_bundle, tmp_path):
+    home, out = tmp_path / "home", tmp_path / "onnx"
+    home.mkdir()
+    unset = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    env |= {"HOME": str(home), "MPLCONFIGDIR": str(tmp_path), "HF_HOME": str(tmp_path)}
+    soundfile.write(tmp_path / "clip.wav", noise(2), 16_000)
+    for words in (
+        ["export", tiny_bundle, "--to", "onnx", "--out", out],
+        ["classify", tmp_path / "clip.wav", "--model", out],
+    ):
+        command = [sys.executable, "-m", "accent_plugin.cli", *map(str, words)]
+        subprocess.run(command, env=env, check=True, capture_output=True)
+        assert list(home.rglob("*")) == []
+
+
+def test_weights_with_nan_are_refused(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "nan")
+    graph = onnx.load(folder / "model.onnx")
+    weight = next(each for each in graph.graph.initializer if len(each.dims) > 1)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values.flat[0] = np.nan
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(graph, folder / "model.onnx")
+    config = json.loads((folder / "config.json").read_text()) | {"weights": weights_identity(folder / "model.onnx")}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BundleError, match="its weights have NaN or infinity"):
+        OnnxAccentClassifier.from_bundle(folder)
