@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import sys
 import threading
 import time
@@ -100,6 +101,26 @@ def bf16_is_faster(device_type):
         torch.set_num_threads(threads)
     # If the times are similar, prefer the exact precision.
     return best[True] < 0.8 * best[False]
+
+
+# Process in which a model was first loaded with PyTorch.
+_computing: int | None = None
+
+
+def require_unforked():
+    """Note that this process computes with PyTorch; raise a `ConfigError` in a process forked from one that does.
+
+    A fork keeps none of the threads of PyTorch's OpenMP, and waits for them for ever. One thread needs no others.
+    """
+    global _computing
+    if _computing is None:
+        _computing = os.getpid()
+    if _computing != os.getpid() and torch.get_num_threads() > 1:
+        raise ConfigError(
+            f"this process was forked from process {_computing}, which had loaded a model with PyTorch: its threads do "
+            "not survive a fork\nstart processes with multiprocessing.get_context('spawn'), load models only after the "
+            "fork, call torch.set_num_threads(1) first, or use an ONNX export"
+        )
 
 
 def require_device(device):

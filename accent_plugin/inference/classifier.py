@@ -4,16 +4,19 @@ import contextlib
 import json
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from speechbrain.inference.classifiers import EncoderClassifier
 from torch import nn
 
 from accent_plugin.audio.samples import TOO_LONG
+from accent_plugin.bundle.config import YAML_FILE
 from accent_plugin.bundle.load import load_bundle
 from accent_plugin.bundle.modules import Embedding
-from accent_plugin.devices import bf16_is_faster, exact_fp32, require_device
-from accent_plugin.errors import AudioError, ConfigError
+from accent_plugin.devices import bf16_is_faster, exact_fp32, require_device, require_unforked
+from accent_plugin.errors import AudioError, BundleError, ConfigError
+from accent_plugin.files import require_downloaded
 from accent_plugin.inference.base import InferenceOptions, RecordingClassifier
 
 PRECISIONS = ("fp32", "bf16", "auto")
@@ -57,6 +60,7 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
             problems.append(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
         if problems:
             raise ConfigError("\n".join(problems))
+        require_unforked()
         super().__init__(modules=modules, hparams=hparams, run_opts=run_opts, freeze_params=freeze_params)
         self._set_up(config, options, self.device_type)
         self.uses_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(self.device_type))
@@ -87,11 +91,20 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
         """
         if device is not None:
             require_device(device)
+        require_unforked()
         loaded = load_bundle(folder)
         run_opts = None if device is None else {"device": str(device)}
         return cls(modules=loaded.modules, hparams=loaded.hparams, run_opts=run_opts, **options)
 
+    @classmethod
+    def from_hparams(cls, source, hparams_file=YAML_FILE, **keywords):
+        """Load a bundle like SpeechBrain, which executes its YAML; raise a BundleError if there is another file."""
+        require_unforked()
+        require_downloaded(Path(str(source), hparams_file), BundleError)
+        return super().from_hparams(source, hparams_file, **keywords)
+
     def _log_probabilities(self, waves):
+        require_unforked()
         longest = max(map(len, waves))
         wavs = torch.zeros(len(waves), longest)
         for row, wave in zip(wavs, waves, strict=True):

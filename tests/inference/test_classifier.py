@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -808,3 +809,47 @@ def test_weights_are_cast_once(tiny_bundle):
 def test_a_device_that_is_not_there(tiny_bundle, device):
     with pytest.raises(ConfigError, match=f"device '{device}' cannot be used here"):
         AccentClassifier.from_bundle(tiny_bundle, device=device)
+
+
+def test_a_yaml_that_was_never_downloaded_is_named(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "hyperparams.yaml").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(BundleError, match="hyperparams.yaml is a Git LFS pointer"):
+        AccentClassifier.from_hparams(source=str(copy), savedir=str(tmp_path / "saved"))
+
+
+FORK = """
+import os, sys
+import numpy as np
+import torch
+from accent_plugin.errors import ConfigError
+from accent_plugin.inference import AccentClassifier
+
+torch.set_num_threads(2)
+classifier = AccentClassifier.from_bundle(sys.argv[1], device="cpu")
+wave = np.random.default_rng(0).standard_normal(64_000).astype(np.float32) / 10
+before = classifier.predict_batch([wave] * 8)[0].probability
+if os.fork() == 0:
+    for attempt in (lambda: classifier.predict_batch([wave] * 8), lambda: AccentClassifier.from_bundle(sys.argv[1])):
+        try:
+            attempt()
+        except ConfigError as error:
+            print(error, flush=True)
+    torch.set_num_threads(1)
+    print(abs(classifier.predict_batch([wave] * 8)[0].probability - before) < 1e-5, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_is_refused_instead_of_waiting_for_ever(tiny_bundle):
+    command = [sys.executable, "-c", FORK, str(tiny_bundle)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        # The child that waits for ever holds the pipe open.
+        killer = threading.Timer(300, os.killpg, (process.pid, signal.SIGKILL))
+        killer.start()
+        said = process.stdout.read()
+        killer.cancel()
+    assert said.count("was forked from process") == said.count("spawn") == 2
+    assert said.endswith("True\n")
