@@ -14,10 +14,10 @@ HEAD = """# Hyperparameters
 
 This page lists every hyperparameter of the recipe, with its default in
 [hparams/wav2vec2_base.yaml](../hparams/wav2vec2_base.yaml). Any of them can be set on the command line, for example
-`--pooling attentive`. A value is one word, or a list or mapping in brackets; quote any other. Relative paths start at the
-project's root in a YAML, and at the working directory on the command line. SpeechBrain's documentation describes its run
-options (`--device`, `--debug`, `--test_only`, `--compile`, ...); `--jit`, `--data_parallel_backend`, `--auto_mix_prec`,
-`--bfloat16_mix_prec` and `--remove_vector_weight_decay` are refused.
+`--pooling attentive`. A value is one word, or a list or mapping in brackets; quote any other. Relative paths start at
+the project's root in a YAML, and at the working directory on the command line. SpeechBrain's documentation describes
+its run options (`--device`, `--debug`, `--test_only`, `--compile`, ...); `--jit`, `--data_parallel_backend`,
+`--auto_mix_prec`, `--bfloat16_mix_prec` and `--remove_vector_weight_decay` are refused.
 
 The other YAML files are overlays: they contain `base: wav2vec2_base.yaml` and the hyperparameters that differ. You can
 write your own in the same way; the path in `base` is relative to the overlay. The run folder keeps the complete YAML.
