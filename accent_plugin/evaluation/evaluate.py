@@ -37,6 +37,13 @@ from accent_plugin.evaluation.bootstrap import (
     grouped_sums,
     headline_figures,
 )
+from accent_plugin.evaluation.confidence import (
+    USUAL_COVERAGE,
+    GroupStatistics,
+    answer_warnings,
+    calibration_figures,
+    confidence_auroc,
+)
 from accent_plugin.evaluation.scores import BINS, f1s, precisions, recalls, safe_ratio
 from accent_plugin.evaluation.selective import COVERAGE_TENTHS, CoverageTenths, risk_coverage
 
@@ -80,7 +87,7 @@ def _groups(p):
     yield "duration", [name for _, name in _DURATIONS], np.digitize(p.seconds, [bound for bound, _ in _DURATIONS[:-1]])
 
 
-def evaluate(predictions, draws=1000, seed=0):
+def evaluate(predictions, draws=1000, seed=0, threshold=None):
     """Compute all metrics of a report, with intervals.
 
     Arguments
@@ -88,13 +95,18 @@ def evaluate(predictions, draws=1000, seed=0):
     predictions : ScoredClips
     draws, seed : int
         Number of draws and seed of the bootstrap.
+    threshold : float, or None
+        Smallest probability that counts as answered in the coverage of accents and groups, best chosen on validation.
+        None takes the one at which 80 % of these clips are answered.
 
     Returns
     -------
     metrics : dict
         "clip", "speaker" (None if unknown), "per_accent", "confusion", "risk_coverage" (by clip: "threshold",
         "coverage", "risk", "area", and "surest": accuracy of the 50, 80 and 90 % of clips with the largest
-        probabilities), "groups", "absent_accents", "notes"; every figure is {"value", "low", "high", "n"}, never NaN.
+        probabilities), "confidence" (by clip: "threshold", "threshold_given", "coverage",
+        "confidence_minus_accuracy", "auroc"), "groups", "absent_accents", "notes", "warnings"; every figure is
+        {"value", "low", "high", "n"}, never NaN.
 
     Example
     -------
@@ -109,17 +121,25 @@ def evaluate(predictions, draws=1000, seed=0):
     items = [ClipStatistics(p.log_probabilities[units.order], truth, units.unit)]
     if units.names is not None:
         items.append(ClipStatistics(units.speaker_log_probabilities(p), units.accent, np.arange(len(units))))
-    groups = [(kind, values, cell[units.order]) for kind, values, cell in _groups(p)]
     tenths = CoverageTenths(items[0])
+    least = threshold
+    if threshold is None:
+        least = float(tenths.edges[round(USUAL_COVERAGE * COVERAGE_TENTHS) - 1])
+    answered = items[0].top >= least
+    groups = [
+        (kind, values, GroupStatistics(items[0], answered, cell[units.order], len(values)))
+        for kind, values, cell in _groups(p)
+        if values
+    ]
 
     def statistics(first, last):
         a, b = np.searchsorted(units.unit, [first, last])
-        unit, size = units.unit[a:b] - first, last - first
-        parts = [*(i.statistics(first, last) for i in items), tenths.statistics(first, last)]
-        for _, values, cell in groups:
-            parts.append(grouped_sums(unit, size, cell[a:b], max(1, len(values))))
-            parts.append(grouped_sums(unit, size, cell[a:b], max(1, len(values)), items[0].right[a:b]))
-        return np.hstack(parts)
+        return np.hstack([
+            *(i.statistics(first, last) for i in items),
+            tenths.statistics(first, last),
+            grouped_sums(units.unit[a:b] - first, last - first, 0, 1, answered[a:b]),
+            *(group.statistics(first, last) for _, _, group in groups),
+        ])  # fmt: skip
 
     def intervals(totals):
         return {name: bootstrap_interval(v, len(units)) for name, v in headline_figures(totals).items()}
@@ -128,48 +148,66 @@ def evaluate(predictions, draws=1000, seed=0):
     width = classes + 1 + BINS
     clips, *speakers = (totals[..., i * width : (i + 1) * width] for i in range(len(items)))
     rest = totals[..., len(items) * width :]
-    sure, rest = rest[..., : 2 * COVERAGE_TENTHS], rest[..., 2 * COVERAGE_TENTHS :]
+    sure, reached, rest = np.split(rest, [2 * COVERAGE_TENTHS, 2 * COVERAGE_TENTHS + 1], axis=-1)
+    calibration = (clips[..., :classes].sum(axis=-1), clips[..., classes + 1 :], reached[..., 0])
+    overall = calibration_figures(*(part.sum(axis=1) for part in calibration))
     metrics = {
         "clip": intervals(clips),
         "speaker": intervals(speakers[0]) if speakers else None,
-        "per_accent": _per_accent(clips[..., :classes], units, labels),
+        "per_accent": _per_accent(clips[..., :classes], calibration_figures(*calibration), units, labels),
         "confusion": {
             "labels": list(labels),
             "clips": clips[0, :, :classes].astype(int).tolist(),
             "speakers": speakers[0][0, :, :classes].astype(int).tolist() if speakers else None,
         },
         "risk_coverage": tenths.figures(sure, risk_coverage(items[0].top, items[0].right), len(units)),
-        "groups": {},
+        "confidence": {
+            "threshold": least,
+            "threshold_given": threshold is not None,
+            **{k: bootstrap_interval(overall[k], len(units)) for k in ("coverage", "confidence_minus_accuracy")},
+            "auroc": confidence_auroc(items[0], tenths, sure, len(units)),
+        },
+        "groups": {kind: {} for kind in ("gender", "age", "duration")},
         "absent_accents": [labels[a] for a in np.flatnonzero(units.per_accent == 0)],
     }
-    for kind, values, cell in groups:
-        size = max(1, len(values))
-        total, right, rest = rest[..., :size], rest[..., size : 2 * size], rest[..., 2 * size :]
-        metrics["groups"][kind] = {}
-        for g, value in enumerate(values):
-            count = int(total[0, :, g].sum())
-            if count:
-                n = len(np.unique(units.unit[cell == g]))
-                present = (total[..., g] > 0).sum(axis=-1)
-                recall = safe_ratio(right[..., g], total[..., g]).sum(axis=-1)
-                average = np.divide(recall, present, out=np.full(recall.shape, np.nan), where=present > 0)
-                metrics["groups"][kind][value] = {
-                    "unweighted_average_recall": bootstrap_interval(average, n),
-                    "clips": count,
-                    "speakers": n if speakers else None,
-                    "small": n < SMALL,
-                }
+    for kind, values, group in groups:
+        part, rest = rest[..., : group.columns], rest[..., group.columns :]
+        metrics["groups"][kind] = _of_groups(values, group, part, units)
     metrics["notes"] = _notes(p, units, metrics)
+    metrics["warnings"] = answer_warnings(metrics, items[0].top)
     return metrics
 
 
-def _per_accent(confusion, units, labels):
+def _of_groups(values, group, totals, units):
+    clips, right, answered, gap = group.split(totals)
+    present = (clips > 0).sum(axis=1)
+    recall = safe_ratio(right, clips).sum(axis=1)
+    figures = {
+        "unweighted_average_recall": np.divide(recall, present, out=np.full(recall.shape, np.nan), where=present > 0),
+        **calibration_figures(clips.sum(axis=1), gap.sum(axis=1), answered.sum(axis=1)),
+    }
+    counts = clips[0].sum(axis=0).astype(int).tolist()
+    cells = {}
+    for g, value in enumerate(values):
+        if counts[g]:
+            n = len(np.unique(units.unit[group.cell == g]))
+            cells[value] = {
+                **{name: bootstrap_interval(v[:, g], n) for name, v in figures.items()},
+                "clips": counts[g],
+                "speakers": n if units.names is not None else None,
+                "small": n < SMALL,
+            }
+    return cells
+
+
+def _per_accent(confusion, calibration, units, labels):
     return {
         label: {
             # Recall depends on the accent's own speakers only, precision and F1 on all speakers.
             "precision": bootstrap_interval(precisions(confusion)[:, a], len(units)),
             "recall": bootstrap_interval(recalls(confusion)[:, a], units.per_accent[a]),
             "f1": bootstrap_interval(f1s(confusion)[:, a], len(units)),
+            **{name: bootstrap_interval(v[:, a], units.per_accent[a]) for name, v in calibration.items()},
             "clips": int(confusion[0, a].sum()),
             "speakers": int(units.per_accent[a]) if units.names is not None else None,
         }

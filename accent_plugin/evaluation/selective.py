@@ -125,9 +125,14 @@ class CoverageTenths:
         wrong = ~self.right[a:b]
         return np.hstack([grouped_sums(unit, units, tenth, COVERAGE_TENTHS, weights) for weights in (None, wrong)])
 
+    @staticmethod
+    def counts(totals):
+        """(2, 1 + draws, tenths) np.ndarray: clips and wrong answers, from (1 + draws, classes, 2 * tenths) totals."""
+        return totals.sum(axis=1).reshape(-1, 2, COVERAGE_TENTHS).swapaxes(0, 1)
+
     def figures(self, totals, curve, n):
         """Make the "risk_coverage" part of a report from (1 + draws, classes, 2 * tenths) totals."""
-        count, wrong = np.cumsum(totals.sum(axis=1).reshape(-1, 2, COVERAGE_TENTHS), axis=-1).swapaxes(0, 1)
+        count, wrong = np.cumsum(self.counts(totals), axis=-1)
         risk = safe_ratio(wrong, count)
         # The risk is interpolated linearly within a tenth; in the first it is constant, as its start is unknown.
         middle = (risk + np.hstack([risk[:, :1], risk[:, :-1]])) / 2

@@ -197,14 +197,16 @@ def test_an_impossible_answer_has_a_finite_log_loss():
 
 def test_a_report_has_the_documented_structure():
     metrics = evaluate(simulate(), draws=20)
-    assert list(metrics) == ["clip", "speaker", "per_accent", "confusion", "risk_coverage", "groups", "absent_accents",
-                             "notes"]  # fmt: skip
+    assert list(metrics) == ["clip", "speaker", "per_accent", "confusion", "risk_coverage", "confidence", "groups",
+                             "absent_accents", "notes", "warnings"]  # fmt: skip
     assert list(metrics["clip"]) == list(metrics["speaker"]) == list(FIGURES)
     assert set(metrics["clip"]["accuracy"]) == {"value", "low", "high", "n"}
     assert list(metrics["per_accent"]) == list(LABELS)
-    assert set(metrics["per_accent"]["us"]) == {"precision", "recall", "f1", "clips", "speakers"}
+    calibration = {"expected_calibration_error", "confidence_minus_accuracy", "coverage"}
+    assert set(metrics["per_accent"]["us"]) == {"precision", "recall", "f1", "clips", "speakers"} | calibration
     assert set(metrics["groups"]) == {"gender", "age", "duration"}
-    assert set(metrics["groups"]["gender"]["male"]) == {"unweighted_average_recall", "clips", "speakers", "small"}
+    wanted = {"unweighted_average_recall", "clips", "speakers", "small"} | calibration
+    assert set(metrics["groups"]["gender"]["male"]) == wanted
     json.dumps(metrics, allow_nan=False)
 
 
