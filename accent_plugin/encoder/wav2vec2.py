@@ -2,6 +2,7 @@
 
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from accent_plugin.encoder.base import InvariantEncoder
 from accent_plugin.encoder.convolutions import PositionalConvolutions, WaveformConvolutions
@@ -12,6 +13,29 @@ from accent_plugin.errors import EncoderError
 def _mask_of_frames(length, attention_mask, add_adapter=None):
     """Replaces Hugging Face's method that converts a sample mask to a frame mask."""
     return attention_mask
+
+
+class DeferredLayerNorm(nn.LayerNorm):
+    """The norm above the last layer, applied by the encoder: transformers passes its input on.
+
+    Older releases return the normalised output as the last hidden state, newer ones the output of the last layer. With
+    this norm it is the output of the last layer in all of them. Same parameters and keys as torch's.
+    """
+
+    def forward(self, inputs):
+        """Return the input."""
+        return inputs
+
+    def normalize(self, inputs):
+        """Apply the norm to (batch, frames, features) torch.Tensor."""
+        return super().forward(inputs)
+
+    @classmethod
+    def replacing(cls, norm):
+        """Make one with the parameters of an `nn.LayerNorm`."""
+        new = cls(norm.normalized_shape, eps=norm.eps, device="meta")
+        new.weight, new.bias = norm.weight, norm.bias
+        return new
 
 
 class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
@@ -38,8 +62,15 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         self.model.feature_extractor = WaveformConvolutions(layers, self.config)
         if positional := getattr(self.model.encoder.pos_conv_embed, "layers", None):
             self.model.encoder.pos_conv_embed = PositionalConvolutions(positional)
+        if self._norm_is_last:
+            self.model.encoder.layer_norm = DeferredLayerNorm.replacing(self.model.encoder.layer_norm)
         # Hugging Face's method derives the mask from a sample mask, and waits for the GPU.
         self.model._get_feature_vector_attention_mask = _mask_of_frames
+
+    @property
+    def _norm_is_last(self):
+        """Whether the encoder's norm is above the last layer and not below the first; data2vec-audio has no choice."""
+        return getattr(self.config, "do_stable_layer_norm", False)
 
     @property
     def feature_encoder(self):
@@ -50,7 +81,7 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
     def projection(self):
         """The layers between the stem and the first transformer block."""
         parts = [self.model.feature_projection, self.model.encoder.pos_conv_embed]
-        if not self.config.do_stable_layer_norm:
+        if not self._norm_is_last:
             parts.append(self.model.encoder.layer_norm)
         return parts
 
@@ -74,7 +105,11 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         return counts
 
     def _encode(self, wavs, counts, padded, all_states):
-        if not padded:
-            return self.model(wavs, output_hidden_states=all_states)
-        valid = valid_frames(self.frame_counts(counts), self.frame_counts(wavs.shape[1]))
-        return self.model((wavs, counts), attention_mask=valid, output_hidden_states=all_states)
+        valid, inputs = None, wavs
+        if padded:
+            valid, inputs = valid_frames(self.frame_counts(counts), self.frame_counts(wavs.shape[1])), (wavs, counts)
+        output = self.model(inputs, attention_mask=valid, output_hidden_states=all_states)
+        if not self._norm_is_last:
+            return output
+        last = self.model.encoder.layer_norm.normalize(output.last_hidden_state)
+        return BaseModelOutput(last, hidden_states=output.hidden_states)
