@@ -13,6 +13,7 @@ from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.bundle.config import CARD_FILE
 from accent_plugin.errors import BundleError
 from accent_plugin.evaluation.evaluate import SMALL
+from accent_plugin.evaluation.selective import operating_point
 from accent_plugin.report.markdown import table_rows, to_markdown
 from accent_plugin.report.sections import accents_table, figures_table
 from accent_plugin.report.text import (
@@ -195,7 +196,11 @@ def _contents(config, metrics):
     warnings = warnings_of(metrics["data"]) if metrics else []
     short = "; ".join(short for short, _ in warnings) if metrics else "not evaluated"
     yield "heading", 1, f"English accents: {', '.join(labels)}" + (f" ({short.upper()})" if short else "")
-    for sentence in [sentence for _, sentence in warnings] if metrics else [NOT_EVALUATED]:
+    sentences = [NOT_EVALUATED]
+    if metrics:
+        # Reports of version 0.1.0 have no warnings about answers.
+        sentences = [*(sentence for _, sentence in warnings), *metrics.get("warnings", [])]
+    for sentence in sentences:
         yield "warning", sentence
     encoder = model["encoder"]
     imported = config.get("imported_from")
@@ -265,14 +270,14 @@ def _calibration(calibration):
     if not calibration:
         return UNCALIBRATED
     loss, error, curve = (calibration[key] for key in ("log_loss", "expected_calibration_error", "curve"))
-    points = list(zip(curve["coverage"], curve["threshold"], curve["risk"], strict=True))
-    coverage, threshold, risk = next(point for point in points if point[0] >= min(0.8, points[-1][0]))
+    point = operating_point(curve)
     return (
         f"Calibrated by temperature scaling. The temperature, {calibration['temperature']:.3f}, was fitted on "
         f"{calibration['clips']:,} validation clips and is part of the weights. On these clips, log-loss changed "
         f"from {loss['before']:.3f} to {loss['after']:.3f}, and the expected calibration error from "
-        f"{error['before']:.3f} to {error['after']:.3f}. With a threshold of {threshold:.3f}, {coverage:.0%} of these "
-        f"clips would have been answered, {risk:.1%} of them wrongly. Without a threshold, {points[-1][2]:.1%} of all "
+        f"{error['before']:.3f} to {error['after']:.3f}. With a threshold of {point['threshold']:.3f}, "
+        f"{point['coverage']:.0%} of these clips would have been answered, {point['risk']:.1%} of them wrongly. "
+        f"Without a threshold, {curve['risk'][-1]:.1%} of all "
         "answers are wrong."
     )
 

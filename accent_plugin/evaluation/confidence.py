@@ -15,18 +15,9 @@ import numpy as np
 from accent_plugin.evaluation.bootstrap import bootstrap_interval, grouped_sums
 from accent_plugin.evaluation.scores import BINS, auroc
 
-USUAL_COVERAGE = 0.8  # fraction of clips that is answered at the threshold of a report
-
-
 _COLLAPSED = 0.95  # fraction of clips with the same answer
-
-
 _EXCESS = 0.1  # by which that fraction, or the accuracy, differs from what it should be
-
-
 _CHANCE = 0.1  # distance of an AUROC from 0.5 that counts as near
-
-
 _FLAT = 0.05  # range of the confidence of 90 % of clips
 
 

@@ -38,14 +38,13 @@ from accent_plugin.evaluation.bootstrap import (
     headline_figures,
 )
 from accent_plugin.evaluation.confidence import (
-    USUAL_COVERAGE,
     GroupStatistics,
     answer_warnings,
     calibration_figures,
     confidence_auroc,
 )
 from accent_plugin.evaluation.scores import BINS, f1s, precisions, recalls, safe_ratio
-from accent_plugin.evaluation.selective import COVERAGE_TENTHS, CoverageTenths, risk_coverage
+from accent_plugin.evaluation.selective import COVERAGE_TENTHS, USUAL_COVERAGE, CoverageTenths, risk_coverage
 
 SMALL = 5  # speakers; groups with fewer are marked
 UNKNOWN = "unknown"

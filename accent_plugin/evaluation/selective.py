@@ -11,6 +11,7 @@ from accent_plugin.evaluation.scores import safe_ratio
 SURE = (0.5, 0.8, 0.9)  # coverages at which the accuracy is reported
 _POINTS = 200  # maximum number of points of a curve
 COVERAGE_TENTHS = 10
+USUAL_COVERAGE = 0.8  # at the threshold of reports and model cards
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,29 @@ def risk_coverage(top, right):
         return tuple(values[kept].tolist())
 
     return Curve(points(top[last]), points(count / clips), points(risk), area)
+
+
+def operating_point(curve):
+    """Find the largest threshold of a bundle's curve at which 80 % of the clips are answered, or as many as it has.
+
+    Arguments
+    ---------
+    curve : dict
+        "threshold", "coverage" (increasing) and "risk", as in `accent_plugin.evaluation.calibration`.
+
+    Returns
+    -------
+    point : dict
+        The three values.
+
+    Example
+    -------
+    >>> operating_point({"threshold": [0.9, 0.6, 0.5], "coverage": [0.5, 0.85, 1.0], "risk": [0.0, 0.1, 0.2]})
+    {'threshold': 0.6, 'coverage': 0.85, 'risk': 0.1}
+    """
+    wanted = min(USUAL_COVERAGE, curve["coverage"][-1])
+    place = next(i for i, coverage in enumerate(curve["coverage"]) if coverage >= wanted)
+    return {name: curve[name][place] for name in ("threshold", "coverage", "risk")}
 
 
 class CoverageTenths:

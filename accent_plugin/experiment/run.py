@@ -19,6 +19,7 @@ from accent_plugin.data.manifests import load_prepared, read_manifest
 from accent_plugin.errors import ConfigError, DataError
 from accent_plugin.evaluation.calibration import describe_calibration
 from accent_plugin.evaluation.compare import out_of_set_scores
+from accent_plugin.evaluation.selective import operating_point
 from accent_plugin.exchange.start import initialise_head
 from accent_plugin.experiment import run_folder
 from accent_plugin.experiment.predict import as_predictions, predict
@@ -222,6 +223,7 @@ class Run:
             notes=notes,
             curves=history,
             selected_epoch=self.brain.best_epoch(),
+            threshold=operating_point(self.calibration["curve"])["threshold"],
             out_of_set=outside,
             bands=degraded,
         )

@@ -15,6 +15,7 @@ from accent_plugin.data import dataset_dict, labels, naming
 from accent_plugin.data.manifests import Clip, read_manifest
 from accent_plugin.errors import DataError
 from accent_plugin.evaluation.predictions import FLOOR, ScoredClips
+from accent_plugin.evaluation.selective import operating_point
 from accent_plugin.inference.records import Failure, printable
 from accent_plugin.report.comparisons import COMPARISON_FILES
 from accent_plugin.report.write import METRICS_FILE, remove_report, write_report
@@ -220,7 +221,7 @@ def write_evaluation(folder, classifier, predictions, data, labelled, failures, 
         The command line.
     """
     card = dataset_dict.card(Path(data)) if Path(data).is_dir() else {}
-    encoder = classifier.config["model"]["encoder"]
+    encoder, calibration = classifier.config["model"]["encoder"], classifier.config.get("calibration")
     return write_report(
         folder,
         predictions,
@@ -236,6 +237,7 @@ def write_evaluation(folder, classifier, predictions, data, labelled, failures, 
         model={"bundle": classifier.identity, "encoder": encoder["name"], "family": encoder["family"]},
         versions=installed_versions(),
         command=command,
+        threshold=operating_point(calibration["curve"])["threshold"] if calibration else None,
         notes=[
             *([f"Splits: {', '.join(labelled.splits)}."] if labelled.splits else []),
             *([f"Skipped accents without a known label: {_most(labelled.unknown)}."] if labelled.unknown else []),

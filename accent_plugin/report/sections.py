@@ -1,6 +1,7 @@
 """The sections of a report, as blocks of plain text, tables and figures."""
 
 from accent_plugin.evaluation.compare import CONFIDENT
+from accent_plugin.evaluation.evaluate import SMALL
 from accent_plugin.report.markdown import count_cell, table_rows
 from accent_plugin.report.predictions_csv import PREDICTIONS_FILE
 from accent_plugin.report.text import (
@@ -34,7 +35,7 @@ def report_blocks(metrics, rows, images):
     """Yield the blocks of a report: (kind, ...); all text is plain."""
     data, clip, speaker = metrics["data"], metrics["clip"], metrics["speaker"]
     yield "heading", 1, report_title(data)
-    for _, sentence in warnings_of(data):
+    for sentence in [*(sentence for _, sentence in warnings_of(data)), *metrics["warnings"]]:
         yield "warning", sentence
     levels = [("clip", clip)] + ([("speaker", speaker)] if speaker else [])
     average = " and ".join(f"{format_figure(v['unweighted_average_recall'])} by {name}" for name, v in levels)
@@ -80,6 +81,9 @@ def report_blocks(metrics, rows, images):
     yield "picture", images["reliability"], "Fraction of correct answers against the probability, and number of clips"
     yield "picture", images["scores"], "Probability given to the true accent, by accent"
 
+    yield "heading", 2, "Calibration by accent and group"
+    yield from _calibration_by_group(metrics)
+
     yield "heading", 2, "Selective classification"
     yield "text", _effect_of_abstaining(metrics["risk_coverage"], clip["accuracy"])
     yield "picture", images["coverage"], "Error rate against the fraction of clips answered, the most confident first"
@@ -106,6 +110,31 @@ def report_blocks(metrics, rows, images):
             yield "table", [name, ""], list(table_rows(table))
     if metrics["command"]:
         yield "code", metrics["command"]
+
+
+def _calibration_by_group(metrics):
+    confidence = metrics["confidence"]
+    source = "chosen on validation" if confidence["threshold_given"] else "at which 80% of these clips are answered"
+    yield "text", (
+        "Mean probability minus accuracy is positive for an overconfident model. The calibration error of small groups "
+        f"is biased upwards. Clips count as answered from a probability of {confidence['threshold']:.3f} on, {source}."
+    )  # fmt: skip
+    overall = {"expected_calibration_error": metrics["clip"]["expected_calibration_error"], **confidence}
+    accents = [("accent", label, cell, cell["recall"]["n"] < SMALL) for label, cell in metrics["per_accent"].items()]
+    groups = [
+        (kind, name, cell, cell["small"]) for kind, group in metrics["groups"].items() for name, cell in group.items()
+    ]
+    cells = [("all", "", {**overall, **{key: metrics["data"][key] for key in ("clips", "speakers")}}, False)]
+    yield "table", ["group", "", "expected calibration error", "mean probability minus accuracy", "fraction answered",
+                    "clips", "speakers", ""], [
+        [kind, name, format_figure(v["expected_calibration_error"]),
+         format_figure(v["confidence_minus_accuracy"], signed=True), format_figure(v["coverage"]),
+         count_cell(v["clips"]), count_cell(v["speakers"]), "too few speakers" if small else ""]
+        for kind, name, v, small in [*cells, *accents, *groups]
+    ]  # fmt: skip
+    if confidence["auroc"]:
+        figure = format_figure(confidence["auroc"])
+        yield "text", f"AUROC of the probability between right and wrong answers: {figure} (0.5: chance)."
 
 
 def _distribution_of_errors(rows):

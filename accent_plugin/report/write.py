@@ -4,6 +4,7 @@ The text is built once, as a list of blocks, and written as Markdown and as HTML
 """
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from accent_plugin.report.markdown import to_markdown
 from accent_plugin.report.predictions_csv import PREDICTIONS_FILE, write_predictions
 from accent_plugin.report.sections import report_blocks
 from accent_plugin.report.text import report_title
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.json"
 MARKDOWN_FILE = "report.md"
@@ -65,6 +68,7 @@ def write_report(
     out_of_set=None,
     bands=None,
     selected_epoch=None,
+    threshold=None,
     draws=1000,
     seed=0,
 ):
@@ -92,6 +96,9 @@ def write_report(
     bands : dict, or None
         Name of a degradation -> Predictions of the same clips, degraded.
     selected_epoch : int, or None
+    threshold : float, or None
+        Smallest probability that counts as answered, chosen on validation; see
+        `accent_plugin.evaluation.evaluate.evaluate`.
     draws, seed : int
         Number of draws and seed of the bootstrap.
 
@@ -102,7 +109,9 @@ def write_report(
     """
     folder, p = Path(folder), predictions
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = evaluate(p, draws=draws, seed=seed)
+    metrics = evaluate(p, draws=draws, seed=seed, threshold=threshold)
+    for sentence in metrics["warnings"]:
+        logger.warning("%s", sentence)
     own_notes = metrics.pop("notes")
     metrics = {
         "data": {

@@ -157,6 +157,14 @@ def test_a_leaky_split_is_shouted_too(evaluated):
     assert "expect lower figures on new speakers" in text
 
 
+def test_warnings_of_the_report_are_on_top(evaluated):
+    clips = simulate(speakers=30)
+    constant = build(np.tile([0.5, 0.3, 0.2], (len(clips.ids), 1)), clips.truth, clips.client_ids)
+    metrics = evaluated(predictions=constant)
+    lines = body(model_card.render(config(), metrics)).strip().splitlines()
+    assert [line for line in lines[1:8] if line.startswith("> **The model answers every clip with us")]
+
+
 def test_without_metrics_it_says_that_it_was_not_evaluated():
     text = model_card.render(config())
     card = ModelCard(text)

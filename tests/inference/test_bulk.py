@@ -363,6 +363,9 @@ def test_a_report_of_a_bundle_on_a_dataset(tiny_bundle, classifier, tmp_path, ca
     assert (metrics["data"]["clips"], metrics["data"]["speakers"]) == (12, 6)
     assert metrics["data"]["left_out"] == {"unknown accent": 6}
     assert metrics["data"]["speakers_disjoint"] is None
+    curve = classifier.config["calibration"]["curve"]
+    chosen = max(t for t, c in zip(curve["threshold"], curve["coverage"], strict=True) if c >= 0.8)
+    assert (metrics["confidence"]["threshold"], metrics["confidence"]["threshold_given"]) == (chosen, True)
     assert (out / "report.html").is_file()
     with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
         first = next(csv.DictReader(file))

@@ -184,7 +184,15 @@ def test_metrics_are_strict_json_with_the_keys_of_the_design(whole):
     read = json.loads((folder / "metrics.json").read_text(), parse_constant=refuse)
     assert read == metrics
     wanted = {"data", "clip", "speaker", "per_accent", "confusion", "groups", "model", "versions", "command"}
-    assert set(read) == wanted | {"risk_coverage", "absent_accents", "notes", "out_of_set", "bands"}
+    assert set(read) == wanted | {
+        "risk_coverage",
+        "confidence",
+        "absent_accents",
+        "notes",
+        "warnings",
+        "out_of_set",
+        "bands",
+    }
     assert {"name", "synthetic", "speakers_disjoint", "speakers", "clips", "seconds"} <= set(read["data"])
     assert (read["data"]["speakers"], read["data"]["clips"]) == (12, 48)
     assert read["data"]["seconds"] == pytest.approx(p.seconds.sum())
@@ -324,6 +332,54 @@ def test_a_leaky_synthetic_report_says_both_in_every_file(tmp_path):
 def test_honest_data_have_a_plain_title():
     data = {"name": "a corpus", "synthetic": False, "speakers_disjoint": True, "split": "speaker"}
     assert report_title(data) == "English accents: a corpus"
+
+
+def one_answer():
+    """A model that answers every clip with us, always equally confident."""
+    p = simulate(speakers=12)
+    return ScoredClips(
+        p.ids, p.client_ids, p.truth, np.log(np.tile([0.5, 0.3, 0.2], (len(p.ids), 1))), p.labels, p.seconds
+    )
+
+
+def test_a_model_that_always_gives_one_answer_is_named_on_top_and_in_the_log(tmp_path, caplog):
+    metrics = write(tmp_path, one_answer())
+    sentence = "The model answers every clip with us"
+    assert [w for w in metrics["warnings"] if w.startswith(sentence)]
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert lines[2].startswith(f"> **{sentence}")
+    assert "> **Confidence is the same for right and wrong answers" in "\n".join(lines[:8])
+    page = (tmp_path / "report.html").read_text()
+    assert f'<p class="warning">{sentence}' in page.split("<h2>")[0]
+    assert sentence in caplog.text
+
+
+def test_an_ordinary_model_is_not_warned_about(tmp_path, caplog):
+    assert write(tmp_path, simulate(speakers=30))["warnings"] == [] and not caplog.text
+    assert "> **" not in (tmp_path / "report.md").read_text()
+
+
+def test_calibration_and_coverage_are_told_for_every_accent_and_group(tmp_path):
+    p = simulate(speakers=30)
+    metrics = write(tmp_path, p, threshold=0.7)
+    section = (tmp_path / "report.md").read_text().split("## Calibration by accent and group\n")[1].split("\n## ")[0]
+    assert "from a probability of 0.700 on, chosen on validation." in section
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    cells = {tuple(row[:2]): row[2:] for row in rows[2:]}
+    kinds = {kind: list(group) for kind, group in metrics["groups"].items()} | {"accent": list(LABELS), "all": [""]}
+    assert set(cells) == {(kind, name) for kind, names in kinds.items() for name in names}
+    v = metrics["groups"]["gender"]["female"]["confidence_minus_accuracy"]
+    assert cells["gender", "female"][1] == f"{v['value']:+.3f} ({v['low']:+.3f} to {v['high']:+.3f})"
+    assert cells["all", ""][2].startswith(f"{(p.probabilities.max(axis=1) >= 0.7).mean():.3f} (")
+    assert (
+        f"AUROC of the probability between right and wrong answers: {metrics['confidence']['auroc']['value']:.3f}"
+        in (section)
+    )
+
+
+def test_a_threshold_of_the_test_clips_is_told_as_such(tmp_path):
+    write(tmp_path, simulate(speakers=12))
+    assert "on, at which 80% of these clips are answered." in (tmp_path / "report.md").read_text()
 
 
 def test_without_client_ids_nothing_is_told_by_speaker(tmp_path):
