@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from packaging.version import Version
 from torch import nn
 
 from accent_plugin import files
@@ -48,6 +49,8 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 _LONGEST_SECONDS = 600
 _TOLERANCE = 1e-4
 _WORST_LOSS = 0.01
+# Earlier exporters fix sizes that should stay free.
+_TESTED_TORCH = "2.11"
 
 # Smaller tensors are not worth converting.
 _LEAST_VALUES = 1024
@@ -146,7 +149,11 @@ def trace(model):
             )
         except Exception as error:
             # The exporter wraps any exception of torch, ONNX or the model.
-            raise ExchangeError(f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0].split("\x1b")[0].strip()
+            message = f"torch {torch.__version__} cannot export this model to ONNX: {reason}"
+            if Version(torch.__version__) < Version(_TESTED_TORCH):
+                message += f"\nexport is tested with torch {_TESTED_TORCH}, and fails with 2.6 and 2.8: upgrade torch"
+            raise ExchangeError(message) from error
     return _without_origins(program.model_proto)
 
 

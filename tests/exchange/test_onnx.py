@@ -396,3 +396,17 @@ def test_weights_with_nan_are_refused(exported, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(BundleError, match="its weights have NaN or infinity"):
         OnnxAccentClassifier.from_bundle(folder)
+
+
+@pytest.mark.parametrize(("version", "remedy"), [("2.6.0+cu124", "upgrade torch"), ("2.11.0", "")])
+def test_a_release_of_torch_that_cannot_export_is_named(tiny_bundle, monkeypatch, version, remedy):
+    def fail(*arguments, **keywords):
+        raise RuntimeError("Failed to export. \x1b[96mThis is step 1/3\x1b[0m\nmore")
+
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(ExchangeError) as caught:
+        onnx_export.trace(load_bundle(tiny_bundle).model)
+    first, *rest = str(caught.value).splitlines()
+    assert first == f"torch {version} cannot export this model to ONNX: Failed to export."
+    assert [remedy in line for line in rest] == ([True] if remedy else [])

@@ -1,6 +1,7 @@
 """Make golden files: what this version writes, for later versions to open.
 
     python tests/golden/make.py tests/golden/VERSION
+    .venv-oldest/bin/python tests/golden/make.py tests/golden/oldest layers
 
 runs the recipe on pure tones, with encoders of a few thousand random weights, and keeps
 
@@ -10,13 +11,14 @@ runs the recipe on pure tones, with encoders of a few thousand random weights, a
     prepared/      clips and manifests
     interrupted/   a run that was stopped within its second epoch
     finished/      the same run, resumed: checkpoints, report, bundle
-    bundles/       bundles of other encoders and heads, and of an export to ONNX
+    bundles/       bundles of other encoders and heads, and of an export to ONNX; or those that are named
     expected.json  versions, the command of the runs, and the probabilities that each bundle gave to the clips
 
 A folder is made once, with the version that it is named after, and never again: with a later version it would prove
-nothing. 0.1.0 was made on an x86 CPU with the versions of packages that its expected.json names. The same versions make
-the same weights; only times differ. Folders of the machine are replaced by the text `PLACEHOLDER`. Pictures, HTML and
-the record of the environment are left out.
+nothing. 0.1.0 was made on an x86 CPU with the versions of packages that its expected.json names. `oldest` was made by
+version 0.2.0 with torch 2.6 and the packages of constraints-oldest.txt; it holds only what differs from 0.1.0. The same
+versions make the same weights; only times differ. Folders of the machine are replaced by the text `PLACEHOLDER`.
+Pictures, HTML and the record of the environment are left out.
 """
 
 import contextlib
@@ -42,7 +44,7 @@ TONES = {"us": 300.0, "england": 900.0, "australia": 2700.0}
 SPEAKERS = {"train": 3, "validation": 1, "test": 2}
 # Optimizer steps after which the run is stopped: three make an epoch.
 STOP_AFTER = 4
-LEFT_OUT = ("*.png", "*.html", "env.log", "log.txt", "train.py", "tensorboard", "*.lock")
+LEFT_OUT = (".run.holder.json", "*.png", "*.html", "env.log", "log.txt", "train.py", "tensorboard", "*.lock")
 
 # Bundle -> family of its encoder, values of that, and what the command line changes.
 BUNDLES = {
@@ -190,16 +192,19 @@ def make_runs(recipe, folder):
     require(recipe.main(words))
 
 
-def make_bundles(recipe, folder, scratch):
-    """Bundles of finished runs, of which nothing else is kept, and an export to ONNX."""
+def make_bundles(recipe, folder, scratch, names):
+    """Bundles of finished runs, of which nothing else is kept, and an export to ONNX; or those that are named."""
     from accent_plugin.cli import main as cli_main
 
-    for name, (family, values, changes) in BUNDLES.items():
+    for name in names or BUNDLES:
+        family, values, changes = BUNDLES[name]
         encoder, run = scratch / f"tiny_{family.lower()}", scratch / name
         make_encoder(encoder, family, values)
         require(recipe.main([*command_line(folder, run, encoder), "--number_of_epochs", "8", *changes]))
         shutil.copytree(run / "bundle", folder / "bundles" / name)
-    require(cli_main.main(["export", str(folder / "finished"), "--to", "onnx", "--out", str(folder / "bundles/onnx")]))
+    if not names:
+        out = str(folder / "bundles/onnx")
+        require(cli_main.main(["export", str(folder / "finished"), "--to", "onnx", "--out", out]))
 
 
 def write_expected(folder):
@@ -234,7 +239,7 @@ def hide_folder(folder, where):
             path.write_text(text, encoding="utf-8")
 
 
-def main(out):
+def main(out, *bundles):
     """Make everything in a temporary folder, and then move it."""
     if out.exists():
         sys.exit(f"{out} exists: golden files are not made again")
@@ -247,11 +252,11 @@ def main(out):
         make_clips(folder / "clips")
         make_data(folder / "data")
         make_runs(recipe, folder)
-        make_bundles(recipe, folder, scratch)
+        make_bundles(recipe, folder, scratch, bundles)
         write_expected(folder)
         hide_folder(folder, folder)
         shutil.copytree(folder, out, ignore=shutil.ignore_patterns(*LEFT_OUT))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    main(Path(sys.argv[1]).absolute(), *sys.argv[2:])
