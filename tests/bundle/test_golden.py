@@ -12,8 +12,10 @@ import shutil
 import pytest
 import soundfile
 import torch
+import transformers
 from golden.make import PLACEHOLDER, STOP_AFTER
 from helpers import ROOT
+from packaging.version import Version
 from speechbrain.inference.classifiers import EncoderClassifier
 
 from accent_plugin.cli import main
@@ -36,6 +38,11 @@ FOR_ONNX = [name for name in BUNDLES if name != "bundles/whisper"]
 FOR_TRANSFORMERS = ["bundles/adapters", "bundles/layers", "bundles/whitening", "finished/bundle"]
 # Other CPUs round differently.
 TOLERANCE = 1e-5
+# The release that wrote 0.1.0: some before it normalise the last state, and cannot express a weighted sum with it.
+NORMALISED_BEFORE = Version(EXPECTED["versions"]["transformers"])
+TORCH_EXPORTS = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.11"), reason="older torch cannot export to ONNX, and says so"
+)
 # Steps in three epochs.
 STEPS = 9
 
@@ -141,20 +148,21 @@ def test_a_bundle_classifies_on_the_command_line(name, capsys):
     require_expected(name, classified(capsys, "--model", GOLDEN / name))
 
 
-def export(name, form, out):
-    assert main.main(["export", str(GOLDEN / name), "--to", form, "--out", str(out)]) == 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOR_ONNX)
+@TORCH_EXPORTS
 def test_a_bundle_is_exported_to_onnx(name, tmp_path, capsys):
-    export(name, "onnx", tmp_path / "onnx")
+    assert main.main(["export", str(GOLDEN / name), "--to", "onnx", "--out", str(tmp_path / "onnx")]) == 0
     require_expected(name, classified(capsys, "--model", tmp_path / "onnx"), 1e-4)
 
 
 @pytest.mark.parametrize("name", FOR_TRANSFORMERS)
 def test_a_bundle_is_exported_for_transformers(name, tmp_path, capsys):
-    export(name, "huggingface", tmp_path / "hf")
+    done = main.main(["export", str(GOLDEN / name), "--to", "huggingface", "--out", str(tmp_path / "hf")])
+    said = capsys.readouterr().err
+    if Version(transformers.__version__) < NORMALISED_BEFORE and "may normalise the last state" in said:
+        pytest.skip("this release of transformers cannot express the bundle")
+    assert done == 0
     require_expected(name, classified(capsys, "--model", tmp_path / "hf"), 1e-4)
 
 
@@ -301,7 +309,9 @@ def test_a_run_of_another_configuration_is_still_refused(train, folder):
     assert "pooling: mean in the folder, attentive now" in done.err and "seed: 1986 in the folder, 2 now" in done.err
 
 
-@pytest.mark.parametrize("form", ["bundle", pytest.param("onnx", marks=pytest.mark.slow), "huggingface"])
+@pytest.mark.parametrize(
+    "form", ["bundle", pytest.param("onnx", marks=[pytest.mark.slow, TORCH_EXPORTS]), "huggingface"]
+)
 def test_a_finished_run_is_exported(form, folder, capsys):
     if form == "bundle":
         shutil.rmtree(folder / "finished/bundle")

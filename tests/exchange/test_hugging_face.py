@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -725,3 +726,24 @@ def test_a_classifier_with_nan_is_refused_by_the_name_of_the_tensor(spoilt):
     save_file(state, spoilt / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExchangeError, match="NaN or infinity in classifier.bias: the weights are damaged"):
         from_hugging_face(spoilt)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "cause"),
+    [
+        ("hubert-layer", [0, 3], "may normalise the last state before it sums the states, .* upgrade transformers"),
+        ("hubert-layer", [0, 2], "please report this as a bug"),
+        ("hubert-layer", None, "please report this as a bug"),
+        ("hubert-group", [0, 3], "please report this as a bug"),
+    ],
+)
+def test_other_scores_of_a_release_of_transformers_are_explained(tiny_encoder, name, layers, cause):
+    folder = tiny_encoder(name)
+    ours = AccentModel(make_encoder(str(folder), weighted_layers=layers), ("us", "england")).eval()
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+
+    def theirs(**inputs):
+        return SimpleNamespace(logits=torch.tensor([[9.0, -9.0]]))
+
+    with pytest.raises(ExchangeError, match=cause):
+        hugging_face._compare(ours, theirs, extractor)
