@@ -47,12 +47,13 @@ setup(
         "matplotlib>=3.9",
         "tqdm",
         "shtab",
+        # A bundle contains a graph, which onnx writes and ONNX Runtime runs.
+        "onnx>=1.18",
+        "onnxruntime>=1.22",
     ],
     extras_require={
         # GPL-3.0: needed only to make the built-in synthetic corpus, loaded with ctypes, never bundled.
         "synthetic": ["espeakng-loader>=0.2.4"],
-        # To export to ONNX. What runs the export needs onnxruntime alone.
-        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         # The page and the HTTP API. Gradio brings FastAPI and uvicorn.
         "serve": ["gradio>=6,<7", "fastapi", "starlette", "pydantic", "uvicorn", "python-multipart"],
         # MP4, M4A, WebM, AMR, WMA and others. PyAV is BSD-3-Clause; its wheels bring FFmpeg (LGPL-3.0 or later) and
@@ -70,9 +71,6 @@ setup(
             "accelerate",
             "tensorboard",
             "espeakng-loader>=0.2.4",
-            "onnx>=1.18",
-            "onnxruntime>=1.22",
-            "onnxscript>=0.5",
             "peft>=0.20",
             "av>=14",
             "gradio>=6,<7",

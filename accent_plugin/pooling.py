@@ -10,7 +10,7 @@ from torch import nn
 from accent_plugin.errors import ConfigError
 
 # Keeps the gradient of the square root finite if a feature is constant, for example with a single frame.
-_VARIANCE_FLOOR = 1e-6
+VARIANCE_FLOOR = 1e-6
 
 
 class MeanPooling(nn.Module):
@@ -74,7 +74,7 @@ class StatisticsPooling(MeanPooling):
     def _pool(self, frames, weights):
         mean = super()._pool(frames, weights)
         variance = super()._pool((frames - mean.unsqueeze(1)).square(), weights)
-        return torch.cat([mean, variance.clamp(min=_VARIANCE_FLOOR).sqrt()], dim=-1)
+        return torch.cat([mean, variance.clamp(min=VARIANCE_FLOOR).sqrt()], dim=-1)
 
 
 class _FrameAttention(nn.Module):

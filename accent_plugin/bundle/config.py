@@ -20,14 +20,20 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.ckpt"
 ONNX_FILE = "model.onnx"
+# The graph that ONNX Runtime reads; the weights in it are those of WEIGHTS_FILE.
+GRAPH_FILE = "graph.onnx"
 YAML_FILE = "hyperparams.yaml"
 CARD_FILE = "README.md"
 # All files that a bundle, and an ONNX export, may contain.
-BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE, YAML_FILE, CARD_FILE)
+BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE, GRAPH_FILE, YAML_FILE, CARD_FILE)
 ONNX_FILES = (CONFIG_FILE, ONNX_FILE, CARD_FILE)
+# Inputs and outputs of a graph.
+WAVES, LENGTHS = "waves", "lengths"
+LOG_PROBABILITIES, EMBEDDINGS = "log_probabilities", "embeddings"
 # In bytes. A normal configuration has some kilobytes; a hostile one may have any size.
 _LARGEST_CONFIG = 1 << 22
 _LARGEST_NUMBER = 1 << 22
+_LARGEST_GRAPH = 1 << 24
 _MOST_LAYERS = 1000
 
 # Limits of encoder values that affect memory, time or validity, but no tensor's shape.
@@ -163,27 +169,27 @@ def _mapping(pairs):
 
 
 def weights_identity(path):
-    """Return the name, size in bytes and SHA-256 of a weights file, as stored in config.json."""
+    """Return the name, size in bytes and SHA-256 of a file of weights or a graph, as stored in config.json."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
-def require_size(path, config):
-    """Raise a `BundleError` if a weights file is missing or its size differs from config.json."""
+def require_size(path, identity):
+    """Raise a `BundleError` if a file is missing or its size differs from its ``identity`` in config.json."""
     if not path.is_file():
         raise BundleError(f"{path} is missing: copy the whole folder")
     require_downloaded(path, BundleError)
-    size, expected = path.stat().st_size, config["weights"]["bytes"]
+    size, expected = path.stat().st_size, identity["bytes"]
     if size != expected:
         raise BundleError(
             f"{path} has {size:,} bytes, but {CONFIG_FILE} says {expected:,}: it is damaged or changed; copy it again"
         )
 
 
-def require_identity(path, config):
-    """Raise a `BundleError` if the digest of a weights file differs from config.json."""
-    if weights_identity(path) != config["weights"]:
+def require_identity(path, identity):
+    """Raise a `BundleError` if the digest of a file differs from its ``identity`` in config.json."""
+    if weights_identity(path)["sha256"] != identity["sha256"]:
         raise BundleError(f"the SHA-256 of {path} differs from {CONFIG_FILE}: it is damaged or changed; copy it again")
 
 
@@ -195,6 +201,7 @@ def _problems(config):
     if config.get("sample_rate") != SAMPLE_RATE:
         yield f"sample_rate is {_short(config.get('sample_rate'))}, not {SAMPLE_RATE}"
     yield from _problems_of_weights(weights, config.get("onnx"))
+    yield from _problems_of_graph(config.get("graph"))
     yield from _problems_of_calibration(config.get("calibration"))
     if not isinstance(model, dict):
         yield f"model is {_short(model)}, not a mapping"
@@ -223,10 +230,29 @@ def _problems_of_weights(weights, graph):
     ):
         yield f"weights is {_short(weights)}, not the file, bytes and sha256 of {WEIGHTS_FILE} or {ONNX_FILE}"
         return
-    if not isinstance(weights["sha256"], str) or not _SHA256.fullmatch(weights["sha256"]):
+    if not _is_digest(weights["sha256"]):
         yield f"weights.sha256 is {_short(weights['sha256'])}, not 64 hexadecimal digits"
-    if weights["file"] == ONNX_FILE and not (isinstance(graph, dict) and _is_count(graph.get("minimum_samples"))):
-        yield f"onnx is {_short(graph)}, not the precision and minimum_samples of {ONNX_FILE}"
+    if weights["file"] == ONNX_FILE and not _has_limits(graph):
+        yield f"onnx is {_short(graph)}, not the precision and the limits of {ONNX_FILE}"
+
+
+def _problems_of_graph(graph):
+    if graph is None:
+        return
+    if (
+        not _has_limits(graph)
+        or not _is_count(graph.get("bytes"), _LARGEST_GRAPH)
+        or not _is_digest(graph.get("sha256"))
+    ):
+        yield f"graph is {_short(graph)}, not the bytes, the sha256 and the limits of {GRAPH_FILE}"
+
+
+def _has_limits(graph):
+    """Whether there are the limits of a clip in samples; exports of version 0.1.0 have no maximum."""
+    if not isinstance(graph, dict) or not _is_count(graph.get("minimum_samples")):
+        return False
+    most = graph.get("maximum_samples")
+    return most is None or (_is_count(most) and most >= graph["minimum_samples"])
 
 
 def _problems_of_keys(name, found, known):
@@ -322,6 +348,10 @@ def _is_within(values, least, most):
     return isinstance(values, list) and all(
         isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most for value in values
     )
+
+
+def _is_digest(value):
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 def _is_count(value, most=_LARGEST_NUMBER):

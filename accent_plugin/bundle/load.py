@@ -4,6 +4,7 @@
 
     config.json        labels, architecture, calibration, and the size and digest of the weights
     model.ckpt         the weights, as safetensors under the name that SpeechBrain's Pretrainer looks for
+    graph.onnx         the network for ONNX Runtime, which reads the weights from model.ckpt; absent if there is none
     hyperparams.yaml   generated from config.json, for SpeechBrain's `EncoderClassifier.from_hparams`
     README.md          the model card
 
@@ -73,12 +74,12 @@ def load_bundle(folder):
         raise BundleError(
             f"{folder} is an ONNX export: load it with accent_plugin.exchange.onnx_classifier.OnnxAccentClassifier"
         )
-    bundle_config.require_size(weights, config)
+    bundle_config.require_size(weights, config["weights"])
     # Tensors on the meta device take no memory, so the shapes can be checked first, however large they are.
     with torch.device("meta"):
         expected = _build_model(config, folder / CONFIG_FILE)
     require_tensors(weights, read_tensor_shapes(weights), expected)
-    bundle_config.require_identity(weights, config)
+    bundle_config.require_identity(weights, config["weights"])
     model = _build_model(config, folder / CONFIG_FILE)
     model.load_weights(weights)
     return make_bundle(model.eval(), config)

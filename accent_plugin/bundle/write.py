@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,10 +14,24 @@ import accent_plugin
 from accent_plugin import files
 from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.bundle import config as bundle_config
-from accent_plugin.bundle.config import CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE, YAML_FILE
+from accent_plugin.bundle.config import (
+    CONFIG_FILE,
+    EMBEDDINGS,
+    FORMAT_VERSION,
+    GRAPH_FILE,
+    LENGTHS,
+    LOG_PROBABILITIES,
+    WAVES,
+    WEIGHTS_FILE,
+    YAML_FILE,
+)
+from accent_plugin.bundle.graph import make_graph
 from accent_plugin.bundle.load import load_bundle
 from accent_plugin.bundle.modules import Embedding, Head
-from accent_plugin.errors import BundleError
+from accent_plugin.bundle.session import open_graph, read_offsets
+from accent_plugin.errors import AccentPluginError, BundleError
+
+logger = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-4
 
@@ -34,7 +49,9 @@ def write_bundle(
     versions=None,
     imported_from=None,
 ):
-    """Write a bundle, load it, and compare its scores with the model's.
+    """Write a bundle, load it with torch and with ONNX Runtime, and compare the scores with the model's.
+
+    If ONNX Runtime cannot run the model, this is logged, and the bundle has no graph.
 
     Arguments
     ---------
@@ -96,6 +113,8 @@ def write_bundle(
             versions=versions,
             imported_from=imported_from,
         )
+        if graph := _write_graph(temporary, model):
+            config["graph"] = graph
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
         # safetensors ignores the umask and makes its file readable only by the owner.
         shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)
@@ -127,6 +146,47 @@ def make_config(
         "versions": versions or {},
         **({"imported_from": imported_from} if imported_from else {}),
     }
+
+
+def _write_graph(folder, model):
+    """Write the graph beside the weights and return its entry in config.json; None if ONNX Runtime cannot run it."""
+    path = folder / GRAPH_FILE
+    try:
+        path.write_bytes(make_graph(model, read_offsets(folder / WEIGHTS_FILE)).SerializeToString())
+        require_same_scores(path, model)
+    except Exception as error:
+        # Without a graph, the bundle is complete too, and nothing here may cost a training run its bundle.
+        path.unlink(missing_ok=True)
+        problem = str(error) if isinstance(error, AccentPluginError) else f"{type(error).__name__}: {error}"
+        logger.warning("the bundle has no %s, so it needs torch and starts slowly: %s", GRAPH_FILE, problem)
+        return None
+    identity = bundle_config.weights_identity(path)
+    return {"bytes": identity["bytes"], "sha256": identity["sha256"], **describe_limits(model)}
+
+
+def describe_limits(model):
+    """Return the limits of a clip in samples, as stored in config.json beside a graph."""
+    encoder = model.wav2vec2
+    return {"minimum_samples": encoder.minimum_samples, "maximum_samples": encoder.maximum_samples}
+
+
+def require_same_scores(path, model):
+    """Raise a `BundleError` unless ONNX Runtime gives a model's scores and embeddings on noise of several lengths."""
+    noise = 0.1 * torch.randn(3, 2 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([2 * SAMPLE_RATE, SAMPLE_RATE, max(100, model.wav2vec2.minimum_samples)])
+    # ONNX Runtime runs first: it is the one that may refuse.
+    inputs = {WAVES: noise.numpy(), LENGTHS: lengths.numpy()}
+    found = open_graph(path).run([LOG_PROBABILITIES, EMBEDDINGS], inputs)
+    with torch.inference_mode():
+        embeddings = model.embed(noise, lengths.double() / noise.shape[1])
+        expected = torch.log_softmax(model.classifier(embeddings), dim=-1)
+    for ours, theirs in zip(found, (expected, embeddings), strict=True):
+        difference = (torch.from_numpy(ours) - theirs).abs().max().item()
+        # Rounding grows with the numbers. Not "difference > tolerance", which would accept NaN.
+        if not difference <= _TOLERANCE * max(1.0, theirs.abs().max().item()):
+            raise BundleError(
+                f"ONNX Runtime and torch give different scores (by {difference:.1e}): please report this as a bug"
+            )
 
 
 def _compare(model, bundle, speeds):

@@ -29,7 +29,7 @@ from accent_plugin.errors import EncoderError
 logger = logging.getLogger(__name__)
 
 # The value in Hugging Face's Wav2Vec2FeatureExtractor, so that clips are normalised identically.
-_NORMALISATION_FLOOR = 1e-7
+NORMALISATION_FLOOR = 1e-7
 
 # Prefix of the encoder's tensors in a bundle, as AccentModel names them.
 PREFIX = "wav2vec2.model."
@@ -83,6 +83,8 @@ class InvariantEncoder:
     """
 
     detached = False
+    # Longest clip, in samples; None for any length.
+    maximum_samples: int | None = None
     # Layers with adapters. The parent's constructor calls `train` before there are any.
     _adapted = ()
 
@@ -269,7 +271,7 @@ class InvariantEncoder:
             mean = wavs.sum(dim=1, keepdim=True) / counts
             centred = (wavs - mean).masked_fill(~mask, 0.0)
             variance = centred.square().sum(dim=1, keepdim=True) / counts
-            return centred / torch.sqrt(variance + _NORMALISATION_FLOOR)
+            return centred / torch.sqrt(variance + NORMALISATION_FLOOR)
 
     def _from_pretrained(self, source, save_path, cache_dir, device=None, **kwargs):
         """Load from a local folder and require all weights; SpeechBrain's lobe initialises missing ones at random."""

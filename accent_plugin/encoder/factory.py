@@ -27,15 +27,12 @@ class Family:
         Linear layers of a transformer block that get an adapter; empty if `lora_rank` is not supported.
     hf_classifier : str
         The transformers class that gives the same scores with the same weights; None if there is none.
-    onnx : bool
-        Whether torch can export the encoder to ONNX.
     """
 
     encoder: type
     extractor: str = "Wav2Vec2FeatureExtractor"
     lora_targets: tuple = ()
     hf_classifier: str | None = None
-    onnx: bool = False
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -43,23 +40,18 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 # Hugging Face's model_type -> family. For each listed family, a test shows that a clip has the same frames alone and in
 # any batch.
 FAMILIES = {
-    "wav2vec2": Family(
-        Wav2Vec2Encoder, lora_targets=_ATTENTION, hf_classifier="Wav2Vec2ForSequenceClassification", onnx=True
-    ),
-    "hubert": Family(
-        Wav2Vec2Encoder, lora_targets=_ATTENTION, hf_classifier="HubertForSequenceClassification", onnx=True
-    ),
+    "wav2vec2": Family(Wav2Vec2Encoder, lora_targets=_ATTENTION, hf_classifier="Wav2Vec2ForSequenceClassification"),
+    "hubert": Family(Wav2Vec2Encoder, lora_targets=_ATTENTION, hf_classifier="HubertForSequenceClassification"),
     "wavlm": Family(
         Wav2Vec2Encoder,
         # Its attention passes layer weights to a torch function, which would bypass adapters.
         lora_targets=("intermediate_dense", "output_dense"),
         hf_classifier="WavLMForSequenceClassification",
-        onnx=True,
     ),
     "data2vec-audio": Family(
-        Wav2Vec2Encoder, lora_targets=_ATTENTION, hf_classifier="Data2VecAudioForSequenceClassification", onnx=True
+        Wav2Vec2Encoder, lora_targets=_ATTENTION, hf_classifier="Data2VecAudioForSequenceClassification"
     ),
-    "moonshine": Family(MoonshineEncoder, lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"), onnx=True),
+    "moonshine": Family(MoonshineEncoder, lora_targets=("q_proj", "k_proj", "v_proj", "o_proj")),
     # The transformers classifier pads every clip to 30 s. The spectrogram needs complex numbers, which ONNX lacks.
     "whisper": Family(WhisperEncoder, "WhisperFeatureExtractor", lora_targets=_ATTENTION),
 }

@@ -117,10 +117,10 @@ class WhisperEncoder(EncoderHalf):
                 f"features; this encoder wants a WhisperFeatureExtractor of {bins}"
             )
         self._hop, self._window_length = extractor.hop_length, extractor.n_fft
-        self._maximum_samples = self.model.max_source_positions * self.model.conv2.stride[0] * self._hop
-        if self._maximum_samples <= self._window_length // 2:
+        self.maximum_samples = self.model.max_source_positions * self.model.conv2.stride[0] * self._hop
+        if self.maximum_samples <= self._window_length // 2:
             raise EncoderError(
-                f"{source} has positions for {self._maximum_samples} samples, fewer than half a window of "
+                f"{source} has positions for {self.maximum_samples} samples, fewer than half a window of "
                 f"{self._window_length}"
             )
         # Not persistent, so that the state dict has only Hugging Face's keys.
@@ -152,7 +152,7 @@ class WhisperEncoder(EncoderHalf):
         valid = valid_frames(self._mel_counts(counts), self._mel_counts(wavs.shape[1])).unsqueeze(1)
         # The last window of a clip reaches into the silence after it. At 30 s there is none, and torch reflects the
         # clip.
-        wavs = nn.functional.pad(wavs, (0, self._window_length // 2))[:, : self._maximum_samples]
+        wavs = nn.functional.pad(wavs, (0, self._window_length // 2))[:, : self.maximum_samples]
         with torch.autocast(wavs.device.type, enabled=False):
             spectrum = torch.stft(wavs, self._window_length, self._hop, window=self._window, return_complex=True)
             power = spectrum[..., : valid.shape[-1]].abs().square()
@@ -161,11 +161,11 @@ class WhisperEncoder(EncoderHalf):
             return ((torch.maximum(mel, loudest - 8.0) + 4.0) / 4.0).masked_fill(~valid, 0.0), valid
 
     def _encode(self, wavs, counts, padded, all_states):
-        if wavs.shape[1] > self._maximum_samples:
+        if wavs.shape[1] > self.maximum_samples:
             raise AudioError(
                 TOO_LONG,
                 f"a clip lasts {wavs.shape[1] / SAMPLE_RATE:.1f} s, but Whisper has positions for "
-                f"{self._maximum_samples / SAMPLE_RATE:g} s: set max_seconds or crop_seconds to that or less",
+                f"{self.maximum_samples / SAMPLE_RATE:g} s: set max_seconds or crop_seconds to that or less",
             )
         model = self.model
         frames, valid = self._log_mel(wavs, counts)

@@ -1,22 +1,22 @@
 """Classify with ONNX Runtime, without torch or SpeechBrain.
 
-`accent-plugin export BUNDLE --to onnx` writes the folder: config.json as in a bundle, and model.onnx, the complete
-graph from padded waveforms and their lengths to log-probabilities, which do not depend on the padding.
+It loads a bundle as training writes it, whose graph.onnx reads the weights from model.ckpt, and a folder that
+`accent-plugin export BUNDLE --to onnx` writes, with all in model.onnx. A graph maps padded waveforms and their lengths
+to log-probabilities, which do not depend on the padding.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
 from scipy.special import log_softmax
 
 from accent_plugin.audio.augment import change_speed
+from accent_plugin.audio.samples import SAMPLE_RATE, TOO_LONG
 from accent_plugin.bundle import config as bundle_config
-from accent_plugin.errors import BundleError, ConfigError
+from accent_plugin.bundle.config import GRAPH_FILE, LENGTHS, LOG_PROBABILITIES, ONNX_FILE, WAVES, WEIGHTS_FILE
+from accent_plugin.bundle.session import open_graph
+from accent_plugin.errors import AudioError, BundleError, ConfigError
 from accent_plugin.inference.base import InferenceOptions, RecordingClassifier
-
-# Names of the inputs and the output of the graph.
-WAVES, LENGTHS, LOG_PROBABILITIES = "waves", "lengths", "log_probabilities"
 
 
 class OnnxAccentClassifier(RecordingClassifier):
@@ -40,16 +40,17 @@ class OnnxAccentClassifier(RecordingClassifier):
         self._set_up(config, chosen)
         self._session = session
         self._speeds = config["model"]["speeds"]
-        self._least = config["onnx"]["minimum_samples"]
+        limits = config["onnx"] if config["weights"]["file"] == ONNX_FILE else config["graph"]
+        self._least, self._most = limits["minimum_samples"], limits.get("maximum_samples")
 
     @classmethod
     def from_bundle(cls, folder, threads=None, providers=("CPUExecutionProvider",), **options):
-        """Load an exported folder; only the graph in it is executed.
+        """Load a bundle or an exported folder; only the graph in it is executed.
 
         Arguments
         ---------
         folder : str or Path
-            Folder written by ``accent-plugin export --to onnx``.
+            The bundle, as written by training, or a folder written by ``accent-plugin export --to onnx``.
         threads : int
             Threads of ONNX Runtime; None for one per core.
         providers : sequence of str
@@ -60,20 +61,25 @@ class OnnxAccentClassifier(RecordingClassifier):
         Raises
         ------
         BundleError
-            If the folder is missing, damaged, or holds something else.
+            If the folder is missing, damaged, or has no graph.
         ConfigError
             If an option is invalid, or ONNX Runtime is not installed.
         """
         folder = Path(folder).absolute()
         config = bundle_config.read(folder)
-        graph = folder / bundle_config.ONNX_FILE
-        if config["weights"]["file"] != bundle_config.ONNX_FILE:
+        if config["weights"]["file"] == ONNX_FILE:
+            identities = {ONNX_FILE: config["weights"]}
+        elif config.get("graph"):
+            identities = {GRAPH_FILE: config["graph"], WEIGHTS_FILE: config["weights"]}
+        else:
             raise BundleError(
-                f"{folder} was not exported to ONNX: accent-plugin export {folder.name} --to onnx --out FOLDER"
+                f"{folder} has no {GRAPH_FILE}: accent-plugin export {folder.name} --to onnx --out FOLDER makes one"
             )
-        bundle_config.require_size(graph, config)
-        bundle_config.require_identity(graph, config)
-        classifier = cls(_session(graph, threads, providers), config, **options)
+        for name, identity in identities.items():
+            bundle_config.require_size(folder / name, identity)
+            bundle_config.require_identity(folder / name, identity)
+        graph = folder / next(iter(identities))
+        classifier = cls(open_graph(graph, threads, providers), config, **options)
         # Without the package onnx, the tensors themselves cannot be read.
         if not np.isfinite(classifier._log_probabilities([np.zeros(1, np.float32)])).all():
             raise BundleError(f"{graph} gives NaN for silence: its weights have NaN or infinity; export it again")
@@ -87,41 +93,14 @@ class OnnxAccentClassifier(RecordingClassifier):
         """Log-probabilities (batch, classes) of (samples,) arrays played faster by `speed`."""
         waves = waves if speed == 1 else [change_speed(wave, speed) for wave in waves]
         lengths = np.array([len(wave) for wave in waves], dtype=np.int64)
+        if self._most is not None and lengths.max() > self._most:
+            raise AudioError(
+                TOO_LONG,
+                f"window_seconds is {self.window_seconds:g}, too long for this encoder: it takes at most "
+                f"{self._most / SAMPLE_RATE:g} s",
+            )
         padded = np.zeros((len(waves), max(self._least, *lengths)), dtype=np.float32)
         for row, wave in zip(padded, waves, strict=True):
             row[: len(wave)] = wave
         scores = self._session.run([LOG_PROBABILITIES], {WAVES: padded, LENGTHS: lengths})[0]
         return scores.astype(np.float64)
-
-
-def import_onnxruntime():
-    """Import ONNX Runtime without its telemetry, unless the user has set ORT_DISABLE_TELEMETRY to 0.
-
-    It reads the variable on import; otherwise it leaves a device identifier in the home folder.
-    """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime
-
-    return onnxruntime
-
-
-def _session(graph, threads, providers):
-    try:
-        onnxruntime = import_onnxruntime()
-    except ImportError:
-        raise ConfigError("ONNX Runtime is not installed: pip install onnxruntime") from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    # Errors only: models from another version of the exporter cause many warnings.
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
-    except Exception as error:
-        # ONNX Runtime has a dozen exceptions without a common base class.
-        raise BundleError(f"{graph} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}") from None
-    names = {each.name for each in (*session.get_inputs(), *session.get_outputs())}
-    if names != {WAVES, LENGTHS, LOG_PROBABILITIES}:
-        raise BundleError(
-            f"{graph} has the inputs and outputs {', '.join(sorted(names))}: it was not written by accent-plugin export"
-        )
-    return session

@@ -12,7 +12,6 @@ A lower precision changes answers, so the model is compared with fp32 on labelle
 """
 
 import contextlib
-import copy
 import json
 import logging
 import shutil
@@ -21,36 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from packaging.version import Version
-from torch import nn
 
 from accent_plugin import files
-from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.bundle import config as bundle_config
 from accent_plugin.bundle import model_card
+from accent_plugin.bundle.graph import make_graph
 from accent_plugin.bundle.load import load_bundle
+from accent_plugin.bundle.session import import_onnxruntime
+from accent_plugin.bundle.write import describe_limits, require_same_scores
 from accent_plugin.data.naming import VALID
-from accent_plugin.encoder.factory import FAMILIES
-from accent_plugin.errors import BundleError, ExchangeError
+from accent_plugin.errors import ExchangeError
 from accent_plugin.evaluation.scores import confusion_matrix, unweighted_average_recall
-from accent_plugin.exchange.onnx_classifier import (
-    LENGTHS,
-    LOG_PROBABILITIES,
-    WAVES,
-    OnnxAccentClassifier,
-    import_onnxruntime,
-)
+from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier
 from accent_plugin.inference.labelled import WHOLE_CLIPS, evaluate_model, read_labelled
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-_LONGEST_SECONDS = 600
-_TOLERANCE = 1e-4
 _WORST_LOSS = 0.01
-# Earlier exporters fix sizes that should stay free.
-_TESTED_TORCH = "2.11"
 
 # Smaller tensors are not worth converting.
 _LEAST_VALUES = 1024
@@ -95,15 +82,12 @@ def export(folder, out, precision="fp32", data=None, unchecked=False, split=None
     out = Path(out).absolute()
     bundle_config.require_replaceable(out, bundle_config.ONNX_FILES)
     loaded = load_bundle(folder)
-    family = loaded.config["model"]["encoder"]["family"]
-    if not FAMILIES[family].onnx:
-        exportable = ", ".join(name for name in FAMILIES if FAMILIES[name].onnx)
-        raise ExchangeError(f"{family} cannot be exported to ONNX; supported are {exportable}")
+    exact_graph = make_graph(loaded.model)
     with files.atomic_folder(out, bundle_config.ONNX_FILES) as temporary:
         exact = temporary if precision == "fp32" else temporary / "fp32"
         exact.mkdir(exist_ok=True)
-        _write(exact, loaded, "fp32", trace(loaded.model), folder)
-        _require_same_scores(exact, loaded)
+        _write(exact, loaded, "fp32", exact_graph, folder)
+        require_same_scores(exact / bundle_config.ONNX_FILE, loaded.model)
         if exact != temporary:
             graph = lower_precision(exact / bundle_config.ONNX_FILE, precision)
             _write(temporary, loaded, precision, graph, folder)
@@ -111,58 +95,6 @@ def export(folder, out, precision="fp32", data=None, unchecked=False, split=None
                 _keep_comparison(temporary, compare(exact, temporary, data, split), unchecked)
             shutil.rmtree(exact)
     return out
-
-
-class _Graph(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, waves, lengths):
-        return self.model(waves, lengths.double() / waves.shape[1])
-
-
-def trace(model):
-    """Export an `AccentModel` as a graph (onnx.ModelProto) for any number of clips of any length.
-
-    Missing packages, and a model that the exporter cannot follow, are ExchangeErrors.
-    """
-    _require_packages()
-    model = copy.deepcopy(model).cpu().float().eval()
-    model.requires_grad_(False)
-    least = model.wav2vec2.minimum_samples
-    clips = torch.export.Dim("clips")
-    samples = torch.export.Dim("samples", min=least, max=_LONGEST_SECONDS * SAMPLE_RATE)
-    # Long enough for many frames: the exporter fixes dimensions that are 1 in the example.
-    length = max(SAMPLE_RATE, 4 * least)
-    example = torch.zeros(2, length), torch.tensor([length, 3 * length // 4])
-    with _quiet(), torch.no_grad():
-        try:
-            program = torch.onnx.export(
-                _Graph(model).eval(),
-                example,
-                input_names=[WAVES, LENGTHS],
-                output_names=[LOG_PROBABILITIES],
-                dynamic_shapes=({0: clips, 1: samples}, {0: clips}),
-                dynamo=True,
-                verbose=False,
-            )
-        except Exception as error:
-            # The exporter wraps any exception of torch, ONNX or the model.
-            reason = str(error).splitlines()[0].split("\x1b")[0].strip()
-            message = f"torch {torch.__version__} cannot export this model to ONNX: {reason}"
-            if Version(torch.__version__) < Version(_TESTED_TORCH):
-                message += f"\nexport is tested with torch {_TESTED_TORCH}, and fails with 2.6 and 2.8: upgrade torch"
-            raise ExchangeError(message) from error
-    return _without_origins(program.model_proto)
-
-
-def _without_origins(graph):
-    """Remove the source locations of nodes, which contain paths of this machine."""
-    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.functions):
-        del part.metadata_props[:]
-        part.doc_string = ""
-    return graph
 
 
 def lower_precision(path, precision):
@@ -189,6 +121,9 @@ def lower_precision(path, precision):
 
 def _in_int8(path):
     import onnx
+
+    # First, before its telemetry is imported with it.
+    import_onnxruntime()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = path.with_name("quantised.onnx")
@@ -269,11 +204,11 @@ def _write(folder, loaded, precision, graph, source):
             f"the graph has {graph.ByteSize():,} bytes, but an ONNX file can hold at most {_LARGEST_GRAPH:,}"
         )
     path.write_bytes(graph.SerializeToString())
-    config = loaded.config | {
+    config = {key: value for key, value in loaded.config.items() if key != "graph"} | {
         "weights": bundle_config.weights_identity(path),
         "onnx": {
             "precision": precision,
-            "minimum_samples": loaded.model.wav2vec2.minimum_samples,
+            **describe_limits(loaded.model),
             "made_of": loaded.config["weights"]["sha256"],
         },
     }
@@ -284,37 +219,9 @@ def _write(folder, loaded, precision, graph, source):
         (folder / model_card.CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def _require_same_scores(folder, loaded):
-    """Raise if an export and torch give different scores for a batch of noise of several lengths."""
-    noise = np.random.default_rng(0).standard_normal(3 * SAMPLE_RATE).astype(np.float32) / 10
-    waves = [noise, noise[: 2 * SAMPLE_RATE], noise[:100]]
-    wavs = nn.utils.rnn.pad_sequence([torch.from_numpy(wave) for wave in waves], batch_first=True)
-    lens = torch.tensor([len(wave) / len(noise) for wave in waves], dtype=torch.double)
-    with torch.inference_mode():
-        embeddings = loaded.modules["embedding_model"](wavs, lens)
-        expected = loaded.modules["classifier"](embeddings).squeeze(1).numpy()
-    found = OnnxAccentClassifier.from_bundle(folder)._log_probabilities(waves)
-    difference = np.abs(found - expected).max()
-    # Not "difference > tolerance", which would accept NaN.
-    if not difference <= _TOLERANCE:
-        raise BundleError(
-            f"ONNX Runtime and torch give different scores (by {difference:.1e}): please report this as a bug"
-        )
-
-
-def _require_packages():
-    try:
-        # First, before another package imports ONNX Runtime with its telemetry.
-        import_onnxruntime()
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ExchangeError(f"{error.name} is not installed: pip install 'accent_plugin[onnx]'") from None
-
-
 @contextlib.contextmanager
 def _quiet():
-    """Suppress the exporters' warnings and log messages."""
+    """Suppress warnings and log messages of ONNX Runtime's quantisation."""
     # ONNX Runtime's quantisation logs through the root logger, which adds a handler to it.
     handlers = logging.root.handlers[:]
     logging.disable(logging.WARNING)

@@ -31,7 +31,7 @@ def make_encoder(source, save_path=None, from_bundle=None, **options):
         return factory.make_encoder(from_bundle, save_path, **options)
     folder = Path(from_bundle)
     config, path = bundle_config.read(folder), folder / bundle_config.WEIGHTS_FILE
-    bundle_config.require_identity(path, config)
+    bundle_config.require_identity(path, config["weights"])
     return factory.build_from_description(config["model"]["encoder"], weights_file=path, **options)
 
 
@@ -52,7 +52,7 @@ def find_start(folder):
     config = bundle_config.read(folder)
     if config["weights"]["file"] != bundle_config.WEIGHTS_FILE:
         raise EncoderError(f"{folder} was exported to {config['weights']['file']}, which cannot be trained")
-    bundle_config.require_size(folder / bundle_config.WEIGHTS_FILE, config)
+    bundle_config.require_size(folder / bundle_config.WEIGHTS_FILE, config["weights"])
 
 
 def start_identity(folder):

@@ -125,8 +125,6 @@ print(json.dumps(found))
 # What asks for a package of an extra -> its error without.
 CALLS = {
     "encoder.lora.require_peft()": "EncoderError: .*pip install 'accent_plugin[lora]'",
-    "exchange.onnx_classifier._session('model.onnx', None, ())": "ConfigError: .*pip install onnxruntime",
-    "exchange.onnx_export.trace(None)": "ExchangeError: onnx is not installed: pip install 'accent_plugin[onnx]'",
     "training.options.make_tensorboard_logger(True, 'logs')": "ConfigError: .*pip install tensorboard",
     "corpus.synthetic.espeak()": "DataError: .*pip install accent_plugin[synthetic]",
     "serving.server._make(None, '', None, None, False, True, '')": "ConfigError: .*pip install 'accent_plugin[serve]'",
