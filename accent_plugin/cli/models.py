@@ -199,17 +199,29 @@ def _classifier(arguments, model, **options):
     return AccentClassifier(loaded.modules, loaded.hparams, run_opts=run_opts, precision=arguments.precision, **options)
 
 
+# Devices of NVIDIA, AMD, and either on Windows' Linux. torch could tell, but takes seconds to import.
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
 def _choose_backend(arguments, model):
-    """The backend that was given, or the one that the model's folder was exported for."""
+    """The backend that was given, or the one that starts and runs faster.
+
+    On a CPU, this is ONNX Runtime wherever there is a graph. An accelerator, --device and --precision need torch.
+    """
     from accent_plugin.bundle import config as bundle_config
 
-    found = "onnx" if Path(model, bundle_config.ONNX_FILE).is_file() else "torch"
-    if (arguments.backend or found) == "onnx" and (arguments.device or arguments.precision != "fp32"):
+    exported = Path(model, bundle_config.ONNX_FILE).is_file()
+    needs_torch = arguments.device or arguments.precision != "fp32"
+    if needs_torch and (exported or arguments.backend == "onnx"):
         raise AccentPluginError(
-            "--device and --precision work with the torch backend only: an ONNX model runs on the CPU in the precision "
-            "that it was exported with"
+            "--device and --precision work with the torch backend only: ONNX Runtime runs on the CPU, in the precision "
+            "of the graph"
         )
-    return arguments.backend or found
+    if arguments.backend:
+        return arguments.backend
+    has_graph = Path(model, bundle_config.GRAPH_FILE).is_file()
+    fast_on_cpu = has_graph and not needs_torch and not any(map(os.path.exists, _ACCELERATORS))
+    return "onnx" if exported or fast_on_cpu else "torch"
 
 
 def _is_hugging_face(model):

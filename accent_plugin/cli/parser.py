@@ -252,9 +252,9 @@ def _add_decision_options(add):
 
 
 def _add_device_options(add):
-    add("--backend", choices=("torch", "onnx"), help="(default: the one that the model was exported for)")
+    add("--backend", choices=("torch", "onnx"), help="(default: onnx on a CPU, if the model has a graph)")
     add("--device", help="such as cpu or cuda:0 (default: the fastest available)")
-    add("--precision", default="fp32", choices=("fp32", "bf16", "auto"), help="(default: fp32)")
+    add("--precision", default="fp32", choices=("fp32", "bf16", "auto"), help="of the torch backend (default: fp32)")
 
 
 def _add_workers_option(add):

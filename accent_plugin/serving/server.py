@@ -84,6 +84,7 @@ def _make(classifier, card, limits, token, page, local, folder):
         from accent_plugin.serving import api, guard
 
         if page:
+            print("loading Gradio for the web page; with --no_page, the API starts sooner", file=sys.stderr, flush=True)
             import gradio  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:

@@ -32,17 +32,12 @@ CLIPS = sorted((GOLDEN / "clips").iterdir())
 ONNX = "bundles/onnx"
 # Which torch loads.
 BUNDLES = sorted(EXPECTED["probabilities"].keys() - {ONNX})
-# ONNX cannot express Whisper's spectrogram.
-FOR_ONNX = [name for name in BUNDLES if name != "bundles/whisper"]
 # Those that a classifier of transformers can express.
 FOR_TRANSFORMERS = ["bundles/adapters", "bundles/layers", "bundles/whitening", "finished/bundle"]
 # Other CPUs round differently.
 TOLERANCE = 1e-5
 # The release that wrote 0.1.0: some before it normalise the last state, and cannot express a weighted sum with it.
 NORMALISED_BEFORE = Version(EXPECTED["versions"]["transformers"])
-TORCH_EXPORTS = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.11"), reason="older torch cannot export to ONNX, and says so"
-)
 # Steps in three epochs.
 STEPS = 9
 
@@ -148,9 +143,7 @@ def test_a_bundle_classifies_on_the_command_line(name, capsys):
     require_expected(name, classified(capsys, "--model", GOLDEN / name))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FOR_ONNX)
-@TORCH_EXPORTS
+@pytest.mark.parametrize("name", BUNDLES)
 def test_a_bundle_is_exported_to_onnx(name, tmp_path, capsys):
     assert main.main(["export", str(GOLDEN / name), "--to", "onnx", "--out", str(tmp_path / "onnx")]) == 0
     require_expected(name, classified(capsys, "--model", tmp_path / "onnx"), 1e-4)
@@ -309,9 +302,7 @@ def test_a_run_of_another_configuration_is_still_refused(train, folder):
     assert "pooling: mean in the folder, attentive now" in done.err and "seed: 1986 in the folder, 2 now" in done.err
 
 
-@pytest.mark.parametrize(
-    "form", ["bundle", pytest.param("onnx", marks=[pytest.mark.slow, TORCH_EXPORTS]), "huggingface"]
-)
+@pytest.mark.parametrize("form", ["bundle", "onnx", "huggingface"])
 def test_a_finished_run_is_exported(form, folder, capsys):
     if form == "bundle":
         shutil.rmtree(folder / "finished/bundle")

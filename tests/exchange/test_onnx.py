@@ -13,15 +13,16 @@ import onnx
 import pytest
 import soundfile
 import torch
-import transformers
-from helpers.encoders import TINY, family_of
+from helpers.encoders import TINY
 
 from accent_plugin.bundle import load
 from accent_plugin.bundle.config import weights_identity
 from accent_plugin.bundle.load import load_bundle
 from accent_plugin.bundle.write import write_bundle
-from accent_plugin.encoder.factory import FAMILIES, make_encoder
-from accent_plugin.errors import BundleError, ConfigError, ExchangeError
+from accent_plugin.cli import models
+from accent_plugin.cli.parser import make_parser
+from accent_plugin.encoder.factory import make_encoder
+from accent_plugin.errors import AccentPluginError, BundleError, ConfigError, ExchangeError
 from accent_plugin.exchange import onnx_export
 from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier
 from accent_plugin.inference.classifier import AccentClassifier
@@ -50,12 +51,6 @@ def exported(tmp_path_factory, tiny_bundle):
     return onnx_export.export(tiny_bundle, tmp_path_factory.mktemp("onnx") / "fp32")
 
 
-@pytest.fixture
-def traced(exported, monkeypatch):
-    """Replaces the slow tracing by the graph of `exported`, which would be the same."""
-    monkeypatch.setattr(onnx_export, "trace", lambda model: onnx.load(exported / "model.onnx"))
-
-
 def scores(predictions):
     return np.log([list(prediction.probabilities.values()) for prediction in predictions])
 
@@ -69,8 +64,7 @@ def require_torchs_scores(folder, exported):
     assert np.ptp(expected, axis=0).max() > 0.1, "the clips must differ, or nothing is compared"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in TINY if FAMILIES[family_of(name)].onnx])
+@pytest.mark.parametrize("name", TINY)
 def test_every_family_has_the_scores_of_torch(tmp_path, tiny_encoder, name):
     head = {"pooling": "attentive_statistics", "projector_size": 8, "projector_activation": True}
     folder = make_bundle(tmp_path / "bundle", tiny_encoder(name), speeds=(1.0, 1.1), **head)
@@ -79,26 +73,6 @@ def test_every_family_has_the_scores_of_torch(tmp_path, tiny_encoder, name):
 
 def test_an_export_has_the_scores_of_torch(exported, tiny_bundle):
     require_torchs_scores(tiny_bundle, exported)
-
-
-def test_scores_at_several_speeds_match_torch(tmp_path):
-    """Two convolutions and a layer: the exporter takes half a minute for seven convolutions and three layers."""
-    torch.manual_seed(0)
-    config = transformers.WavLMConfig(
-        conv_dim=[16] * 2,
-        conv_kernel=[10, 8],
-        conv_stride=[10, 32],
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=48,
-        num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2,
-    )
-    transformers.WavLMModel(config).save_pretrained(tmp_path / "encoder")
-    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path / "encoder")
-    folder = make_bundle(tmp_path / "bundle", tmp_path / "encoder", speeds=(1.0, 1.1), pooling="attentive")
-    require_torchs_scores(folder, onnx_export.export(folder, tmp_path / "onnx"))
 
 
 def test_a_clip_scores_the_same_alone_and_in_a_batch(exported):
@@ -132,7 +106,6 @@ def test_the_identity_is_that_of_the_graph(exported, tiny_bundle):
 
 
 def test_the_folder_contains_no_local_paths(exported):
-    """torch's exporter records the source line of every node."""
     here = [str(Path(each).resolve().parent).encode() for each in (load.__file__, torch.__file__, exported)]
     for path in exported.iterdir():
         assert not [place for place in here if place in path.read_bytes()], path.name
@@ -162,10 +135,20 @@ def test_the_classifier_needs_neither_torch_nor_speechbrain(exported, tmp_path):
     assert run.stdout.strip() in LABELS, run.stderr
 
 
-def test_the_command_line_needs_neither_torch_nor_speechbrain(exported, tmp_path):
+@pytest.mark.parametrize("model", ["exported", "tiny_bundle"])
+def test_the_command_line_needs_neither_torch_nor_speechbrain(request, model, tmp_path):
     soundfile.write(tmp_path / "clip.wav", noise(2), 16_000)
     script = WITHOUT + "from accent_plugin.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
-    command = [sys.executable, "-c", script, "classify", tmp_path / "clip.wav", "--model", exported]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "classify",
+        tmp_path / "clip.wav",
+        "--model",
+        request.getfixturevalue(model),
+    ]
+    command += ["--backend", "onnx"]
     run = subprocess.run([*command, "--format", "jsonl"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["accent"] in LABELS
@@ -175,7 +158,7 @@ def test_the_command_line_needs_neither_torch_nor_speechbrain(exported, tmp_path
 
 
 @pytest.mark.parametrize(("precision", "kinds"), [("fp16", {"FLOAT16"}), ("bf16", {"BFLOAT16"}), ("int8", {"INT8"})])
-def test_a_lower_precision_gives_similar_scores(traced, exported, tiny_bundle, tmp_path, precision, kinds):
+def test_a_lower_precision_gives_similar_scores(exported, tiny_bundle, tmp_path, precision, kinds):
     smaller = onnx_export.export(tiny_bundle, tmp_path / precision, precision, unchecked=True)
     graph = onnx.load(smaller / "model.onnx").graph
     large = [tensor for tensor in graph.initializer if np.prod(tensor.dims) >= 1024]
@@ -204,13 +187,13 @@ def losing(monkeypatch):
     monkeypatch.setattr(onnx_export, "compare", lambda *arguments: found)
 
 
-def test_a_lower_precision_that_loses_more_than_a_point_is_refused(losing, traced, tiny_bundle, tmp_path):
+def test_a_lower_precision_that_loses_more_than_a_point_is_refused(losing, tiny_bundle, tmp_path):
     with pytest.raises(ExchangeError, match=r"recall 0.880 instead of 0.900 on 200 clips of corpus.*--unchecked"):
         onnx_export.export(tiny_bundle, tmp_path / "out", "fp16", data="corpus")
     assert not list(tmp_path.iterdir())
 
 
-def test_unchecked_keeps_a_lower_precision(losing, traced, tiny_bundle, tmp_path):
+def test_unchecked_keeps_a_lower_precision(losing, tiny_bundle, tmp_path):
     out = onnx_export.export(tiny_bundle, tmp_path / "out", "fp16", data="corpus", unchecked=True)
     compared = json.loads((out / "config.json").read_text(encoding="utf-8"))["onnx"]["compared"]
     assert compared["unweighted_average_recall"] == {"fp32": 0.9, "fp16": 0.88}
@@ -240,12 +223,6 @@ def test_invalid_options_are_an_error(tiny_bundle, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_whisper_cannot_be_exported(tiny_encoder, tmp_path):
-    folder = make_bundle(tmp_path / "bundle", tiny_encoder("whisper"))
-    with pytest.raises(ExchangeError, match="whisper cannot be exported to ONNX; supported are wav2vec2, "):
-        onnx_export.export(folder, tmp_path / "out")
-
-
 def test_other_files_are_not_replaced(tiny_bundle, tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
     with pytest.raises(BundleError, match="contains 'thesis.txt', which this command did not write"):
@@ -262,7 +239,7 @@ def test_an_export_with_other_files_is_not_replaced(exported, tiny_bundle, tmp_p
         onnx_export.export(tiny_bundle, tmp_path / "out")
 
 
-def test_an_export_is_replaced(traced, tiny_bundle, tmp_path):
+def test_an_export_is_replaced(tiny_bundle, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.onnx").write_bytes(b"cut")
     (tmp_path / "out" / "config.json").write_text('{"format_version": 1}')
@@ -271,10 +248,8 @@ def test_an_export_is_replaced(traced, tiny_bundle, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_bundle_and_an_export_are_distinguished(exported, tiny_bundle):
-    with pytest.raises(BundleError, match="was not exported to ONNX: accent-plugin export"):
-        OnnxAccentClassifier.from_bundle(tiny_bundle)
-    with pytest.raises(BundleError, match="was exported to ONNX: accent_plugin.exchange.onnx_classifier"):
+def test_torch_does_not_load_an_export(exported):
+    with pytest.raises(BundleError, match="is an ONNX export: load it with accent_plugin.exchange.onnx_classifier"):
         load_bundle(exported)
 
 
@@ -308,13 +283,13 @@ def test_a_modified_graph_is_an_error(spoilt):
 def test_a_truncated_graph_is_an_error(spoilt):
     folder, _ = spoilt
     (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-1])
-    with pytest.raises(BundleError, match="it was cut or changed"):
+    with pytest.raises(BundleError, match="it is damaged or changed"):
         OnnxAccentClassifier.from_bundle(folder)
 
 
 def test_a_file_that_is_not_a_graph_is_an_error(spoilt):
     _, put = spoilt
-    with pytest.raises(BundleError, match="cannot be loaded by ONNX Runtime"):
+    with pytest.raises(BundleError, match="is not an ONNX graph: a field has the unknown type 6"):
         OnnxAccentClassifier.from_bundle(put(b"no graph at all"))
 
 
@@ -336,7 +311,7 @@ def test_a_graph_with_other_inputs_is_an_error(spoilt):
 
 
 def test_a_graph_with_external_weights_is_an_error(spoilt, tmp_path):
-    """An untrusted graph may refer to any file; ONNX Runtime reads none outside the model's folder."""
+    """An untrusted graph may refer to any file; an export needs none."""
     (tmp_path / "secret").write_bytes(bytes(16))
     _, put = spoilt
     graph = other_graph("sums")
@@ -346,7 +321,7 @@ def test_a_graph_with_external_weights_is_an_error(spoilt, tmp_path):
     weight.external_data.add(key="location", value="../secret")
     del graph.graph.input[:]
     graph.graph.initializer.append(weight)
-    with pytest.raises(BundleError, match="cannot be loaded by ONNX Runtime"):
+    with pytest.raises(BundleError, match="refers to '../secret': do not trust it"):
         OnnxAccentClassifier.from_bundle(put(graph.SerializeToString()))
 
 
@@ -357,8 +332,8 @@ def test_a_missing_onnx_runtime_is_an_error(exported, monkeypatch):
 
 
 def test_a_missing_exporter_is_an_error(tiny_bundle, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ExchangeError, match=r"onnxscript is not installed: pip install 'accent_plugin\[onnx\]'"):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ExchangeError, match="onnx is not installed: pip install onnx"):
         onnx_export.export(tiny_bundle, tmp_path / "out")
 
 
@@ -398,15 +373,54 @@ def test_weights_with_nan_are_refused(exported, tmp_path):
         OnnxAccentClassifier.from_bundle(folder)
 
 
-@pytest.mark.parametrize(("version", "remedy"), [("2.6.0+cu124", "upgrade torch"), ("2.11.0", "")])
-def test_a_release_of_torch_that_cannot_export_is_named(tiny_bundle, monkeypatch, version, remedy):
-    def fail(*arguments, **keywords):
-        raise RuntimeError("Failed to export. \x1b[96mThis is step 1/3\x1b[0m\nmore")
+# ------------------------------------------------------------------------------------------------ choice of the backend
 
-    monkeypatch.setattr(torch, "__version__", version)
-    monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(ExchangeError) as caught:
-        onnx_export.trace(load_bundle(tiny_bundle).model)
-    first, *rest = str(caught.value).splitlines()
-    assert first == f"torch {version} cannot export this model to ONNX: Failed to export."
-    assert [remedy in line for line in rest] == ([True] if remedy else [])
+
+def choose(model, *options):
+    """The backend that the command line chooses."""
+    arguments = make_parser().parse_args(["classify", "clip.wav", "--model", str(model), *options])
+    return models._choose_backend(arguments, str(model))
+
+
+@pytest.fixture
+def without_accelerator(monkeypatch):
+    monkeypatch.setattr(models, "_ACCELERATORS", ())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), "onnx"),
+        (("--backend", "torch"), "torch"),
+        (("--device", "cpu"), "torch"),
+        (("--precision", "bf16"), "torch"),
+        (("--precision", "fp32"), "onnx"),
+    ],
+    ids=str,
+)
+def test_a_bundle_with_a_graph_runs_on_onnx_runtime_unless_options_need_torch(
+    tiny_bundle, without_accelerator, options, expected
+):
+    assert choose(tiny_bundle, *options) == expected
+
+
+def test_a_bundle_without_a_graph_runs_on_torch(tiny_bundle, tmp_path, without_accelerator):
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (folder / "graph.onnx").unlink()
+    assert choose(folder) == "torch"
+
+
+def test_an_accelerator_is_used(tiny_bundle, exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_ACCELERATORS", (str(tmp_path),))
+    assert (choose(tiny_bundle), choose(tiny_bundle, "--backend", "onnx"), choose(exported)) == (
+        "torch",
+        "onnx",
+        "onnx",
+    )
+
+
+@pytest.mark.parametrize("options", [("--device", "cpu"), ("--precision", "bf16")], ids=str)
+def test_options_of_torch_are_refused_for_onnx_runtime(tiny_bundle, exported, options):
+    for model, more in ((tiny_bundle, ("--backend", "onnx")), (exported, ())):
+        with pytest.raises(AccentPluginError, match="--device and --precision work with the torch backend only"):
+            choose(model, *options, *more)

@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,23 @@ def refused(capsys, tiny_bundle):
         return capsys.readouterr().err
 
     return refused
+
+
+def test_the_api_alone_imports_no_heavy_packages(tiny_bundle, tmp_path):
+    code = (
+        "import sys\n"
+        "from accent_plugin.cli import models, parser\n"
+        "from accent_plugin.serving import server, service\n"
+        "words = ['serve', '--model', sys.argv[1], '--no_page', '--backend', 'onnx']\n"
+        "classifier = models._classifier(parser.make_parser().parse_args(words), sys.argv[1])\n"
+        "server._make(classifier, '', service.Limits(), None, False, True, sys.argv[2])\n"
+        "heavy = {'torch', 'speechbrain', 'transformers', 'datasets', 'gradio', 'matplotlib', 'pandas', 'sklearn'}\n"
+        "print(sorted(heavy & sys.modules.keys()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tiny_bundle, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
 
 
 def test_every_invalid_limit_is_named(refused):
