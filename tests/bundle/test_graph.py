@@ -330,7 +330,7 @@ def test_hidden_references_are_found(spoilt, opened, hide):
 @pytest.mark.parametrize("content", [b"no graph at all", b"", b"\x3a\xff\xff\xff\x7f", b"\x0b"], ids=repr)
 def test_a_file_that_is_not_a_graph_is_an_error(spoilt, content):
     put(spoilt, content)
-    with pytest.raises(BundleError, match=r"graph.onnx (is not an ONNX graph|is empty|cannot be loaded by ONNX Runtime)"):
+    with pytest.raises(BundleError, match=r"graph.onnx (is not an ONNX graph|is empty|cannot be loaded)"):
         OnnxAccentClassifier.from_bundle(spoilt)
 
 
