@@ -110,6 +110,15 @@ def test_answered_segments_keep_no_samples(classifier, tmp_path, monkeypatch):
     assert peak < 8e6
 
 
+def test_a_silent_channel_fails_alone(classifier, tmp_path):
+    sides = [noise(3.0), np.zeros(3 * SAMPLE_RATE, np.float32)]
+    soundfile.write(tmp_path / "call.wav", np.stack(sides, axis=1), SAMPLE_RATE, subtype="FLOAT")
+    found = predict_segments(classifier, tmp_path / "call.wav", [Segment(0.0, 2.0, "a")], each_channel=True)
+    assert [(segment.channel, type(answer)) for segment, answer in found.segments] == [(1, Prediction), (2, Failure)]
+    assert found.segments[1][1].reason == "silent"
+    assert {key: type(answer) for key, answer in found.speakers.items()} == {("a", 1): Prediction, ("a", 2): Failure}
+
+
 def test_each_channel_is_answered_by_itself(classifier, tmp_path):
     sides = [noise(3.0, seed=1), 2 * noise(3.0, seed=2)]
     soundfile.write(tmp_path / "call.wav", np.stack(sides, axis=1), SAMPLE_RATE, subtype="FLOAT")
@@ -219,6 +228,9 @@ def test_segment_files_of_each_kind(tmp_path, name, text, expected, encoding):
     ("a.csv", "start,end,channel\n0,1,left\n", "channel is 'left': give a number, at least 1"),
     ("a.csv", "speaker,end\na,1\n", "needs the columns start and end, or start and duration: it has speaker, end"),
     ("a.csv", "start,end\n1\n", "line 2: end is '': give seconds"),
+    ("a.csv", "start,end,speaker\n0,1,a\n0,5,1,5,b\n", "line 3 has 5 cells, but the header has 3: quote cells"),
+    ("a.csv", 'start,end,speaker\n0,1,"ann\n1,2,bob\n', "unexpected end of data: close or remove the quotation mark"),
+    ("a.csv", "start;end\n0,5;1,5\n", "start is '0,5': give seconds, with a decimal point"),
     ("a.TextGrid", "hello", "is a damaged TextGrid"),
     ("a.TextGrid", SHORT[:-20], "is a damaged TextGrid"),
     ("a.TextGrid", 'File type = "ooTextFile"\nObject class = "Pitch"\n', "is not a TextGrid"),
