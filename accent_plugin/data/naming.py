@@ -121,9 +121,11 @@ def asked_splits(names, asked, option):
     chosen = set()
     for one in asked:
         kind = split_kind(one)
-        fitting = [name for name in names if name == one] or [
-            name for name in names if kind and split_kind(name) == kind
-        ]
+        fitting = (
+            [name for name in names if name == one]
+            or [name for name in names if name.casefold() == one.casefold()]
+            or [name for name in names if kind and split_kind(name) == kind]
+        )
         if not fitting:
             raise DataError(f"{option} names '{one}'; the splits are {', '.join(names)}")
         chosen.update(fitting)

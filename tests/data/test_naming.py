@@ -36,6 +36,7 @@ def test_splits_are_asked_for_by_name_or_kind():
     assert naming.asked_splits(names, ["valid"], "--split") == ["dev"]
     # Its own name comes before its kind.
     assert naming.asked_splits(names, ["test"], "--split") == ["test"]
+    assert naming.asked_splits(names, ["Test"], "--split") == ["test"]
     with pytest.raises(DataError, match="--split names 'extras'; the splits are train, test, eval, dev, extra"):
         naming.asked_splits(names, ["extras"], "--split")
 
