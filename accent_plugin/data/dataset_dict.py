@@ -138,6 +138,14 @@ def _load(data_folder):
 
     try:
         return datasets.load_from_disk(str(data_folder))
+    except IndexError:
+        # The library saves a split without rows as no file at all, and cannot read that.
+        states = sorted(Path(data_folder).glob("*/state.json"))
+        empty = [path.parent.name for path in states if not read_json(path, DataError).get("_data_files")]
+        raise DataError(
+            f"{data_folder} cannot be read: its split {' and '.join(empty) or '?'} has no rows\n"
+            "save the DatasetDict again without it"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{data_folder} cannot be read as a DatasetDict: {error}") from None
 

@@ -589,6 +589,16 @@ def test_a_datasetdict_that_lost_its_data(tmp_path):
         prepare(data, tmp_path / "out")
 
 
+def test_a_split_without_rows_is_named(tmp_path):
+    data = save(tmp_path / "data", **three_splits(clients=(1, 1, 1)))
+    # This is how datasets saves a split without rows.
+    next((data / "validation").glob("*.arrow")).unlink()
+    state = json.loads((data / "validation" / "state.json").read_text())
+    (data / "validation" / "state.json").write_text(json.dumps(state | {"_data_files": []}))
+    with pytest.raises(DataError, match="its split validation has no rows\nsave the DatasetDict again without it"):
+        prepare(data, tmp_path / "out")
+
+
 def test_splits_that_cannot_be_told(tmp_path):
     table = rows("us", 2) + rows("england", 2)
     data = save(tmp_path / "data", one=table, two=table)
