@@ -156,9 +156,10 @@ _READERS = {".rttm": _from_rttm, ".csv": _from_table, ".tsv": _from_table, ".tex
 
 
 def _segment(start, end, speaker, channel, file, where):
-    if not 0 <= start < end:
+    # Diarisation tools round short segments to nothing: these fail alone.
+    if not 0 <= start <= end:
         raise DataError(
-            f"{where} is a segment from {start:g} to {end:g} s: start must be 0 or more, and end must be after start"
+            f"{where} is a segment from {start:g} to {end:g} s: start must be 0 or more, and end must not be before it"
         )
     if channel and not (channel.isdecimal() and int(channel) > 0):
         raise DataError(f"{where}: channel is '{channel}': give a number, at least 1")

@@ -176,7 +176,8 @@ def test_a_damaged_newest_checkpoint_is_skipped(two, tmp_path, caplog, name, how
     if found.path == spoilt:
         # Only if the damage is in the words before the digest, not in the content that it covers.
         assert name == METAFNAME and how[0] == "flip" and model.get() == 2.0
-        assert found.meta == yaml.safe_load(before)
+        # Without its "#" the line with the digest is one more key.
+        assert yaml.safe_load(before).items() <= found.meta.items()
         return
     assert model.get() == 1.0
     assert not spoilt.exists() and (folder / f"damaged+{spoilt.name}").is_dir()
