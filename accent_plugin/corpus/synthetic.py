@@ -1,8 +1,8 @@
 """The built-in corpus: three English accents, spoken by eSpeak NG, for a first run without any recordings.
 
 Every voice reads the same sentences in every accent, so that only the accent tells them apart; a voice is in one
-split only, and so is a sentence, though not its words. The speech is synthetic: it proves the machinery, not accuracy
-on people.
+split only, and so is a sentence, though not its words. The speech is synthetic: it shows that the pipeline works, and
+says nothing about accuracy on real speech.
 
     python -m accent_plugin.corpus.synthetic --out data/synthetic --encoder data/tiny_wav2vec2
 
@@ -339,7 +339,7 @@ def make_corpus(folder, seed=0, voices=48, clips_per_voice=16, say=None):
     card = {
         "synthetic": True,
         "name": "built-in synthetic corpus (eSpeak NG)",
-        "note": "proves the machinery, says nothing about accuracy on people",
+        "note": "it shows that the pipeline works, and says nothing about accuracy on real speech",
         **arguments,
         "espeak_version": espeak().version,
     }

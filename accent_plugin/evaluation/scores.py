@@ -7,6 +7,12 @@ from accent_plugin.errors import ReportError
 BINS = 15
 
 
+def log_softmax(scores, axis=-1):
+    """Normalise scores to log-probabilities; SciPy's function, whose import takes as long as that of all else here."""
+    shifted = scores - np.max(scores, axis=axis, keepdims=True)
+    return shifted - np.log(np.sum(np.exp(shifted), axis=axis, keepdims=True))
+
+
 def safe_ratio(a, b):
     """Divide; 0 where the denominator is 0."""
     return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0)

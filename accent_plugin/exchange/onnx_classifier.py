@@ -8,7 +8,6 @@ to log-probabilities, which do not depend on the padding.
 from pathlib import Path
 
 import numpy as np
-from scipy.special import log_softmax
 
 from accent_plugin.audio.augment import change_speed
 from accent_plugin.audio.samples import SAMPLE_RATE, TOO_LONG
@@ -16,6 +15,7 @@ from accent_plugin.bundle import config as bundle_config
 from accent_plugin.bundle.config import GRAPH_FILE, LENGTHS, LOG_PROBABILITIES, ONNX_FILE, WAVES, WEIGHTS_FILE
 from accent_plugin.bundle.session import open_graph
 from accent_plugin.errors import AudioError, BundleError, ConfigError
+from accent_plugin.evaluation.scores import log_softmax
 from accent_plugin.inference.base import InferenceOptions, RecordingClassifier
 
 

@@ -15,11 +15,11 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import log_softmax
 
 from accent_plugin.audio import codecs
 from accent_plugin.audio.samples import NON_FINITE, SAMPLE_RATE, UNDECODABLE, samples_from_array
 from accent_plugin.errors import AudioError, ConfigError
+from accent_plugin.evaluation.scores import log_softmax
 from accent_plugin.inference.batcher import DynamicBatcher
 from accent_plugin.inference.prefetch import BLOCK_SECONDS, Prefetcher, SourceAudio, name_of, one_ahead, plain
 from accent_plugin.inference.records import RELIABLE_SECONDS, Failure, Prediction, Window

@@ -230,7 +230,7 @@ def test_a_graph_needs_neither_torch_nor_onnx(template, tmp_path):
         "import sys\n"
         "from accent_plugin.exchange.onnx_classifier import OnnxAccentClassifier\n"
         "print(OnnxAccentClassifier.from_bundle(sys.argv[1]).predict_file(sys.argv[2]).accent)\n"
-        "print(sorted({'torch', 'speechbrain', 'transformers', 'onnx', 'safetensors'} & sys.modules.keys()))\n"
+        "print(sorted({'torch', 'speechbrain', 'transformers', 'onnx', 'safetensors', 'scipy'} & sys.modules.keys()))\n"
     )
     command = [sys.executable, "-c", script, template, tmp_path / "clip.wav"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

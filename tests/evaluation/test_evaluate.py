@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.special
 from helpers.predictions import LABELS, build, permuted, simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from accent_plugin.evaluation.scores import (
     calibration_bins,
     confusion_matrix,
     f1s,
+    log_softmax,
     macro_f1,
     precisions,
     recalls,
@@ -533,6 +535,12 @@ def test_pooled_folds_equal_one_evaluation():
 def test_auroc_agrees_with_scikit_learn(inside, outside):
     expected = sk.roc_auc_score([1] * len(inside) + [0] * len(outside), inside + outside)
     assert auroc(inside, outside) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_log_softmax_is_scipys(axis):
+    scores = np.random.default_rng(0).standard_normal((5, 3)) * 300
+    assert log_softmax(scores, axis) == pytest.approx(scipy.special.log_softmax(scores, axis), rel=1e-12)
 
 
 def test_out_of_set_scores_match_hand_computed_values():
