@@ -1,10 +1,13 @@
 """Mutated files through the command line: no traceback, no hang, and never success with a wrong count."""
 
+import contextlib
 import csv
 import io
 import json
+import logging
 import random
 from collections import Counter
+from unittest import mock
 
 import pytest
 from helpers.dataset_dicts import encode, noise
@@ -96,9 +99,9 @@ def test_mutated_audio_is_answered_or_counted_as_failed(tiny_bundle, sounds, tmp
 
 def run(command):
     """Run the command in this process; returns what it prints. Its exit code is `run.code`."""
-    import contextlib
-
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    # Tests before this one may have left handlers with streams that are closed now.
+    quiet = mock.patch.object(logging.root, "handlers", [])
+    with quiet, contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         run.code = main.main(command)
     assert run.code in (0, 1, 2)
     assert "Traceback" not in err.getvalue()

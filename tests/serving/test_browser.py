@@ -126,7 +126,7 @@ def test_a_long_file_shows_its_windows(visit, sounds):
     page = visit()
     choose(page, sounds / "long.flac")
     assert len(page.query_selector_all("#answer svg rect")) == 4
-    page.get_by_text("The windows as a table").click()
+    page.get_by_text("Windows as a table").click()
     assert page.locator("#answer details tbody tr").count() == 4
     keep(page, "windows.png")
 
