@@ -29,8 +29,9 @@ _STAND_INS = [
             "the content was not downloaded; run git annex get",
         ),
         (
-            r"(?:<!--.*?-->\s*|<\?xml[^>]*>\s*)*<(?:!doctype html|html|head|body)\b(?:.*?<title[^>]*>(.*?)</title>)?",
-            "a web page",
+            r"(?:<!--.*?-->\s*|<\?xml[^>]*>\s*)*<(?:!doctype html|html|head|body|script)\b"
+            r"(?:.*?<title[^>]*>(.*?)</title>)?",
+            "an HTML page",
             "download the file itself",
         ),
         (

@@ -40,8 +40,8 @@ STAND_INS = {
         "a Git LFS pointer",
     ),
     "git-annex": (b"/annex/objects/SHA256E-s377--4d7a21.ckpt\n", "a git-annex pointer"),
-    "a page": (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><head><title>\n Sign in </title>", r"a web page \('Sign in'\)"),
-    "a page after a comment": (b"<!-- 403 --><HTML lang=en><p>no", "a web page: download the file itself"),
+    "a page": (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><head><title>\n Sign in </title>", r"an HTML page \('Sign in'\)"),
+    "a page after a comment": (b"<!-- 403 --><HTML lang=en><p>no", "an HTML page: download the file itself"),
     "S3": (
         b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>NoSuchKey</Code><Message>x</Message></Error>',
         r"an object store's error \('NoSuchKey'\)",

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from accent_plugin import files
+
 # Enough for every signature below; what follows an ID3 tag is identified by a second call.
 HEAD_BYTES = 4096
 # Who reads it: libsndfile, FFmpeg (through PyAV), or nobody.
@@ -62,11 +64,6 @@ _SIGNATURES = (
     (0, rb"MAC ", Content(MEDIA, "a Monkey's Audio file", "ape")),
     (0, rb"TTA1", Content(MEDIA, "a True Audio file", "tta")),
     (0, rb"DSD ", Content(MEDIA, "a DSF file", "dsf")),
-    (
-        0,
-        rb"version https://git-lfs",
-        Content(OTHER, "a Git LFS pointer", advice="the audio was not downloaded: run git lfs pull"),
-    ),
     (0, rb"PK(\x03\x04|\x05\x06)", Content(OTHER, "a zip archive", advice="extract it first")),
     (0, rb"\x1f\x8b", Content(OTHER, "a gzip file", advice="extract it first")),
     (0, rb"BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", Content(OTHER, "an archive", advice="extract it first")),
@@ -78,7 +75,6 @@ _SIGNATURES = (
     (0, rb"#EXTM3U", Content(OTHER, "a playlist", advice="give the files that it lists")),
 )
 _COMPILED = tuple((offset, re.compile(pattern, re.DOTALL), content) for offset, pattern, content in _SIGNATURES)
-_HTML = re.compile(rb"<(!doctype html|html|head|body|script)\b", re.IGNORECASE)
 
 
 def identify(head):
@@ -115,12 +111,9 @@ def _identify_text(head):
         return None
     if not text.strip() or any(ord(c) < 32 and c not in "\t\n\r\f\x1b" for c in text):
         return None
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    downloaded = "the download failed: open the file in an editor to see the server's message"
-    if _HTML.search(start[:1024]):
-        return Content(OTHER, "an HTML page", advice=downloaded)
-    if start[:1] in (b"{", b"["):
-        return Content(OTHER, "JSON text", advice=downloaded)
-    if start[:1] == b"<":
-        return Content(OTHER, "an XML document", advice=downloaded)
-    return Content(OTHER, "a text file")
+    if found := files.describe_content(head):
+        name, _, advice = found.partition(": ")
+        return Content(OTHER, name, advice=advice)
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    name = {b"{": "JSON text", b"[": "JSON text", b"<": "an XML document"}.get(start, "a text file")
+    return Content(OTHER, name)

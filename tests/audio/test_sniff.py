@@ -21,11 +21,13 @@ def zipped():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (LFS_POINTER, "a Git LFS pointer, not audio: the audio was not downloaded"),
-        (b"<!DOCTYPE html>\n<html><title>404</title>", "an HTML page, not audio: the download failed"),
+        (LFS_POINTER, "a Git LFS pointer, not audio: the content was not downloaded; run git lfs pull"),
+        (b"<!DOCTYPE html>\n<html><title>404</title>", r"an HTML page \('404'\), not audio: download the file itself"),
         (b"\xef\xbb\xbf\n <HTML lang=en>", "an HTML page, not audio"),
-        (b'{"error": "not found"}', "JSON text, not audio"),
-        (b"<?xml version='1.0'?><Error/>", "an XML document, not audio"),
+        (b'{"error": "not found"}', r"a server's error \('not found'\), not audio: download the file again"),
+        (b'{"clips": []}', "JSON text, not audio"),
+        (b"<?xml version='1.0'?><Error/>", "an object store's error, not audio: download the file again"),
+        (b"<?xml version='1.0'?><clips/>", "an XML document, not audio"),
         (b"client_id\tpath\tsentence\n", "a text file, not audio"),
         ("Grüße, nicht Audio".encode(), "a text file, not audio"),
         (zipped(), "a zip archive, not audio: extract it first"),

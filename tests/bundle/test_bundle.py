@@ -640,7 +640,7 @@ def test_a_disk_that_is_full_of_weights_is_named(tmp_path, tiny_bundle, monkeypa
             b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n",
             "a Git LFS pointer: .* git lfs pull",
         ),
-        (b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>", "a web page"),
+        (b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>", "an HTML page"),
         (b'{"error":"Repository not found"}', "a server's error"),
         (b"", "empty"),
     ],

@@ -639,7 +639,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize(
-    "content, what", [(POINTER, "a Git LFS pointer"), (b"<html></html>", "a web page"), (b"", "empty")]
+    "content, what", [(POINTER, "a Git LFS pointer"), (b"<html></html>", "an HTML page"), (b"", "empty")]
 )
 def test_a_file_that_was_never_downloaded_is_named(tiny_encoder, tmp_path, name, content, what):
     folder = shutil.copytree(tiny_encoder("wav2vec2-group"), tmp_path / "part")

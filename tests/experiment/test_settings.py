@@ -226,7 +226,7 @@ def test_a_limit_on_steps_is_a_number(read):
 
 
 @pytest.mark.parametrize(
-    "content, problem", [(b"<html><title>404</title>", "is a web page"), (b"just text", "no names")]
+    "content, problem", [(b"<html><title>404</title>", "is an HTML page"), (b"just text", "no names")]
 )
 def test_a_file_that_is_no_yaml_of_hyperparameters(read, tmp_path, content, problem):
     (tmp_path / "bad.yaml").write_bytes(content)
