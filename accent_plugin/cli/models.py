@@ -29,7 +29,8 @@ def _classify_segments(arguments, sources, format):
     found = segments.read_segments(arguments.segments) if arguments.segments else None
     if found:
         segments.assign_segments(found, sources)
-    classifier = _classifier(arguments, arguments.model, **_window_options(arguments))
+    options = {"batch_seconds": arguments.batch_seconds} | _window_options(arguments)
+    classifier = _classifier(arguments, arguments.model, **options)
     each = arguments.channels == "each"
     _, failed = segments.run(classifier, sources, found, format, arguments.output, each_channel=each)
     return 1 if failed else 0

@@ -287,6 +287,14 @@ def test_the_command_answers_segments_and_speakers(tiny_bundle, talk, tmp_path, 
     assert "30 to 31 s: the recording ends at 9.00 s" in shown.err
 
 
+def test_the_length_of_a_batch_counts_for_segments_too(tiny_bundle, talk, tmp_path, capsys):
+    (tmp_path / "s.csv").write_text("start,end\n0,3\n")
+    command = ["classify", str(talk), "--model", str(tiny_bundle), "--segments", str(tmp_path / "s.csv")]
+    assert main.main([*command, "--batch_seconds", "-1"]) == 2
+    assert "batch_seconds is -1.0" in capsys.readouterr().err
+    assert main.main([*command, "--batch_seconds", "3"]) == 0
+
+
 def test_the_command_answers_each_side_of_a_call(tiny_bundle, tmp_path, capsys):
     soundfile.write(tmp_path / "call.wav", noise(2.0, channels=2), SAMPLE_RATE)
     (tmp_path / "broken.wav").write_text("no audio")
