@@ -2,7 +2,7 @@ import hashlib
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from accent_plugin.data import splits
@@ -241,21 +241,27 @@ def test_too_few_speakers_are_left_where_their_hash_puts_them():
 
 
 @settings(deadline=None, max_examples=60)
+@example([Item(f"{n}", "australia", f"australia{n}") for n in range(5)], 0, 3)
 @given(pools(), seeds, st.integers(0, 60))
 def test_when_data_are_added_at_most_two_speakers_of_an_accent_move(items, seed, known):
-    """Only a speaker who filled an empty split can move, and only back to the split of their hash."""
+    """And each into or out of a split that had to be filled.
+
+    In the example, test has two of three speakers by hash, so one of them fills valid. Of five speakers test has three,
+    and the fourth fills valid.
+    """
     fractions = {"valid_fraction": 0.2, "test_fraction": 0.3, "seed": seed}
     before = splits.by_hash(items[:known], **fractions)
     after = splits.by_hash(items, **fractions)
     old, new = (
         {(i.accent, i.speaker): split for split, part in parts.items() for i in part} for parts in (before, after)
     )
-    places = {unit: splits.rank(seed, "split", *unit) / 2**64 for unit in old}
+    places = {unit: splits.rank(seed, "split", *unit) / 2**64 for unit in new}
     by_hash = {unit: "test" if p < 0.3 else "valid" if p < 0.5 else "train" for unit, p in places.items()}
     moved = [unit for unit in old if old[unit] != new[unit]]
     assert max(Counter(accent for accent, _ in moved).values(), default=0) <= 2
-    enough = {accent for accent, n in Counter(accent for accent, _ in old).items() if n >= 3}
-    assert not [unit for unit in moved if unit[0] in enough and old[unit] == by_hash[unit]]
+    assert not [unit for unit in moved if by_hash[unit] not in (old[unit], new[unit])]
+    settled = {accent for accent, _ in old if len({by_hash[unit] for unit in old if unit[0] == accent}) == 3}
+    assert not [unit for unit in moved if unit[0] in settled]
 
 
 def test_a_fraction_of_zero_makes_no_split():
