@@ -66,9 +66,8 @@ def by_hash(items, *, valid_fraction, test_fraction, seed):
 
     The hash is a place between 0 and 1: places below ``test_fraction`` are in test, the next ``valid_fraction`` in
     valid, the others in train. The fractions are met on average only. In an accent with three speakers or more in which
-    that leaves a split empty, the speakers with the nearest places fill it. When data are added, at most two speakers of
-    an accent move, each into or out of a split that had to be filled. As soon as every split has a speaker by hash, all
-    are where their hash puts them.
+    that leaves a split empty, the speakers with the nearest places fill it. When data are added, at most two speakers
+    of an accent move. As soon as every split has a speaker by hash, all are where their hash puts them.
 
     Arguments
     ---------

