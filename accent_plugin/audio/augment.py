@@ -1,4 +1,4 @@
-"""Waveform augmentation without downloads: speed, noise, band limit, time masking.
+"""Waveform augmentation without downloads, with the changes of `accent_plugin.audio.changes`.
 
 Applied to each clip with a generator that is passed in, so that a clip's augmentation in an epoch depends neither on
 the batch, nor on the worker, nor on restarts.
@@ -7,23 +7,29 @@ the batch, nor on the worker, nor on restarts.
 from dataclasses import dataclass
 
 import numpy as np
-import soxr
 
+from accent_plugin.audio import changes
 from accent_plugin.audio.samples import SAMPLE_RATE
 
-_SILENCE = 1e-8
+# Kinds of change in the order in which they are applied: from the speaker through the room to the line.
+KINDS = (
+    *("speed", "formants", "reverberation", "babble_snr", "band", "noise_snr"),
+    *("gain", "clipping", "codecs", "packet_loss", "mask_seconds"),
+)
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random augmentation of a clip; None disables one of the four kinds.
+    """Random augmentation of a clip; None disables one of the kinds. Values are drawn uniformly from the ranges.
 
     Arguments
     ---------
     sample_rate : int
         In hertz.
-    probability : float
-        Probability of each kind, drawn independently.
+    probability : float or dict
+        Probability of each kind, drawn independently: one for all, or kind -> probability. A kind without one has that
+        of `default`, or 0.
     speed : (float, float)
         Range of the speed factor; pitch moves with it (Ko et al., "Audio augmentation for speech recognition", 2015).
     noise_snr : (float, float)
@@ -32,79 +38,137 @@ class Augmentation:
         Range of the cutoff frequency in hertz, above which everything is removed, as by telephones and codecs.
     mask_seconds : float
         Maximum length of the segment that is silenced.
+    babble_snr : (float, float)
+        Range of the signal-to-noise ratio in dB of 3 to 7 other speakers.
+    reverberation : (float, float)
+        Range of the reverberation time in seconds; the direct sound is 0 to 12 dB above the reverberation.
+    codecs : tuple of str
+        Names in `changes.CODECS`, one of which is drawn.
+    gain : (float, float)
+        Range of the change of level in dB.
+    clipping : (float, float)
+        Range of the fraction of samples that are clipped.
+    packet_loss : (float, float)
+        Range of the fraction of packets of 20 ms that are lost.
+    formants : (float, float)
+        Range of the McAdams coefficient, which moves formants and keeps the pitch.
     """
 
     sample_rate: int
-    probability: float = 0.5
+    probability: float | dict = 0.5
     speed: tuple | None = None
     noise_snr: tuple | None = None
     band: tuple | None = None
     mask_seconds: float | None = None
+    babble_snr: tuple | None = None
+    reverberation: tuple | None = None
+    codecs: tuple | None = None
+    gain: tuple | None = None
+    clipping: tuple | None = None
+    packet_loss: tuple | None = None
+    formants: tuple | None = None
 
-    def __call__(self, samples, rng):
+    def __call__(self, samples, rng, voices=None):
         """Augment one clip.
 
         Arguments
         ---------
         samples : (samples,) np.ndarray of float32
         rng : np.random.Generator
+        voices : callable
+            (generator, number, samples) -> list of that many clips of other speakers, for babble; None for no babble.
 
         Returns
         -------
         (samples,) np.ndarray of float32
             A new array; its length differs if the speed was changed.
         """
-        if self.speed and rng.random() < self.probability:
-            samples = change_speed(samples, rng.uniform(*self.speed))
-        if self.band and rng.random() < self.probability:
-            samples = limit_band(samples, rng.uniform(*self.band), self.sample_rate)
-        if self.noise_snr and rng.random() < self.probability:
-            samples = add_noise(samples, rng.uniform(*self.noise_snr), rng.uniform(0.0, 1.0), rng)
-        if self.mask_seconds and rng.random() < self.probability:
-            samples = mask_time(samples, int(self.mask_seconds * self.sample_rate), rng)
+        for kind in KINDS:
+            value = getattr(self, kind)
+            if value and rng.random() < self._probability_of(kind):
+                samples = _CHANGES[kind](samples, value, rng, voices)
         return samples.astype(np.float32, copy=False)
+
+    def _probability_of(self, kind):
+        if not isinstance(self.probability, dict):
+            return self.probability
+        return self.probability.get(kind, self.probability.get(DEFAULT, 0.0))
 
     @property
     def slowest(self):
         """Largest factor by which a clip can become longer."""
         return 1 / min(self.speed) if self.speed else 1.0
 
+    @property
+    def fastest(self):
+        """Largest factor by which a clip can become shorter."""
+        return max(self.speed) if self.speed else 1.0
 
-def make_augmentation(enabled, probability, speed=None, noise_snr=None, band=None, mask_seconds=None):
+
+def make_augmentation(enabled, probability, speed=None, noise_snr=None, band=None, mask_seconds=None, **kinds):
     """Make an `Augmentation` for prepared audio, or None if not enabled."""
     if not enabled:
         return None
-    speed, noise_snr, band = (tuple(value) if value else None for value in (speed, noise_snr, band))
-    return Augmentation(SAMPLE_RATE, probability, speed, noise_snr, band, mask_seconds)
+    kinds |= {"speed": speed, "noise_snr": noise_snr, "band": band, "mask_seconds": mask_seconds}
+    kinds = {kind: tuple(value) if isinstance(value, list) else value for kind, value in kinds.items()}
+    return Augmentation(SAMPLE_RATE, probability, **kinds)
 
 
-def change_speed(samples, factor):
-    """Play (samples,) faster by `factor`, which also raises the pitch."""
-    return soxr.resample(samples, factor, 1.0, quality="MQ")
+def _change_speed(samples, factors, rng, voices):
+    return changes.change_speed(samples, rng.uniform(*factors))
 
 
-def limit_band(samples, edge, sample_rate):
-    """Remove frequencies above `edge` hertz from (samples,)."""
-    spectrum = np.fft.rfft(samples)
-    spectrum[np.fft.rfftfreq(len(samples), 1 / sample_rate) > edge] = 0
-    return np.fft.irfft(spectrum, len(samples))
+def _limit_band(samples, edges, rng, voices):
+    return changes.limit_band(samples, rng.uniform(*edges))
 
 
-def add_noise(samples, snr, slope, rng):
-    """Add noise to (samples,) at `snr` dB; its amplitude is proportional to frequency to the power of -`slope`."""
-    spectrum = np.fft.rfft(rng.standard_normal(len(samples)))
-    spectrum[1:] /= np.arange(1, len(spectrum)) ** slope
-    noise = np.fft.irfft(spectrum, len(samples))
-    power, noise_power = np.mean(np.square(samples, dtype=np.float64)), np.mean(np.square(noise))
-    if power < _SILENCE or noise_power == 0:
-        return samples
-    return samples + noise * np.sqrt(power / noise_power / 10 ** (snr / 10))
+def _add_noise(samples, snr, rng, voices):
+    return changes.add_noise(samples, rng.uniform(*snr), rng.uniform(0.0, 1.0), rng)
 
 
-def mask_time(samples, longest, rng):
-    """Silence a segment of (samples,) of at most `longest` samples, and at most half the clip."""
-    length = int(rng.integers(0, min(longest, len(samples) // 2) + 1))
-    start = int(rng.integers(0, len(samples) - length + 1))
-    samples = samples.copy()
-    samples[start : start + length] = 0
-    return samples
+def _mask_time(samples, seconds, rng, voices):
+    return changes.mask_time(samples, int(seconds * SAMPLE_RATE), rng)
+
+
+def _add_babble(samples, snr, rng, voices):
+    snr, number = rng.uniform(*snr), int(rng.integers(3, 8))
+    return samples if voices is None else changes.add_babble(samples, snr, voices(rng, number, len(samples)))
+
+
+def _reverberate(samples, seconds, rng, voices):
+    return changes.reverberate(samples, rng.uniform(*seconds), rng.uniform(0.0, 12.0), rng)
+
+
+def _encode(samples, names, rng, voices):
+    return changes.encode_and_decode(samples, names[int(rng.integers(len(names)))])
+
+
+def _change_gain(samples, decibels, rng, voices):
+    return changes.change_gain(samples, rng.uniform(*decibels))
+
+
+def _clip_peaks(samples, fractions, rng, voices):
+    return changes.clip_peaks(samples, rng.uniform(*fractions))
+
+
+def _lose_packets(samples, fractions, rng, voices):
+    return changes.lose_packets(samples, rng.uniform(*fractions), rng)
+
+
+def _move_formants(samples, coefficients, rng, voices):
+    return changes.move_formants(samples, rng.uniform(*coefficients))
+
+
+_CHANGES = {
+    "speed": _change_speed,
+    "formants": _move_formants,
+    "reverberation": _reverberate,
+    "babble_snr": _add_babble,
+    "band": _limit_band,
+    "noise_snr": _add_noise,
+    "gain": _change_gain,
+    "clipping": _clip_peaks,
+    "codecs": _encode,
+    "packet_loss": _lose_packets,
+    "mask_seconds": _mask_time,
+}

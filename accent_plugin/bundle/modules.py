@@ -5,7 +5,7 @@ from safetensors import SafetensorError, safe_open
 from speechbrain.utils.checkpoints import mark_as_transfer, register_checkpoint_hooks
 from torch import nn
 
-from accent_plugin.audio.augment import change_speed
+from accent_plugin.audio.changes import change_speed
 from accent_plugin.audio.samples import resample
 from accent_plugin.bundle.config import CONFIG_FILE
 from accent_plugin.errors import BundleError

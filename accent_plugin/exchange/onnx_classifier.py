@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from accent_plugin.audio.augment import change_speed
+from accent_plugin.audio.changes import change_speed
 from accent_plugin.audio.samples import SAMPLE_RATE, TOO_LONG
 from accent_plugin.bundle import config as bundle_config
 from accent_plugin.bundle.config import GRAPH_FILE, LENGTHS, LOG_PROBABILITIES, ONNX_FILE, WAVES, WEIGHTS_FILE

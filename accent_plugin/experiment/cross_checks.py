@@ -4,6 +4,8 @@ import math
 
 from speechbrain.utils.distributed import infer_device
 
+from accent_plugin.audio.augment import KINDS
+from accent_plugin.audio.changes import require_codec
 from accent_plugin.errors import AccentPluginError, ConfigError
 from accent_plugin.training import distributed
 
@@ -147,10 +149,13 @@ def contradictions(values, run_opts):
         problems.append("overwrite deletes the run that test_only would evaluate: give one of the two")
     if values["skip_prep"] and values["prepared_folder"] is None:
         problems.append("skip_prep is True, but prepared_folder is not given")
-    if values["augment"] and not any(
-        values[f"augment_{kind}"] for kind in ("speed", "noise_snr", "band", "mask_seconds")
-    ):
+    if values["augment"] and not any(values[f"augment_{kind}"] for kind in KINDS):
         problems.append("augment is True, but every augmentation is off")
+    for codec in values["augment_codecs"] or () if values["augment"] else ():
+        try:
+            require_codec(codec)
+        except ConfigError as error:
+            problems.append(f"augment_codecs: {error}")
     # With from_bundle, the encoder comes from the bundle, and wav2vec2_hub is ignored.
     key, find = ("wav2vec2_hub", find_source) if values["from_bundle"] is None else ("from_bundle", find_start)
     try:

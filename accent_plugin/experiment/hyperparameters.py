@@ -11,6 +11,8 @@ import functools
 import math
 from collections.abc import Callable
 
+from accent_plugin.audio.augment import DEFAULT, KINDS
+from accent_plugin.audio.changes import CODECS
 from accent_plugin.data.prepare import BALANCES, PreparationChoices
 from accent_plugin.pooling import POOLINGS
 
@@ -63,6 +65,17 @@ def _range(low):
         return None if good and value[0] <= value[1] else f"two numbers [from, to] above {low:g}, the smaller first"
 
     return check
+
+
+def _fractions(value):
+    good = isinstance(value, list) and len(value) == 2 and not any(_number(0, 0.9)(v) for v in value)
+    return None if good and value[0] <= value[1] else "two fractions [from, to] of at most 0.9, the smaller first"
+
+
+def _probabilities(value):
+    kinds = value if isinstance(value, dict) else {DEFAULT: value}
+    good = kinds and kinds.keys() <= {DEFAULT, *KINDS} and not any(_SHARE(v) for v in kinds.values())
+    return None if good else f"a probability, or a mapping from {DEFAULT}, {', '.join(KINDS)} to probabilities"
 
 
 def _layers(value):
@@ -160,11 +173,13 @@ class Hyperparameter:
 _H = Hyperparameter
 _path = functools.partial(Hyperparameter, free=_PLACE, path=True)
 _data = functools.partial(Hyperparameter, data=True)
+_new = functools.partial(Hyperparameter, earlier=None)
 
 _seed_list = _list_of(_whole(0), "a list of different whole numbers such as 1,2,3")
 _split_list = _list_of(_text, "a list of splits such as [train, validation]")
 _accent_list = _list_of(_text, "a list of accents such as [scotland, ireland]")
 _speed_list = _list_of(_number(0, above=True), "a list of different speed factors such as [0.9, 1.0, 1.1]")
+_codec_list = _list_of(_one_of(*CODECS), f"a list of {', '.join(CODECS)}")
 _attention = _one_of("sdpa", "eager", "flash_attention_2")
 
 # Heading in docs/hyperparameters.md -> its hyperparameters, in the order of the YAML.
@@ -240,7 +255,7 @@ GROUPS = {
         ),
         _path("out_of_set_folder", _or_nothing(_text), "/x/others", "a DatasetDict with them; null: data_folder"),
         _H(
-            *("test_degradations", _switch, "True", "True: also test telephone, 8 kHz, MP3 and noise"),
+            *("test_degradations", _switch, "True", "True: also test in noise, rooms, codecs, ..."),
             free=_AFTER,
             was="bands",
         ),
@@ -316,7 +331,7 @@ GROUPS = {
     ),
     "Augmentation": (
         _H("augment", _switch, "True", "True: change training waveforms at random"),
-        _H("augment_probability", _SHARE, "1", "probability of each of the four changes below"),
+        _H("augment_probability", _probabilities, "1", "of each change; {speed: 0.8, default: 0.2}"),
         _H("augment_speed", _or_nothing(_range(0)), "null", "range of speed factors; null: off"),
         _H("augment_noise_snr", _or_nothing(_range(-100)), "[0, 5]", "range of SNRs in dB; null: off"),
         _H("augment_band", _or_nothing(_range(0)), "[1000, 2000]", "range of the upper cut-off in Hz; null: off"),
@@ -326,6 +341,13 @@ GROUPS = {
             "0.1",
             "maximum length of a silenced part; null: off",
         ),
+        _new("augment_babble_snr", _or_nothing(_range(-100)), "[0, 5]", "range of SNRs of other speakers in dB"),
+        _new("augment_reverberation", _or_nothing(_range(0)), "[0.2, 0.3]", "range of reverberation times in seconds"),
+        _new("augment_codecs", _or_nothing(_codec_list), "[mp3, gsm]", f"of {', '.join(CODECS)}"),
+        _new("augment_gain", _or_nothing(_range(-100)), "[-9, 3]", "range of changes of level in dB"),
+        _new("augment_clipping", _or_nothing(_fractions), "[0, 0.1]", "range of the fraction of clipped samples"),
+        _new("augment_packet_loss", _or_nothing(_fractions), "[0, 0.2]", "range of the fraction of packets lost"),
+        _new("augment_formants", _or_nothing(_range(0)), "[0.9, 1.1]", "range of McAdams coefficients"),
     ),
 }
 

@@ -10,6 +10,7 @@ and its batch holds the reason. A batch may be empty as a result.
 import atexit
 import contextlib
 import errno
+import functools
 import logging
 import multiprocessing.connection
 import os
@@ -130,8 +131,8 @@ class ClipDataset(Dataset):
         None for none.
     seed : int
     degrade : callable
-        (samples, generator) -> as many samples, applied before the augmentation, such as a function of
-        `accent_plugin.audio.degradations.DEGRADATIONS`; None for none.
+        (samples, generator, voices) -> as many samples, applied before the augmentation, such as one of
+        `accent_plugin.audio.degradations.DEGRADATIONS`; None for none. `voices` is as for an `Augmentation`.
     """
 
     def __init__(self, clips, accents, crop_seconds=None, augmentation=None, seed=0, degrade=None):
@@ -160,9 +161,9 @@ class ClipDataset(Dataset):
         except AudioError as error:
             return Lost(clip.id, str(error))
         if self.degrade is not None:
-            samples = self.degrade(samples, rng)
+            samples = self.degrade(samples, rng, functools.partial(self._voices, clip))
         if self.augmentation is not None:
-            samples = self.augmentation(samples, rng)
+            samples = self.augmentation(samples, rng, functools.partial(self._voices, clip))
             if self.crop is not None:
                 samples = samples[: self.crop]
         return clip.id, samples, self.label(clip)
@@ -179,12 +180,27 @@ class ClipDataset(Dataset):
         if self.crop is None:
             return codecs.read(clip.wav)
         # Read more than the crop, so that it still has its full length at a higher speed.
-        fastest = max(self.augmentation.speed) if self.augmentation and self.augmentation.speed else 1.0
-        wanted = int(np.ceil(self.crop * fastest))
-        spare = round(clip.duration * SAMPLE_RATE) - wanted
-        if spare <= 0:
-            return codecs.read(clip.wav)
-        return codecs.read(clip.wav, start=int(rng.integers(0, spare + 1)), frames=wanted)
+        fastest = self.augmentation.fastest if self.augmentation else 1.0
+        return _random_part(clip, int(np.ceil(self.crop * fastest)), rng)
+
+    def _voices(self, clip, rng, number, samples):
+        """Read parts, at most `samples` long, of clips of speakers other than `clip`'s; leave unreadable ones out."""
+        voices = []
+        # A corpus may have few other speakers, or none.
+        for place in rng.integers(0, len(self.clips), size=4 * number):
+            other = self.clips[int(place)]
+            if (other.client_id or other.id) != (clip.client_id or clip.id) and len(voices) < number:
+                with contextlib.suppress(AudioError):
+                    voices.append(_random_part(other, samples, rng))
+        return voices
+
+
+def _random_part(clip, samples, rng):
+    """Read a random part of a clip with `samples` samples, or all of a clip that is not longer."""
+    spare = round(clip.duration * SAMPLE_RATE) - samples
+    if spare <= 0:
+        return codecs.read(clip.wav)
+    return codecs.read(clip.wav, start=int(rng.integers(0, spare + 1)), frames=samples)
 
 
 class BucketBatchSampler(Sampler):

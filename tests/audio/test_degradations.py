@@ -16,8 +16,13 @@ def tone(frequency, seconds=1.0):
     return 0.3 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * RATE)) / RATE).astype(np.float32)
 
 
+def voices(rng, number, samples):
+    """Clips of other speakers, as a data set has them."""
+    return [0.1 * rng.standard_normal(samples) for _ in range(number)]
+
+
 def degraded(name, samples, seed=0):
-    return DEGRADATIONS[name](samples, np.random.default_rng(seed))
+    return DEGRADATIONS[name](samples, np.random.default_rng(seed), voices)
 
 
 def decibels(samples, reference):
@@ -36,12 +41,39 @@ def test_a_degradation_keeps_length_and_type_and_is_reproducible(name, samples):
 
 @pytest.mark.parametrize("name", DEGRADATIONS)
 def test_silence_stays_silent(name):
-    assert np.abs(degraded(name, np.zeros(RATE, np.float32))).max() < 1e-4
+    assert np.abs(degraded(name, np.zeros(RATE, np.float32))).max() < 1e-3
 
 
 @pytest.mark.parametrize("name", DEGRADATIONS)
 def test_a_degradation_can_be_pickled(name):
-    assert pickle.loads(pickle.dumps(DEGRADATIONS[name])) is DEGRADATIONS[name]
+    assert pickle.loads(pickle.dumps(DEGRADATIONS[name])) == DEGRADATIONS[name]
+
+
+def test_only_babble_needs_other_speakers():
+    assert {d.kind for d in DEGRADATIONS.values() if d.needs_voices} == {"babble"}
+    for degradation in DEGRADATIONS.values():
+        if not degradation.needs_voices:
+            degradation(tone(440), np.random.default_rng(0), None)
+
+
+STRENGTHS = ("noise", "babble", "packet loss", "clipping")
+
+
+@pytest.mark.parametrize("kind", STRENGTHS)
+def test_a_kind_is_listed_from_the_mildest_to_the_strongest(kind):
+    clip = np.random.default_rng(1).uniform(-0.3, 0.3, 4 * RATE).astype(np.float32)
+    graded = [name for name, d in DEGRADATIONS.items() if d.kind == kind]
+    likeness = [np.corrcoef(clip, degraded(name, clip))[0, 1] for name in graded]
+    assert len(graded) == 3 and likeness == sorted(likeness, reverse=True) and likeness[0] > likeness[-1]
+
+
+def test_rooms_are_listed_by_their_reverberation_time():
+    assert [d.strength for d in DEGRADATIONS.values() if d.kind == "reverberation"] == [0.3, 0.6, 1.0]
+
+
+def test_the_strength_is_in_the_name():
+    for name, degradation in DEGRADATIONS.items():
+        assert degradation.strength is None or f"{degradation.strength:g} {degradation.unit}" in name
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_writing_leaves_the_model_alone(tiny_encoder, tmp_path):
 
 def test_copies_at_other_speeds_are_averaged(tiny_encoder, tmp_path):
     """As experiment.predict does it: mean of log-probabilities, normalised anew."""
-    from accent_plugin.audio.augment import change_speed
+    from accent_plugin.audio.changes import change_speed
 
     model = made_model(tiny_encoder("moonshine"))
     found = load_bundle(written(tmp_path / "b", model, speeds=(0.9, 1.0)))

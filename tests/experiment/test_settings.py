@@ -127,6 +127,11 @@ KEPT = ("--cache_features", "True", "--freeze_wav2vec2", "True")
         (["--auto_mix_prec"], "--auto_mix_prec is not supported: .* --precision fp16"),
         (["--bfloat16_mix_prec"], "--bfloat16_mix_prec is not supported: .* --precision bf16"),
         (["--remove_vector_weight_decay"], "--remove_vector_weight_decay is not supported"),
+        (["--augment_probability", "{tempo: 0.5}"], "augment_probability is .* from default, speed, formants"),
+        (["--augment_probability", "{speed: 1.5}"], "augment_probability is .* to probabilities"),
+        (["--augment_codecs", "[mp3, vorbis]"], "augment_codecs is .* a list of mp3, opus, gsm, mu-law, amr"),
+        (["--augment_packet_loss", "[0.2, 0.95]"], "augment_packet_loss is .* two fractions"),
+        (["--augment_clipping", "[0.2, 0.1]"], "augment_clipping is .* the smaller first"),
         (["--compile_mode", "fast"], "compile_mode is 'fast'; it should be one of default, reduce-overhead"),
         (["--distributed_backend", "tcp"], "distributed_backend is 'tcp'; it should be one of nccl"),
         (["--compile_module_keys", "model", "head"], "the only module is model"),
@@ -164,6 +169,22 @@ def test_adapters_without_peft(read, monkeypatch):
 def test_a_switch_with_every_augmentation_off_is_a_contradiction(read):
     off = [w for kind in ("speed", "noise_snr", "band", "mask_seconds") for w in (f"--augment_{kind}", "null")]
     assert "every augmentation is off" in "\n".join(problems(read, "--augment", "True", *off))
+
+
+def test_a_kind_of_augmentation_can_have_its_own_probability(read):
+    assert read().values["augment_probability"] == {"default": 0.5}
+    assert read("--augment_probability", "0.9").values["augment_probability"] == 0.9
+    found = read("--augment_probability", "{speed: 0.8, default: 0.25}").values["augment_probability"]
+    assert found == {"speed": 0.8, "default": 0.25}
+
+
+def test_a_codec_without_its_package_is_a_problem_before_training(read, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    words = ["--augment_codecs", "[amr, mp3]"]
+    assert r'augment_codecs: the codec amr needs PyAV: pip install "accent_plugin[media]"' in "\n".join(
+        problems(read, "--augment", "True", *words)
+    )
+    assert read(*words).values["augment"] is False
 
 
 def test_a_wrong_run_option_is_an_error_of_ours(read, capsys):

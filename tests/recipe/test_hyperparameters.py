@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -131,6 +132,33 @@ def test_a_compiled_model_trains(words, tmp_path):
     assert metrics_of(tmp_path / "out")["clip"]["accuracy"]["n"] >= 1
     # What is kept of it is the model that was compiled, under its own names.
     as_a_user(["-m", "accent_plugin.cli", "export", tmp_path / "out", "--out", tmp_path / "bundle"], ROOT)
+
+
+# SpeechBrain's Augmenter in the YAML, as docs/recipe.md shows it
+
+AUGMENTER = re.compile(r"^    (augmentation: .*?rir\.csv\n)", re.M | re.S)
+
+
+def test_the_recipe_trains_with_the_augmenter_of_the_documentation(train, words, tmp_path):
+    files = {}
+    for kind, samples in (("noise", 16_000), ("rir", 800)):
+        soundfile.write(tmp_path / f"{kind}.wav", made.noise(samples / 16_000, seed=1), 16_000)
+        files[kind] = tmp_path / f"{kind}.csv"
+        row = f"{kind},{samples / 16_000},{tmp_path / kind}.wav,wav,"
+        files[kind].write_text(f"ID,duration,wav,wav_format,wav_opts\n{row}\n", encoding="utf-8")
+    shown = textwrap.dedent("    " + AUGMENTER.search((ROOT / "docs/recipe.md").read_text(encoding="utf-8")).group(1))
+    for kind, path in files.items():
+        shown = shown.replace(f"/data/{kind}.csv", str(path))
+    text = re.sub(r"^augmentation: .*?\n\n", lambda _: f"{shown}\n", HPARAMS.read_text("utf-8"), flags=re.M | re.S)
+    (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+    plain = train(*words, "--number_of_epochs", "1", "--output_folder", tmp_path / "plain")
+    done = train(tmp_path / "own.yaml", *words[1:], "--number_of_epochs", "1")
+    assert (plain.code, done.code) == (0, 0), done.err
+
+    def loss(run):
+        return json.loads((tmp_path / run / "save/history.json").read_text(encoding="utf-8"))[0]["train_loss"]
+
+    assert loss("out") != loss("plain")
 
 
 # Other systems: workers that are spawned, a checkout without links, paths, accelerators

@@ -3,6 +3,7 @@
 Unreadable clips are skipped with a reason, and a killed worker changes nothing.
 """
 
+import dataclasses
 import gc
 import os
 import pickle
@@ -20,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accent_plugin.audio import codecs
-from accent_plugin.audio.augment import Augmentation, add_noise, change_speed, limit_band, make_augmentation, mask_time
+from accent_plugin.audio.augment import Augmentation, make_augmentation
+from accent_plugin.audio.changes import add_noise, change_speed, limit_band, mask_time
 from accent_plugin.data.manifests import Clip, Clips
 from accent_plugin.errors import TrainingError
 from accent_plugin.training.batches import (
@@ -151,7 +153,7 @@ def test_no_clip_is_longer_than_its_maximum(clips):
 
 
 def test_clips_are_degraded_after_reading_and_before_augmentation(clips):
-    def halve(samples, rng):
+    def halve(samples, rng, voices):
         calls.append((len(samples), rng.random()))
         return samples / 2
 
@@ -165,6 +167,38 @@ def test_clips_are_degraded_after_reading_and_before_augmentation(clips):
     assert abs(10 * np.log10(np.mean(halved**2) / np.mean(added**2)) - 10) < 0.01
     # The same generator for the same clip, as it is seeded by clip and epoch only.
     assert calls == [calls[0]] * 2 and calls[0][0] == 24000
+
+
+def test_babble_is_made_of_other_speakers(clips):
+    heard = []
+
+    def listen(samples, rng, voices):
+        heard.append(voices(rng, 3, 8000))
+        return samples
+
+    same = [*clips, dataclasses.replace(clips[0], id="again")]
+    dataset = ClipDataset(same, ["a", "b"], seed=4, degrade=listen)
+    for index in (0, 4, 0):
+        dataset[(index, 1)]
+    others = [np.lib.stride_tricks.sliding_window_view(codecs.read(clip.wav), 8000) for clip in clips[1:]]
+    for voice in (voice for voices in heard for voice in voices):
+        assert any((windows == voice).all(axis=1).any() for windows in others)
+    assert [len(voices) for voices in heard] == [3, 3, 3]
+    assert all(map(np.array_equal, heard[0], heard[2])) and not all(map(np.array_equal, heard[0], heard[1]))
+
+
+def test_a_speaker_who_is_alone_hears_no_babble(clips):
+    heard = []
+    alone = [dataclasses.replace(clip, client_id="anna") for clip in clips]
+    ClipDataset(alone, ["a", "b"], degrade=lambda samples, rng, voices: heard.append(voices(rng, 3, 800)))[(0, 1)]
+    assert heard == [[]]
+
+
+def test_a_voice_that_cannot_be_read_is_left_out(clips):
+    heard = []
+    clips[1:] = [dataclasses.replace(clip, wav="/missing.flac") for clip in clips[1:]]
+    ClipDataset(clips, ["a", "b"], degrade=lambda samples, rng, voices: heard.append(voices(rng, 3, 800)))[(0, 1)]
+    assert heard == [[]]
 
 
 def test_nothing_is_decoded_twice_in_an_epoch(clips, monkeypatch):
