@@ -37,7 +37,7 @@ from accent_plugin.training import distributed, feature_cache
 from accent_plugin.training.batches import ClipDataset
 from accent_plugin.training.brain import AccentBrain
 from accent_plugin.training.checkpoints import AtomicCheckpointer
-from accent_plugin.training.loaders import read_clips, whole_clips
+from accent_plugin.training.loaders import augmentation_of, read_clips, whole_clips
 from accent_plugin.training.options import read_history
 from accent_plugin.versions import installed_versions
 
@@ -192,9 +192,18 @@ class Run:
     # Evaluation
 
     def calibrate(self):
-        """Fit the temperature of the best epoch's model on validation, and measure its calibration."""
-        predictions = as_predictions(*self._predict(self.clips["valid"]), self.loading.accents)
-        found = describe_calibration(predictions.log_probabilities, predictions.truth)
+        """Fit the temperature of the best epoch's model on validation, and measure its calibration.
+
+        With augmentation, half of the clips are augmented copies, so that probabilities hold for degraded audio too.
+        """
+        augmentation = augmentation_of(self.loading)
+        copies = [
+            as_predictions(*self._predict(self.clips["valid"], degrade), self.loading.accents)
+            for degrade in ([None] if augmentation is None else [None, augmentation])
+        ]
+        found = describe_calibration(
+            np.concatenate([copy.log_probabilities for copy in copies]), np.concatenate([copy.truth for copy in copies])
+        )
         logger.info("temperature %.3f, fitted on %d clips of validation", found["temperature"], found["clips"])
         self.calibration = found
 
@@ -212,8 +221,11 @@ class Run:
             outside_clips, log_probabilities = self._predict(read_manifest(self.out_of_set.paths()["test"]))
             outside = out_of_set_scores(self.predictions, log_probabilities, [clip.accent for clip in outside_clips])
         if self.values["evaluation"]["bands"]:
+            alone = len({clip.client_id or clip.id for clip in clips}) < 2
             degraded = {
-                name: as_predictions(*self._predict(clips, degrade), accents) for name, degrade in DEGRADATIONS.items()
+                name: as_predictions(*self._predict(clips, degrade), accents)
+                for name, degrade in DEGRADATIONS.items()
+                if not (alone and degrade.needs_voices)
             }
         history = read_history(self.brain.history_file)
         memory = [row["peak_memory_bytes"] for row in history if row.get("peak_memory_bytes") is not None]

@@ -118,6 +118,37 @@ def curves(path, rows, selected_epoch=None):
     save_figure(figure, path)
 
 
+def degradations(path, clean, bands):
+    """Draw the unweighted average recall against the strength of each kind of degradation, with its intervals.
+
+    ``clean`` is the figure of the clips as recorded, ``bands`` has that of each degradation, as in metrics.json.
+    """
+    kinds = {}
+    for band in bands.values():
+        if band.get("strength") is not None:
+            kinds.setdefault((band["kind"], band["unit"]), []).append(band)
+    across = min(3, len(kinds))
+    down = -(-len(kinds) // across)
+    figure = make_figure(3.0 * across, 0.3 + 2.3 * down)
+    panels = iter(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    for ax, ((kind, unit), points) in zip(panels, kinds.items(), strict=False):
+        places = range(len(points))
+        recalls = [point["unweighted_average_recall"] for point in points]
+        ax.axhline(clean["value"], color=GREY, linewidth=1, linestyle="--", label="as recorded")
+        ax.plot(places, [recall["value"] for recall in recalls], "o-", color=RIGHT, markersize=5, label=kind)
+        for place, recall in zip(places, recalls, strict=True):
+            if recall["low"] is not None:
+                ax.plot([place] * 2, [recall["low"], recall["high"]], color=RIGHT, linewidth=2.2, alpha=0.5)
+        # From the mildest to the strongest: for some kinds that is from high to low.
+        ax.set_xticks(places, [f"{point['strength']:g}" for point in points])
+        ax.set(ylim=(0, 1.02), xlim=(-0.4, len(points) - 0.6), xlabel=f"{kind} ({unit})")
+        strip_axes(ax, "y")
+    for ax in list(panels):
+        ax.set_visible(False)
+    figure.supylabel("unweighted average recall", fontsize=10)
+    save_figure(figure, path)
+
+
 def reliability(path, predictions, error):
     """Draw a reliability diagram: accuracy by probability, and the number of answers in each bin."""
     count, confidence, accuracy = calibration_bins(predictions.probabilities, predictions.truth)

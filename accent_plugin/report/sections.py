@@ -92,10 +92,19 @@ def report_blocks(metrics, rows, images):
     if "bands" in metrics:
         yield "heading", 2, "Degraded audio"
         yield "text", "The same clips, degraded. Difference: degraded minus as recorded, from a paired bootstrap."
-        yield "table", ["degradation", "unweighted average recall by clip", "difference", "accuracy by clip"], [
-            ["as recorded", format_figure(clip["unweighted_average_recall"]), "", format_figure(clip["accuracy"])],
+        if "degradations" in images:
+            yield (
+                "picture",
+                images["degradations"],
+                "Unweighted average recall by strength of degradation",
+            )
+        header = ["degradation", "unweighted average recall by clip", "difference", "accuracy by clip"]
+        yield "table", [*header, "expected calibration error"], [
+            ["as recorded", format_figure(clip["unweighted_average_recall"]), "", format_figure(clip["accuracy"]),
+             format_figure(clip["expected_calibration_error"])],
             *([name, format_figure(v["unweighted_average_recall"]), format_figure(v["difference"], True),
-               format_figure(v["accuracy"])] for name, v in metrics["bands"].items()),
+               format_figure(v["accuracy"]), format_figure(v["expected_calibration_error"])]
+              for name, v in metrics["bands"].items()),
         ]  # fmt: skip
     if "out_of_set" in metrics:
         yield from _out_of_set(metrics["out_of_set"])

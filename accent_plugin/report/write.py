@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from accent_plugin import files
+from accent_plugin.audio.degradations import DEGRADATIONS
 from accent_plugin.evaluation.compare import compare_models
 from accent_plugin.evaluation.evaluate import evaluate, speaker_rows
 from accent_plugin.report import figures, html
@@ -25,7 +26,8 @@ METRICS_FILE = "metrics.json"
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
 _PICTURES = ("confusion", "recall", "reliability", "scores", "coverage")
-_OPTIONAL_PICTURES = ("speakers", "curves")  # only if speakers or epochs are known
+# Only if speakers or epochs are known, or degradations of graded strength were tested.
+_OPTIONAL_PICTURES = ("speakers", "curves", "degradations")
 
 
 def write_text(path, text):
@@ -129,7 +131,7 @@ def write_report(
     if out_of_set is not None:
         metrics["out_of_set"] = out_of_set
     if bands:
-        metrics["bands"] = {name: _band(p, other, draws, seed) for name, other in bands.items()}
+        metrics["bands"] = {name: _band(p, name, other, draws, seed) for name, other in bands.items()}
     metrics = _strict(metrics)
 
     rows = speaker_rows(p)
@@ -154,10 +156,12 @@ def _speakers(p):
     return len({client or f"\0{clip}" for client, clip in zip(p.client_ids, p.ids, strict=True)})
 
 
-def _band(clean, degraded, draws, seed):
+def _band(clean, name, degraded, draws, seed):
+    degradation = DEGRADATIONS.get(name)
+    strength = {} if degradation is None else {key: getattr(degradation, key) for key in ("kind", "strength", "unit")}
     clip = evaluate(degraded, draws=draws, seed=seed)["clip"]
     compared = compare_models(clean, degraded, draws=draws, seed=seed)["clip"]["unweighted_average_recall"]
-    return {**clip, "difference": compared["difference"]}
+    return {**strength, **clip, "difference": compared["difference"]}
 
 
 def _draw(folder, p, metrics, rows, curves, selected_epoch):
@@ -169,7 +173,9 @@ def _draw(folder, p, metrics, rows, curves, selected_epoch):
     figures.reliability(folder / images["reliability"], p, metrics["clip"]["expected_calibration_error"]["value"])
     figures.true_accent_probability(folder / images["scores"], p)
     figures.coverage(folder / images["coverage"], metrics["risk_coverage"])
-    for name, wanted in zip(_OPTIONAL_PICTURES, (rows, curves), strict=True):
+    bands = metrics.get("bands", {})
+    graded = any(band.get("strength") is not None for band in bands.values())
+    for name, wanted in zip(_OPTIONAL_PICTURES, (rows, curves, graded), strict=True):
         if wanted:
             images[name] = f"{name}.png"
         else:
@@ -178,4 +184,6 @@ def _draw(folder, p, metrics, rows, curves, selected_epoch):
         figures.speakers(folder / images["speakers"], rows, p.labels)
     if curves:
         figures.curves(folder / images["curves"], curves, selected_epoch)
+    if graded:
+        figures.degradations(folder / images["degradations"], metrics["clip"]["unweighted_average_recall"], bands)
     return images

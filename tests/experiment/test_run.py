@@ -2,14 +2,20 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
+from speechbrain import Stage
 
+from accent_plugin.audio.augment import make_augmentation
+from accent_plugin.audio.degradations import DEGRADATIONS
+from accent_plugin.data.manifests import Clip
 from accent_plugin.errors import ConfigError, DataError
 from accent_plugin.experiment.run import Run, _fit_whitening
 from accent_plugin.experiment.settings import read_settings
 from accent_plugin.training.batches import Batch
+from accent_plugin.training.loaders import LoadingOptions
 
 
 @pytest.fixture
@@ -81,6 +87,71 @@ def test_data_that_this_machine_cannot_see_are_an_error(settings, tmp_path):
     elsewhere = SimpleNamespace(folder=tmp_path / "elsewhere")
     with pytest.raises(DataError, match="give a prepared_folder that all machines share"):
         Run(settings()).prepare(lambda **_: elsewhere, {})
+
+
+def answers(clips, accents, confident):
+    """Log-probabilities of a model that gives the first accent to every clip, with a probability."""
+    rows = [[confident, *[(1 - confident) / (len(accents) - 1)] * (len(accents) - 1)] for _ in clips]
+    return clips, np.log(rows)
+
+
+@pytest.fixture
+def evaluated(settings, monkeypatch):
+    """Function: augmentation and test clips -> a run, and a list of what its clips were degraded with.
+
+    The model is sure of clips that are not degraded, and less sure of others.
+    """
+
+    def make(augmentation, clips, *words):
+        run, asked = Run(settings(*words)), []
+        accents = run.values["accents"]
+
+        def predict(brain, clips, loading, speeds, degrade, temperature):
+            asked.append(degrade)
+            return answers(clips, accents, 0.99 if degrade is None else 0.9)
+
+        monkeypatch.setattr("accent_plugin.experiment.run.predict", predict)
+        run.loading = LoadingOptions(accents, 1, "none", 10.0, None, augmentation, 0)
+        run.clips = {"valid": clips, "test": clips}
+        return run, asked
+
+    return make
+
+
+def some_clips(speakers):
+    accents = ("us", "us", "england", "us", "us", "australia")
+    return [Clip(f"c{n}", 2.0, "/x.flac", accents[n % 6], f"s{n % speakers}", "", "") for n in range(12)]
+
+
+def test_with_augmentation_the_temperature_is_fitted_on_augmented_copies_too(evaluated):
+    plain, asked = evaluated(None, some_clips(4))
+    plain.calibrate()
+    assert asked == [None] and plain.calibration["clips"] == 12
+    augmentation = make_augmentation(True, 0.5, noise_snr=[0, 10])
+    augmented, asked = evaluated(augmentation, some_clips(4))
+    augmented.calibrate()
+    assert asked == [None, augmentation] and augmented.calibration["clips"] == 24
+    # Two thirds of both are right: the surer ones need a higher temperature.
+    assert plain.calibration["temperature"] > augmented.calibration["temperature"] > 1
+
+
+@pytest.mark.parametrize("speakers", [1, 4])
+def test_every_degradation_is_tested_and_babble_if_there_are_other_speakers(evaluated, monkeypatch, speakers):
+    run, asked = evaluated(None, some_clips(speakers), "--test_degradations", "True")
+    run.calibration = {"temperature": 1.0, "curve": None}
+    run.prepared = SimpleNamespace(warnings=())
+    run.brain = SimpleNamespace(
+        unread={Stage.TEST: None}, history_file=None, best_epoch=lambda: 1, hparams=SimpleNamespace(model=None)
+    )
+    for name in ("unread_notes", "read_history"):
+        monkeypatch.setattr(f"accent_plugin.experiment.run.{name}", lambda *_: [])
+    monkeypatch.setattr("accent_plugin.experiment.run.describe_model", lambda *_: {})
+    monkeypatch.setattr("accent_plugin.experiment.run.operating_point", lambda *_: {"threshold": 0.5})
+    written = {}
+    monkeypatch.setattr(run, "_write_report", lambda model, notes, **parts: written.update(parts))
+    run.report()
+    wanted = [name for name, d in DEGRADATIONS.items() if speakers > 1 or d.kind != "babble"]
+    assert list(written["bands"]) == wanted and asked == [None, *(DEGRADATIONS[name] for name in wanted)]
 
 
 @pytest.fixture

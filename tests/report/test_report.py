@@ -91,7 +91,7 @@ def whole(tmp_path_factory):
         notes=["3 clips were <left> out."],
         audio=lambda clip: tone,
         out_of_set=out_of_set_scores(p, p.log_probabilities[:9], ["scot|land"] * 9),
-        bands={"telephone": worse},
+        bands={"telephone": worse, "noise at 10 dB": p, "noise at 0 dB": worse},
     )
     return folder / "report", metrics, p
 
@@ -168,7 +168,8 @@ def test_damaged_predictions_are_refused(tmp_path, text, match):
 def test_all_files_are_there_and_nothing_else(whole):
     folder, *_ = whole
     pngs = {
-        f"{name}.png" for name in ("confusion", "recall", "reliability", "scores", "coverage", "speakers", "curves")
+        f"{name}.png"
+        for name in ("confusion", "recall", "reliability", "scores", "coverage", "speakers", "curves", "degradations")
     }
     assert {f.name for f in folder.iterdir()} == {"metrics.json", "predictions.csv", "report.md", "report.html"} | pngs
     for name in pngs:
@@ -199,6 +200,36 @@ def test_metrics_are_strict_json_with_the_keys_of_the_design(whole):
     assert read["model"]["loss"] is None and read["model"]["path"] == "x" and read["model"]["rate"] == 0.5
 
 
+def test_degradations_have_their_kind_and_strength_and_calibration_error(whole):
+    folder, metrics, _ = whole
+    found = {name: (band["kind"], band["strength"], band["unit"]) for name, band in metrics["bands"].items()}
+    assert found == {
+        "telephone": ("telephone", None, ""),
+        "noise at 10 dB": ("noise", 10.0, "dB"),
+        "noise at 0 dB": ("noise", 0.0, "dB"),
+    }
+    error = metrics["bands"]["noise at 0 dB"]["expected_calibration_error"]["value"]
+    rows = (folder / "report.md").read_text().splitlines()
+    row = next(row for row in rows if row.startswith("| noise at 0 dB |"))
+    assert f"{error:.3f}" in row and error != metrics["clip"]["expected_calibration_error"]["value"]
+
+
+def test_the_picture_of_degradations_follows_their_figures(tmp_path):
+    def drawn(name, **changed):
+        figure = {"value": 0.5, "low": 0.4, "high": 0.6}
+        bands = [
+            {"kind": "noise", "unit": "dB", "strength": 10.0, "unweighted_average_recall": figure},
+            {"kind": "noise", "unit": "dB", "strength": 0.0, "unweighted_average_recall": figure | changed},
+            {"kind": "telephone", "unit": "", "strength": None, "unweighted_average_recall": figure},
+        ]
+        figures.degradations(tmp_path / name, figure, dict(enumerate(bands)))
+        return (tmp_path / name).read_bytes()
+
+    same = drawn("a.png")
+    assert drawn("b.png") == same != drawn("c.png", value=0.2)
+    assert drawn("d.png", low=0.1) != same != drawn("e.png", low=None, high=None)
+
+
 def test_report_can_be_computed_again_from_its_predictions(whole):
     folder, metrics, _ = whole
     again = evaluate(read_predictions(folder), draws=20)
@@ -224,7 +255,7 @@ def test_markdown_says_what_it_must(whole):
     assert f"{v['value']:.3f} ({v['low']:.3f} to {v['high']:.3f}) by clip" in text
     for picture in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (folder / picture).is_file()
-    assert len(re.findall(r"!\[", text)) == 7
+    assert len(re.findall(r"!\[", text)) == 8
     sure = metrics["risk_coverage"]["surest"]["0.8"]
     words = (
         f"the most confident {sure['coverage']:.0%} of clips (probability at least {sure['threshold']:.3f}): accuracy "
@@ -265,7 +296,7 @@ def test_html_is_one_file_without_scripts(whole):
     )
     assert "url(" not in text and "@import" not in text
     assert 'alert("x")' in page.text  # shown, not run
-    assert page.tags.count("img") == 7
+    assert page.tags.count("img") == 8
     assert "prefers-color-scheme: dark" in text
     for words in ("Most confident errors", "Results by speaker", "telephone", "second <line>", "corpus <b>"):
         assert words in page.text
