@@ -96,7 +96,7 @@ def report_blocks(metrics, rows, images):
             yield (
                 "picture",
                 images["degradations"],
-                "Unweighted average recall by strength of degradation",
+                "Unweighted average recall by strength (dashed: as recorded)",
             )
         header = ["degradation", "unweighted average recall by clip", "difference", "accuracy by clip"]
         yield "table", [*header, "expected calibration error"], [
