@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from accent_plugin.errors import ConfigError
+from accent_plugin.pooling_names import POOLING_NAMES
 
 # Keeps the gradient of the square root finite if a feature is constant, for example with a single frame.
 VARIANCE_FLOOR = 1e-6
@@ -118,12 +119,10 @@ class AttentiveStatisticsPooling(AttentivePooling, StatisticsPooling):
     """
 
 
-POOLINGS = {
-    "mean": MeanPooling,
-    "statistics": StatisticsPooling,
-    "attentive": AttentivePooling,
-    "attentive_statistics": AttentiveStatisticsPooling,
-}
+_CLASSES = (MeanPooling, StatisticsPooling, AttentivePooling, AttentiveStatisticsPooling)
+
+# Name -> class; a program may add its own.
+POOLINGS = dict(zip(POOLING_NAMES, _CLASSES, strict=True))
 
 
 def make_pooling(name, features):

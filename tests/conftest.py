@@ -1,6 +1,5 @@
 """Shared pieces: tiny encoders of every family with random weights, and where real data lie, if they do."""
 
-import io
 import os
 import sys
 
@@ -65,24 +64,6 @@ def lazy_modules_without_file():
 
 
 @pytest.fixture(scope="session")
-def yaml_resolved_once():
-    """HyperPyYAML takes most of the time of reading settings, which tests do hundreds of times for a few texts."""
-    from accent_plugin.experiment import settings
-
-    resolve, known = settings.resolve_references, {}
-
-    def resolved(text, overrides):
-        key = text, repr(overrides)
-        if key not in known:
-            known[key] = resolve(text, overrides).getvalue()
-        return io.StringIO(known[key])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "resolve_references", resolved)
-        yield
-
-
-@pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory):
     """Function: name of `helpers.encoders.TINY` -> folder of an encoder with random weights."""
     folder = tmp_path_factory.mktemp("encoders")
@@ -108,7 +89,7 @@ def tiny_bundle(tmp_path_factory, tiny_encoder):
 
 
 @pytest.fixture
-def train(monkeypatch, capsys, yaml_resolved_once):
+def train(monkeypatch, capsys):
     """Run the recipe's main in this process, from its own folder, as `python train.py ...` would."""
     monkeypatch.setattr(*NO_PIP_FREEZE)
     monkeypatch.chdir(RECIPE)

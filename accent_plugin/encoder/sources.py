@@ -1,16 +1,13 @@
-"""Sources of encoders: local folders and the Hub."""
+"""Sources of encoders: local folders and the Hub.
+
+PyTorch, transformers and the Hub's client are imported where they are used, because the recipe looks for its encoder
+before anything else.
+"""
 
 import contextlib
 import json
 import warnings
 from pathlib import Path
-
-import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
 from accent_plugin.errors import EncoderError
 from accent_plugin.files import require_downloaded
@@ -44,6 +41,9 @@ def find_source(source):
         for path in (folder / "config.json", folder / "preprocessor_config.json", *weights_files(folder)):
             require_downloaded(path, EncoderError)
         return folder
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     looks_local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1 or folder.exists()
     try:
         validate_repo_id(str(source))
@@ -69,6 +69,8 @@ def weights_files(folder):
 
 def require_finite(state, where, error_class):
     """Raise an error of a class that names the tensors of a state dict with NaN or infinity."""
+    import torch
+
     names = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if names:
         others = f" and {len(names) - 3} others" if len(names) > 3 else ""
@@ -80,6 +82,8 @@ def local_folder(source, save_path=None):
     folder = find_source(source)
     if folder is not None:
         return folder
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(
             snapshot_download(
@@ -96,6 +100,8 @@ def local_folder(source, save_path=None):
 
 def read_config(folder):
     """Read Hugging Face's configuration from a model's folder without executing its code; errors are EncoderErrors."""
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -105,6 +111,8 @@ def read_config(folder):
 @contextlib.contextmanager
 def quiet_transformers():
     """Silence Hugging Face's loading report and SpeechBrain's deprecation warning; errors are still shown."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     bar = transformers_logging.is_progress_bar_enabled()

@@ -1,16 +1,15 @@
-"""Start training from a trained classifier: a bundle or a Hugging Face classifier."""
+"""Start training from a trained classifier: a bundle or a Hugging Face classifier.
+
+Models are loaded by modules that import PyTorch and transformers. They are imported where they are used, because the
+recipe calls `find_start` before anything else.
+"""
 
 from pathlib import Path
 
-import torch
-
 from accent_plugin.bundle import config as bundle_config
-from accent_plugin.bundle.load import load_bundle
 from accent_plugin.data import labels
-from accent_plugin.encoder import factory
 from accent_plugin.encoder.sources import find_source, read_config
 from accent_plugin.errors import EncoderError
-from accent_plugin.exchange.hugging_face import LAYER_WEIGHTS, checkpoint_identity, read_classifier
 
 
 def make_encoder(source, save_path=None, from_bundle=None, **options):
@@ -24,6 +23,8 @@ def make_encoder(source, save_path=None, from_bundle=None, **options):
         Folder of a bundle or a Hugging Face classifier from which the encoder is loaded; None for `source`. Another
         folder raises an EncoderError, and a damaged bundle a BundleError.
     """
+    from accent_plugin.encoder import factory
+
     if from_bundle is None:
         return factory.make_encoder(source, save_path, **options)
     find_start(from_bundle)
@@ -57,10 +58,11 @@ def find_start(folder):
 
 def start_identity(folder):
     """First twelve digits of the SHA-256 of a classifier's weights, as in reports."""
-    found = (
-        bundle_config.read(folder)["weights"] if bundle_config.is_bundle(folder) else checkpoint_identity(Path(folder))
-    )
-    return found["sha256"][:12]
+    if bundle_config.is_bundle(folder):
+        return bundle_config.read(folder)["weights"]["sha256"][:12]
+    from accent_plugin.exchange.hugging_face import checkpoint_identity
+
+    return checkpoint_identity(Path(folder))["sha256"][:12]
 
 
 def initialise_head(model, accents, folder):
@@ -84,6 +86,10 @@ def initialise_head(model, accents, folder):
     taken, new : list of str
         Parts initialised from the trained classifier, and parts that keep their own initialisation.
     """
+    import torch
+
+    from accent_plugin.exchange.hugging_face import LAYER_WEIGHTS
+
     source, known = _trained(folder)
     taken, new = [], []
 
@@ -120,8 +126,12 @@ def initialise_head(model, accents, folder):
 def _trained(folder):
     """The model of a bundle or a Hugging Face classifier, and label -> row of its classifier."""
     if bundle_config.is_bundle(folder):
+        from accent_plugin.bundle.load import load_bundle
+
         found = load_bundle(folder)
         return found.model, {label: row for row, label in enumerate(found.config["labels"])}
+    from accent_plugin.exchange.hugging_face import read_classifier
+
     checkpoint = read_classifier(folder)
     found = [labels.parse(name).label or name for name in checkpoint.names]
     return checkpoint.model, {label: row for row, label in enumerate(found) if found.count(label) == 1}

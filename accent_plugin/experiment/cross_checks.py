@@ -2,17 +2,17 @@
 
 import math
 
-from speechbrain.utils.distributed import infer_device
-
 from accent_plugin.audio.augment import KINDS
 from accent_plugin.audio.changes import require_codec
+from accent_plugin.encoder import lora
+from accent_plugin.encoder.sources import find_source
 from accent_plugin.errors import AccentPluginError, ConfigError
+from accent_plugin.exchange.start import find_start
+from accent_plugin.experiment.run_options import run_option_problems
 from accent_plugin.training import distributed
 
 
 def _adapter_problems(values):
-    from accent_plugin.encoder import lora
-
     if values["lora_rank"] is None:
         if values["lora_alpha"] is not None or values["lora_dropout"]:
             yield "lora_alpha or lora_dropout is given, but there are no adapters: give lora_rank"
@@ -26,10 +26,6 @@ def _adapter_problems(values):
         yield f"freeze_layers {values['freeze_layers']} leaves no layer for the adapters of lora_rank"
     if values["method"] != "fine_tuning":
         yield f"method {values['method']} does not train the encoder: lora_rank must be null"
-    try:
-        lora.require_peft()
-    except AccentPluginError as error:
-        yield f"lora_rank: {error}"
 
 
 def _feature_problems(values):
@@ -43,47 +39,9 @@ def _feature_problems(values):
         yield "cache_features caches features of whole, unchanged clips: augment must be False and crop_seconds null"
 
 
-# SpeechBrain's run options that this recipe does not support -> why, and what to do.
-_UNSUPPORTED = {
-    "jit": "the encoder's masks cannot be scripted: use --compile",
-    "jit_module_keys": "the encoder's masks cannot be scripted: use --compile",
-    "data_parallel_backend": "several GPUs take one process each: use torchrun",
-    "auto_mix_prec": "it is deprecated: use --precision fp16",
-    "bfloat16_mix_prec": "it is deprecated: use --precision bf16",
-    "remove_vector_weight_decay": "weight_decay already leaves out biases and norms: remove it",
-}
-
-_RUN_OPTION_CHOICES = {
-    "compile_mode": ("default", "reduce-overhead", "max-autotune"),
-    "distributed_backend": ("nccl", "gloo", "mpi"),
-}
-
-
-def _run_option_problems(run_opts):
-    """Yield SpeechBrain's run options that are not supported, or whose value SpeechBrain does not check."""
-    given = run_opts.overridden_args
-    for name, reason in _UNSUPPORTED.items():
-        if name in given:
-            yield f"--{name} is not supported: {reason}"
-    for name, choices in _RUN_OPTION_CHOICES.items():
-        if name in given and run_opts[name] not in choices:
-            yield f"{name} is {run_opts[name]!r}; it should be one of {', '.join(choices)}"
-    if "compile_module_keys" in given and run_opts.compile_module_keys != ["model"]:
-        yield f"compile_module_keys is {run_opts.compile_module_keys}; the only module is model"
-    limit = run_opts.optimizer_step_limit
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        yield f"optimizer_step_limit is {limit!r}; it should be a whole number, at least 1"
-    if run_opts.debug_batches < 1:
-        yield f"debug_batches is {run_opts.debug_batches}; it should be at least 1"
-
-
 def contradictions(values, run_opts):
     """Find conflicts between valid values, and missing folders."""
-    from accent_plugin.devices import require_device
-    from accent_plugin.encoder.sources import find_source
-    from accent_plugin.exchange.start import find_start
-
-    problems = list(_run_option_problems(run_opts))
+    problems = list(run_option_problems(run_opts))
     if len(values["accents"]) < 2:
         problems.append(f"accents is {values['accents']}: give at least two")
     if values["n_folds"] in (1, 2):
@@ -136,12 +94,6 @@ def contradictions(values, run_opts):
         )
     if run_opts.ckpt_interval_steps and values["ckpt_interval_minutes"]:
         problems.append("ckpt_interval_steps and ckpt_interval_minutes were both given: leave one out")
-    # With several processes, each one uses its own GPU.
-    if not distributed.is_launched():
-        try:
-            require_device(run_opts.device or infer_device())
-        except ConfigError as error:
-            problems.append(str(error))
     on_cpu = run_opts.device == "cpu"
     if on_cpu and "fp16" in (values["precision"], values["eval_precision"]):
         problems.append("fp16 does not work on a CPU; choose bf16 or fp32")
@@ -162,4 +114,25 @@ def contradictions(values, run_opts):
         find(values[key])
     except AccentPluginError as error:
         problems.append(f"{key}: {error}")
+    return problems
+
+
+def unmet_requirements(values, run_opts):
+    """Find a device or a package that cannot be used; this imports PyTorch, so call it when all else is right."""
+    from speechbrain.utils.distributed import infer_device
+
+    from accent_plugin.devices import require_device
+
+    problems = []
+    # With several processes, each one uses its own GPU.
+    if not distributed.is_launched():
+        try:
+            require_device(run_opts.device or infer_device())
+        except ConfigError as error:
+            problems.append(str(error))
+    if values["lora_rank"] is not None:
+        try:
+            lora.require_peft()
+        except AccentPluginError as error:
+            problems.append(f"lora_rank: {error}")
     return problems

@@ -5,8 +5,6 @@ import functools
 import os
 import sys
 
-import torch
-
 from accent_plugin.errors import AccentPluginError
 from accent_plugin.training import distributed, signals
 
@@ -40,9 +38,6 @@ def returns_exit_code(function):
             if distributed.is_local_main() or distributed.world_size() > 1:
                 _print_error(f"{type(error).__name__}: {error}")
             return 2
-        except torch.cuda.OutOfMemoryError as error:
-            _print_error(f"the GPU's memory is full; lower batch_seconds: {error}")
-            return 2
         except (OSError, ValueError) as error:
             # logging.config wraps the system's error about its file in a ValueError.
             cause = error.__cause__ if isinstance(error, ValueError) else error
@@ -51,6 +46,10 @@ def returns_exit_code(function):
             _print_error(f"cannot write: {cause}; free some space there, or choose another output_folder")
             return 2
         except RuntimeError as error:
+            # Whatever has raised this error of PyTorch has imported it.
+            if "torch" in sys.modules and isinstance(error, sys.modules["torch"].cuda.OutOfMemoryError):
+                _print_error(f"the GPU's memory is full; lower batch_seconds: {error}")
+                return 2
             if not (distributed.is_launched() and any(words in str(error) for words in _CONNECTION_LOST)):
                 raise
             _print_error(f"another process has ended, see its error: {error}".splitlines()[0])

@@ -9,12 +9,13 @@ because SpeechBrain, the benchmarks and the copy in a run folder load that file 
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable
 
 from accent_plugin.audio.augment import DEFAULT, KINDS
 from accent_plugin.audio.changes import CODECS
 from accent_plugin.data.prepare import BALANCES, PreparationChoices
-from accent_plugin.pooling import POOLINGS
+from accent_plugin.pooling_names import POOLING_NAMES
 
 # Checks of one value: each function returns a description of the valid values if the value is invalid, otherwise None.
 
@@ -46,9 +47,10 @@ def _one_of(*choices):
     return lambda value: None if value in choices else f"one of {', '.join(map(str, choices))}"
 
 
-def _name_in(choices):
-    """Look up the choices when a value is checked, because a program may have added its own by then."""
-    return lambda value: _one_of(*choices)(value)
+def _pooling(value):
+    # A program that has added its own poolings has imported the module; a check alone needs no PyTorch.
+    module = sys.modules.get("accent_plugin.pooling")
+    return _one_of(*(POOLING_NAMES if module is None else module.POOLINGS))(value)
 
 
 def _text(value):
@@ -297,7 +299,7 @@ GROUPS = {
     "Head": (
         _H("projector_size", _or_nothing(_whole(1)), "256", "width of a layer before pooling; null: none; HF: 256"),
         _H("projector_activation", _switch, "True", "True: GELU after the projector, unlike HF"),
-        _H("pooling", _name_in(POOLINGS), "attentive", "pooling of frames over time"),
+        _H("pooling", _pooling, "attentive", "pooling of frames over time"),
         _H("whitening_passes", _whole(0), "2", "passes over the training clips to fit whitening; 0: off"),
         _H("whitening_shrinkage", _SHARE, "0.5", "covariance shrinkage towards a scaled identity"),
         _H("dropout", _number(0, 0.95), "0", "dropout of the head's input"),

@@ -1,7 +1,10 @@
-"""Check all hyperparameters before anything is built, and report all problems at once, within seconds.
+"""Check all hyperparameters before anything is built or PyTorch is imported, and report all problems at once.
 
 Only plain values are checked. They are read from the text of the YAML with its references resolved, without building
 objects or writing files. A YAML may be an overlay: `base: wav2vec2_base.yaml` and the hyperparameters that differ.
+
+Two checks take seconds of imports, and wait until all else is right: whether the content of the data fits, which takes
+the library `datasets`, and then whether the device can be used, which takes PyTorch.
 """
 
 import contextlib
@@ -11,16 +14,18 @@ import functools
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hyperpyyaml import resolve_references
-from speechbrain.utils.run_opts import HELP_TEXTS, RunOptions
 
 from accent_plugin import files
+from accent_plugin.data import dataset_dict
 from accent_plugin.data.manifests import load_prepared
 from accent_plugin.data.prepare import check_preparation, default_prepared_folder
 from accent_plugin.errors import DASHES, AccentPluginError, ConfigError, misspelt_option
-from accent_plugin.experiment.cross_checks import contradictions
+from accent_plugin.experiment import run_options
+from accent_plugin.experiment.cross_checks import contradictions, unmet_requirements
 from accent_plugin.experiment.hyperparameters import CHOICES, RENAMED, TABLE, wrong_values
 
 logger = logging.getLogger(__name__)
@@ -32,16 +37,10 @@ _GROUPS = ("preparation", "evaluation")
 _PREPARATION = {{"seed": "data_seed", "max_unreadable_share": "max_unreadable_fraction"}.get(f, f) for f in CHOICES}
 _PREPARATION |= {"skip_prep", "prepared_folder", "data_folder"}
 
-# Run options that take several words.
-_LISTS = ("jit_module_keys", "compile_module_keys")
-
-# All run options of the command line; `RunOptions` has more fields.
-_OPTION_NAMES = (*HELP_TEXTS, *_LISTS)
-
 _SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+", re.IGNORECASE)
 
 # SpeechBrain's run options with a default in the YAML. SpeechBrain's own precision does not support "auto".
-_SHARED = (TABLE.keys() & set(_OPTION_NAMES)) - {"precision"}
+_SHARED = (TABLE.keys() & set(run_options.NAMES)) - {"precision"}
 
 _PATHS = tuple(one.name for one in TABLE.values() if one.path)
 
@@ -54,7 +53,7 @@ class Settings:
     ----------
     hparams_file : str
         A complete YAML; for an overlay, its base.
-    run_opts : speechbrain.utils.run_opts.RunOptions
+    run_opts : accent_plugin.experiment.run_options.RunOptions
     overrides : dict
         For `load_hyperpyyaml`: the changes of an overlay and the command line, and all paths, made absolute.
     root : Path
@@ -62,7 +61,7 @@ class Settings:
     """
 
     hparams_file: str
-    run_opts: RunOptions
+    run_opts: Any
     overrides: dict
     root: Path
 
@@ -135,6 +134,7 @@ def read_settings(argv, root, look_at_data=True):
         Default paths are relative to it.
     look_at_data : bool
         Also check the configuration against the data, such as whether they contain the accents. Nothing is decoded.
+        If anything else is wrong, only their folders are checked, because reading them takes seconds.
 
     Returns
     -------
@@ -148,10 +148,11 @@ def read_settings(argv, root, look_at_data=True):
     given_file, own, others, problems = _split(argv)
     hparams_file, changed = read_overlay(given_file)
     text = _read_yaml(hparams_file)
-    known = _plain(text, {})
+    references = _references(text)
+    known = dict.fromkeys(references)
     added = {one.name: one.earlier for one in TABLE.values() if one.name not in known and one.earlier is not ...}
     known |= added
-    run_opts = _run_options(hparams_file, others)
+    run_opts = run_options.read_run_options(hparams_file, others)
     _warn_of_old_names(f"--{key}" for key in own)
     _warn_of_old_names(re.findall(r"^(\w+):", text, re.M))
     overrides = {}
@@ -173,13 +174,14 @@ def read_settings(argv, root, look_at_data=True):
         if isinstance(overrides.get(key), str) and overrides[key].strip():
             overrides[key] = str(Path.cwd() / Path(overrides[key]).expanduser())
     overrides = _as_spelled(text, added | changed | overrides)
-    defaults = _plain(text, overrides)
-    for key in _PATHS:
-        # In order: a path that refers to an earlier one becomes absolute with it and needs no change.
-        default = defaults.get(key)
-        if isinstance(default, str) and default.strip() and not Path(default).is_absolute():
-            overrides[key] = str(root / default)
-            defaults = _plain(text, overrides)
+    below = _paths_below_others(references)
+    for keys in ([key for key in _PATHS if key not in below], below):
+        # A path that refers to another one becomes absolute with it and needs no change.
+        defaults = _plain(text, overrides)
+        for key in keys:
+            default = defaults.get(key)
+            if isinstance(default, str) and default.strip() and not Path(default).is_absolute():
+                overrides[key] = str(root / default)
     if overrides.get("seeds") and "output_folder" not in own:
         # Each seed gets the same folder below it as in a single run.
         overrides["output_folder"] = str(Path(overrides["output_folder"]).parent)
@@ -192,7 +194,8 @@ def read_settings(argv, root, look_at_data=True):
     if not wrong:
         problems += contradictions(settings.values, run_opts)
     if look_at_data and not wrong.keys() & {*_PREPARATION, "preparation"}:
-        problems += _data_problems(settings)
+        problems += _data_problems(settings, read=not problems)
+    problems = problems or unmet_requirements(settings.values, run_opts)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = "\n".join(problems).replace("\n", "\n  ")
@@ -200,24 +203,28 @@ def read_settings(argv, root, look_at_data=True):
     return settings
 
 
-def _data_problems(settings):
+def _data_problems(settings, read):
+    """Return the problems of the data; unless they are to be read, which takes seconds, only those of their folders."""
     problems = []
     for one in settings.splits():
-        problems += _preparation_problems(one.located(one.values["preparation"]))
+        problems += _preparation_problems(one.located(one.values["preparation"]), read)
     if settings.values["out_of_set"] is not None and not problems:
-        problems += _preparation_problems(settings.out_of_set())
+        problems += _preparation_problems(settings.out_of_set(), read)
     return problems
 
 
-def _preparation_problems(wanted):
+def _preparation_problems(wanted, read):
     """Return the problems that `accent_plugin.data.prepare` finds in arguments of a preparation."""
     wanted = dict(wanted)
     del wanted["workers"]
     try:
-        if not wanted.pop("skip_prep"):
+        if wanted.pop("skip_prep"):
+            if wanted["prepared_folder"] is not None:
+                load_prepared(wanted["prepared_folder"])
+        elif read:
             check_preparation(**wanted)
-        elif wanted["prepared_folder"] is not None:
-            load_prepared(wanted["prepared_folder"])
+        else:
+            dataset_dict.fingerprint(Path(wanted["data_folder"]))
     except AccentPluginError as error:
         return [str(error)]
     return []
@@ -227,7 +234,7 @@ def _split(argv):
     """Split a command line into the YAML's path, this recipe's options, SpeechBrain's options and problems."""
     if not argv or argv[0].startswith(tuple(DASHES)):
         raise ConfigError("the first argument is a YAML of hyperparameters: train.py hparams/wav2vec2_base.yaml")
-    names = {*TABLE, *RENAMED, *_OPTION_NAMES}
+    names = {*TABLE, *RENAMED, *run_options.NAMES}
     own, others, problems, place, option = {}, [], [], 1, argv[0]
     while place < len(argv):
         word = argv[place]
@@ -239,13 +246,13 @@ def _split(argv):
             continue
         option, equals, value = word.partition("=")
         words, name = [value] if equals else [], option.removeprefix("--")
-        while not equals and place < len(argv) and _continues(argv[place], words, names, name in _LISTS):
+        while not equals and place < len(argv) and _continues(argv[place], words, names, name in run_options.LISTS):
             words.append(argv[place])
             place += 1
-        if name not in _OPTION_NAMES or name == "precision":
+        if name not in run_options.NAMES or name == "precision":
             # SpeechBrain's own option does not support "auto".
             own[name] = words
-        elif getattr(RunOptions(), name) is not False:
+        elif getattr(run_options.RunOptions(), name) is not False:
             others += [option, *words]
         elif not words or words[0].lower() in ("true", "false"):
             others += [option] * (not words or words[0].lower() == "true")
@@ -274,20 +281,6 @@ def _stray(word, names, option):
     if _is_dashed(word):
         return _unknown(word)
     return f"{word!r} is no hyperparameter or run option: a value is one word, so quote the value of {option}"
-
-
-def _run_options(hparams_file, words):
-    try:
-        _, run_opts, rest = RunOptions.from_command_line_args([hparams_file, *words])
-    except SystemExit as error:
-        # argparse has already printed on stderr which option is wrong.
-        raise ConfigError("a run option of SpeechBrain has a wrong value, see above") from error
-    if rest:
-        raise ConfigError(f"SpeechBrain does not know the run option {rest}")
-    with contextlib.suppress(ValueError, TypeError):
-        # SpeechBrain leaves it a text.
-        return dataclasses.replace(run_opts, optimizer_step_limit=int(run_opts.optimizer_step_limit))
-    return run_opts
 
 
 def _read_yaml(hparams_file):
@@ -345,17 +338,43 @@ class _PlainLoader(yaml.SafeLoader):
 _PlainLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
+# (text of a YAML, overrides) -> the text with its references resolved, which takes HyperPyYAML most of the time.
+_resolved: dict[tuple[str, str], str] = {}
+
+
 def _plain(text, overrides):
     """Return the plain values of the YAML, with references resolved and nothing built."""
+    key = text, repr(overrides)
     try:
-        resolved = resolve_references(text, overrides).getvalue()
-        values = yaml.load(resolved, Loader=_PlainLoader)
+        if key not in _resolved:
+            _resolved[key] = resolve_references(text, overrides).getvalue()
+        values = yaml.load(_resolved[key], Loader=_PlainLoader)
     except Exception as error:
         # ruamel, PyYAML and HyperPyYAML raise different errors.
         raise ConfigError(f"the YAML cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("the YAML cannot be read: it holds no names of hyperparameters")
     return _values(_renamed(values))
+
+
+def _references(text):
+    """Map each hyperparameter or object of the YAML, under its present name, to the names in its value."""
+    try:
+        node = yaml.compose(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"the YAML cannot be read: {error}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError("the YAML cannot be read: it holds no names of hyperparameters")
+    found = {str(key.value): re.findall(r"<(\w+)", str(value.value)) for key, value in node.value}
+    return _renamed({key: [RENAMED.get(name, name) for name in names] for key, names in found.items()})
+
+
+def _paths_below_others(references):
+    """Return the paths whose value refers to another path, directly or not."""
+    reaching = set(_PATHS)
+    while more := {name for name, names in references.items() if not reaching.isdisjoint(names)} - reaching:
+        reaching |= more
+    return [key for key in _PATHS if not reaching.isdisjoint(references.get(key, ()))]
 
 
 def _renamed(values):
@@ -417,5 +436,5 @@ def _numbers(value):
 
 
 def _unknown(word):
-    close = difflib.get_close_matches(word.lstrip(DASHES), [*TABLE, *_OPTION_NAMES], n=1)
+    close = difflib.get_close_matches(word.lstrip(DASHES), [*TABLE, *run_options.NAMES], n=1)
     return f"{word!r} is no hyperparameter or run option" + (f" (did you mean --{close[0]}?)" if close else "")

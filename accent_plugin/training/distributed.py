@@ -3,6 +3,8 @@
 Started by `torchrun`, each process runs the whole recipe. Small values (stop or not, number of clips in a step,
 predictions) are exchanged over a separate gloo group on the CPU, so that no GPU waits for them. Started by `python`,
 there is one process, and every function here returns without communication.
+
+PyTorch is imported where it is used: the recipe asks which process it is before it has checked the configuration.
 """
 
 import dataclasses
@@ -11,10 +13,6 @@ import os
 import sys
 import time
 import uuid
-
-import torch
-from speechbrain.utils.distributed import is_distributed_initialized
-from torch import distributed
 
 from accent_plugin.errors import AccentPluginError, ConfigError
 from accent_plugin.training import signals
@@ -36,14 +34,24 @@ def is_launched():
     return "RANK" in os.environ and "LOCAL_RANK" in os.environ
 
 
+def _group():
+    """`torch.distributed`, if this process has joined others, otherwise None."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed
+
+
 def world_size():
     """Number of processes."""
-    return distributed.get_world_size() if is_distributed_initialized() else 1
+    group = _group()
+    return 1 if group is None else group.get_world_size()
 
 
 def rank():
     """Index of this process, from 0."""
-    return distributed.get_rank() if is_distributed_initialized() else 0
+    group = _group()
+    return 0 if group is None else group.get_rank()
 
 
 def is_main():
@@ -66,6 +74,8 @@ def start(run_opts):
     global _control
     if not is_launched():
         return run_opts
+    import torch
+
     given = run_opts.overridden_args
     if run_opts.device == "cpu" or (run_opts.device is None and not torch.cuda.is_available()):
         if "distributed_backend" in given and run_opts.distributed_backend != "gloo":
@@ -79,10 +89,10 @@ def start(run_opts):
             f"this machine has {torch.cuda.device_count()} GPUs for {os.environ.get('LOCAL_WORLD_SIZE')} processes: "
             "lower --nproc_per_node, or train on the CPU with --device cpu"
         )
-    if not is_distributed_initialized():
+    if _group() is None:
         with signals.default_handlers():
             _join(run_opts.distributed_backend)
-            _control = distributed.new_group(backend="gloo", timeout=TIMEOUT)
+            _control = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
     return run_opts
 
 
@@ -93,6 +103,9 @@ def _join(backend):
     each process writes a unique name to the store, and the first one replies with a prefix for this start. torchrun's
     restart count cannot serve as the prefix, because machines may count differently.
     """
+    import torch
+    from torch import distributed
+
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, own, size = next(distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))
@@ -115,8 +128,8 @@ def _join(backend):
 def stop():
     """Leave the other processes."""
     global _control
-    if is_distributed_initialized():
-        distributed.destroy_process_group()
+    if (group := _group()) is not None:
+        group.destroy_process_group()
         _control = None
 
 
@@ -124,8 +137,10 @@ def all_reduce_sum(values):
     """Sum each of several floats over all processes; returns a list that is equal in all of them."""
     if world_size() == 1:
         return [float(value) for value in values]
+    import torch
+
     sums = torch.tensor(values, dtype=torch.float64)
-    distributed.all_reduce(sums, group=_control)
+    torch.distributed.all_reduce(sums, group=_control)
     return sums.tolist()
 
 
@@ -134,7 +149,7 @@ def all_gather(value):
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
-    distributed.all_gather_object(values, value, group=_control)
+    _group().all_gather_object(values, value, group=_control)
     return values
 
 
@@ -152,7 +167,7 @@ def broadcast_from_main(function, *arguments, **keywords):
         except (AccentPluginError, OSError) as caught:
             error = caught
     outcome = [result, error is not None]
-    distributed.broadcast_object_list(outcome, src=0, group=_control)
+    _group().broadcast_object_list(outcome, src=0, group=_control)
     if error is not None:
         raise error
     if outcome[1]:

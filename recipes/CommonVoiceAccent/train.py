@@ -15,18 +15,13 @@ import shlex
 import sys
 from pathlib import Path
 
-import speechbrain as sb
 from common_voice_accent_prepare import prepare_common_voice_accent
 from hyperpyyaml import load_hyperpyyaml
 
 from accent_plugin.errors import ConfigError
 from accent_plugin.experiment.exit_codes import returns_exit_code
-from accent_plugin.experiment.reports import Summaries
-from accent_plugin.experiment.run import Run
 from accent_plugin.experiment.settings import read_settings
 from accent_plugin.training import distributed
-from accent_plugin.training.brain import AccentBrain
-from accent_plugin.training.loaders import make_class_weights, training_clips
 
 PROJECT = Path(__file__).resolve().parents[2]
 # SpeechBrain's tests require every key of a YAML in its script. accent_plugin reads those of the overlays:
@@ -35,6 +30,13 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 def train(settings, fold, command):
     """Prepare, train and evaluate once; return the finished run."""
+    # PyTorch and SpeechBrain take seconds to import: they wait until the settings have been checked.
+    import speechbrain as sb
+
+    from accent_plugin.experiment.run import Run
+    from accent_plugin.training.brain import AccentBrain
+    from accent_plugin.training.loaders import make_class_weights, training_clips
+
     run = Run(settings, fold, command)
     with run.locked(overwrite=settings.values["overwrite"]):
         values = run.values
@@ -82,6 +84,8 @@ def main(argv):
     if distributed.is_launched() and values["method"] != "fine_tuning":
         raise ConfigError(f"method {values['method']} takes one process: start python train.py, not torchrun")
     settings = dataclasses.replace(settings, run_opts=distributed.start(settings.run_opts))
+    from accent_plugin.experiment.reports import Summaries
+
     folds = 0 if values["fold"] else values["n_folds"]
     summaries = Summaries(values["output_folder"], folds, values["seeds"])
     for settings_of_run, fold in settings.runs():

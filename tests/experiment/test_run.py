@@ -19,7 +19,7 @@ from accent_plugin.training.loaders import LoadingOptions
 
 
 @pytest.fixture
-def settings(tiny_encoder, tmp_path, yaml_resolved_once):
+def settings(tiny_encoder, tmp_path):
     """Function: words of a command line -> its settings."""
     words = [str(ROOT / "hparams/wav2vec2_base.yaml"), "--wav2vec2_hub", str(tiny_encoder("wav2vec2-group"))]
     words += ["--output_folder", str(tmp_path / "out"), "--prepared_folder", str(tmp_path / "prepared")]

@@ -10,7 +10,6 @@ import yaml
 from helpers import ROOT
 
 from accent_plugin.errors import ConfigError
-from accent_plugin.experiment import cross_checks
 from accent_plugin.experiment import settings as experiment_settings
 from accent_plugin.experiment.hyperparameters import RENAMED, TABLE
 from accent_plugin.experiment.settings import read_settings
@@ -20,7 +19,7 @@ HPARAMS = str(ROOT / "hparams/wav2vec2_base.yaml")
 
 
 @pytest.fixture
-def read(tiny_encoder, tmp_path, monkeypatch, yaml_resolved_once):
+def read(tiny_encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encoder = str(tiny_encoder("wav2vec2-group"))
 
@@ -50,7 +49,7 @@ def test_every_key_of_the_yaml_is_checked_and_every_checked_key_is_in_the_yaml(r
 
 
 def test_the_device_that_is_taken_by_itself_is_tried_as_well(read, monkeypatch):
-    monkeypatch.setattr(cross_checks, "infer_device", lambda: "tpu")
+    monkeypatch.setattr("speechbrain.utils.distributed.infer_device", lambda: "tpu")
     assert any("device 'tpu' cannot be used here" in line for line in problems(read))
 
 
@@ -430,3 +429,23 @@ def test_an_overlay_with_an_old_name_is_read(read, warnings, tmp_path):
     mine = overlay(tmp_path, f"base: {HPARAMS}\nstandardise_layers: True\n")
     assert read(hparams=mine).values["normalize_layers"] is True
     assert "standardise_layers is now called normalize_layers" in warnings.text
+
+
+def test_the_yaml_is_resolved_before_and_after_its_paths_are_made_absolute(read, monkeypatch):
+    monkeypatch.setattr(experiment_settings, "_resolved", {})
+    resolve, calls = experiment_settings.resolve_references, []
+    monkeypatch.setattr(
+        experiment_settings, "resolve_references", lambda *words: calls.append(words) or resolve(*words)
+    )
+    assert Path(read().values["save_folder"]).is_absolute()
+    assert len(calls) == 2
+
+
+def test_a_path_moves_with_the_path_that_it_refers_to_by_another_name(read, tmp_path):
+    text = Path(HPARAMS).read_text(encoding="utf-8")
+    line = re.search("^save_folder: .*", text, re.M).group()
+    between = "kept: !ref <output_folder>/kept\nsave_folder: !ref <kept>/save"
+    (tmp_path / "own.yaml").write_text(text.replace(line, between), encoding="utf-8")
+    settings = read(hparams=str(tmp_path / "own.yaml"))
+    assert settings.values["save_folder"] == settings.values["output_folder"] + "/kept/save"
+    assert settings.with_values(output_folder="/moved").values["save_folder"] == "/moved/kept/save"
