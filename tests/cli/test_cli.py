@@ -6,7 +6,9 @@ import logging
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 from helpers.dataset_dicts import rows, save, shared_data, three_splits
 from helpers.releases import pool, release, row
 
@@ -160,15 +162,32 @@ def test_a_missing_folder_is_an_error(run, tmp_path, command):
     assert not (tmp_path / "out").exists()
 
 
-def test_help_imports_no_heavy_packages():
+def imported(*words):
+    """The packages that a process has imported in which the command has run."""
     code = (
         "import sys; from accent_plugin.cli.main import main\n"
-        "try: main(['--help'])\n"
+        "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
-        "print([m for m in ('torch', 'datasets', 'numpy', 'speechbrain', 'yaml') if m in sys.modules])"
+        "print(*sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("[]\n")
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("words", [["--help"], ["classify", "--help"], ["serve", "--help"]])
+def test_help_imports_no_heavy_packages(words):
+    assert not imported(*words) & {"torch", "datasets", "numpy", "speechbrain", "yaml", "onnxruntime"}
+
+
+def test_each_backend_imports_only_its_own_packages(tiny_bundle, tmp_path):
+    soundfile.write(tmp_path / "clip.wav", np.zeros(16000) + 0.1, 16000)
+    words = ["classify", tmp_path / "clip.wav", "--model", tiny_bundle, "--backend"]
+    never = {"datasets", "pandas", "matplotlib", "sklearn", "peft", "onnx", "gradio", "fastapi"}
+    onnx, torch = imported(*words, "onnx"), imported(*words, "torch")
+    assert "onnxruntime" in onnx and "torch" in torch
+    assert not onnx & {*never, "torch", "speechbrain", "transformers", "scipy", "sympy"}
+    assert not torch & {*never, "onnxruntime"}
 
 
 def test_a_sample_of_common_voice(run, tmp_path):

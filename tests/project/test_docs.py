@@ -9,8 +9,8 @@ import pytest
 from helpers import ROOT
 
 from accent_plugin.cli.parser import make_parser
+from accent_plugin.experiment import run_options
 from accent_plugin.experiment.hyperparameters import TABLE
-from accent_plugin.experiment.settings import _OPTION_NAMES
 
 PAGES = [
     ROOT / "README.md",
@@ -39,7 +39,7 @@ def test_options_exist(page):
         r"^ *(pip |docker |#SBATCH |srun ).*$|`--(signal|requeue)\S*`", "", page.read_text(encoding="utf-8"), flags=re.M
     )
     text = re.sub("|".join(sorted(torchruns_options(), key=len, reverse=True)), "", text)
-    known = {*TABLE, *_OPTION_NAMES, *options_of_the_command()}
+    known = {*TABLE, *run_options.NAMES, *options_of_the_command()}
     given = set(re.findall(r"--([a-z0-9_]+)", text))
     assert given - known == set()
 
