@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import speechbrain as sb
 import torch
 from helpers import RECIPE, ROOT, encoders
 from helpers import dataset_dicts as made
@@ -122,9 +123,9 @@ def recipe():
         patch.syspath_prepend(str(RECIPE))
         module = load_recipe()
         # What comes before and after training takes longest, and changes nothing of it.
-        patch.setattr(module.sb, "create_experiment_directory", lambda **_: None)
-        patch.setattr(module.Run, "report", keep_weights)
-        patch.setattr(module.Run, "bundle", lambda run: None)
+        patch.setattr(sb, "create_experiment_directory", lambda **_: None)
+        patch.setattr(experiment_run.Run, "report", keep_weights)
+        patch.setattr(experiment_run.Run, "bundle", lambda run: None)
         patch.setattr(experiment_run, "write_run_report", lambda *_, **__: None)
         yield module
 
