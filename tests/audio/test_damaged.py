@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accent_plugin.audio import codecs
+from accent_plugin.audio.damaged import mpeg
+from accent_plugin.audio.damaged.survey import survey
 from accent_plugin.errors import AudioError
 
 RATE = 16_000
@@ -213,6 +215,23 @@ def test_flac_frames_with_wrong_checksums_are_left_out(count):
     found, lost = read(bytes(damaged))
     assert [loss.seconds for loss in lost] == [4096 / RATE] * count
     assert len(found) == len(samples) - count * 4096
+
+
+@pytest.mark.parametrize("rate", [48_000, 44_100])
+def test_frames_of_a_constant_bitrate_are_counted_without_looking_at_each(rate, monkeypatch):
+    file, seen = io.BytesIO(), []
+    soundfile.write(file, noise(20.0, rate), rate, format="MP3", bitrate_mode="CONSTANT", compression_level=0.8)
+
+    class Counted(dict):
+        def get(self, word):
+            seen.append(word)
+            return super().get(word)
+
+    monkeypatch.setattr(mpeg, "_HEADERS", Counted(mpeg._HEADERS))
+    (part,) = survey(file, "MP3")
+    assert part.seconds == pytest.approx(20.0, abs=0.1)
+    # 44.1 kHz: the padding bit changes the size of every other frame or so.
+    assert len(seen) < (10 if rate == 48_000 else 20 * 44_100 / 1152)
 
 
 def test_an_mp3_without_a_header_for_its_variable_bitrate_is_read_to_its_end():

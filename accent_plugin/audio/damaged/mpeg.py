@@ -1,5 +1,6 @@
 """MP3 files with gaps, tags in the middle, a wrong or missing Xing header, and joined MP3 files."""
 
+import functools
 import re
 import struct
 from dataclasses import dataclass, field
@@ -150,16 +151,28 @@ def _walk(content, position):
                 break
             run = _Run(position, word, header, position, first_audio=position)
             runs.append(run)
-        position += header.size
+        count = 1 if tagged else (_frames_like(word & _MASK).match(window, offset).end() - offset) // header.size
+        position += count * header.size
         run.end = position
         if tagged:
             run.first, run.first_audio = window[offset : offset + header.size], position
             if mark in _XING and window[tag + 7] & 1:
                 run.announced = unpack(window, tag + 8)[0]
         else:
-            run.frames += 1
+            run.frames += count
             run.sizes.add(header.size)
     return runs
+
+
+@functools.cache
+def _frames_like(word):
+    """Compile a pattern of consecutive frames that have a masked header and no tag."""
+    header = _HEADERS[word]
+    # The bits that the mask ignores are the lowest of each byte.
+    ranges = zip(word.to_bytes(4, "big"), (word | ~_MASK & 0xFFFFFFFF).to_bytes(4, "big"), strict=True)
+    start = b"".join(b"[\\x%02x-\\x%02x]" % bounds for bounds in ranges)
+    tag = b"(?!.{%d}(?:%s)|.{36}%s)" % (header.tag, b"|".join(_XING), _VBRI)
+    return re.compile(b"(?:%s%s.{%d})++" % (tag, start, header.size - 4), re.DOTALL)
 
 
 def _agrees(window, offset, header, left):
