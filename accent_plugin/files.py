@@ -103,14 +103,18 @@ def require_downloaded(path, error_class):
 @contextlib.contextmanager
 def atomic_write(path, mode="w"):
     """Open a file under a temporary name and rename it when it is complete; ``mode`` "w" writes UTF-8, "wb" bytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Without pathlib, because preparation calls this for each clip.
+    directory, name = os.path.split(path)
+    temporary = os.path.join(directory, f".{name}.{os.getpid()}.tmp")
     newline, encoding = (None, None) if "b" in mode else ("", "utf-8")
     try:
         with open(temporary, mode, newline=newline, encoding=encoding) as file:
             yield file
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
 
 
 @contextlib.contextmanager

@@ -30,6 +30,13 @@ def test_a_file_that_is_broken_off_leaves_the_old_one_and_nothing_else(tmp_path,
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_complete_file_is_not_looked_for_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "unlink", lambda *_: pytest.fail("unlink"))
+    with files.atomic_write(tmp_path / "file") as file:
+        file.write("new")
+    assert (tmp_path / "file").read_text() == "new"
+
+
 STAND_INS = {
     "Git LFS": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 377\n",
