@@ -10,7 +10,6 @@ import io
 import os
 import stat
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -42,6 +41,8 @@ SUFFIXES = (
 )
 # Values decoded at a time: a header may claim any number of frames or channels, so memory grows with the actual data.
 _BLOCK_VALUES = 1 << 21
+# Where the STREAMINFO of a FLAC file has the MD5 of the samples.
+_FLAC_MD5 = slice(26, 42)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,14 @@ class Header:
     channels: int
     codec: str
     seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """Size in bytes of a FLAC file, and the MD5 of its 16-bit samples, which the encoder writes into the header."""
+
+    size: int
+    md5: str
 
 
 def read_header(source):
@@ -242,18 +251,24 @@ def write(path, samples):
     samples : (samples,) np.ndarray
         16-bit steps, or floats in [-1, 1], which are quantised.
 
+    Returns
+    -------
+    WrittenFile
+
     Raises
     ------
     OSError
         When the disk is full, permission is missing, ...
     """
-    path = Path(path)
     steps = samples if samples.dtype == np.int16 else quantise(samples)
     # Encoded in memory, because libsndfile hides the system's errno when a disk is full.
     encoded = io.BytesIO()
-    soundfile.write(encoded, steps, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    # The fastest level: clips at the slowest are only 3 % smaller, and slower to read.
+    soundfile.write(encoded, steps, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=0.0)
+    flac = encoded.getbuffer()
     with files.atomic_write(path, "wb") as file:
-        file.write(encoded.getbuffer())
+        file.write(flac)
+    return WrittenFile(len(flac), bytes(flac[_FLAC_MD5]).hex())
 
 
 def encode_mp3(samples, bitrate):

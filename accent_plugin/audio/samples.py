@@ -204,4 +204,6 @@ def samples_from_array(samples, sample_rate):
 
 def quantise(samples):
     """Quantise float samples to 16 bits, clipped at full scale; samples that were 16-bit are restored exactly."""
-    return np.clip(np.rint(np.asarray(samples) * 32768.0), -32768, 32767).astype(np.int16)
+    steps = np.asarray(samples) * 32768.0
+    np.rint(steps, out=steps)
+    return np.clip(steps, -32768, 32767, out=steps).astype(np.int16)

@@ -1,7 +1,6 @@
 """Process many clips in worker processes, so that a file that crashes its decoder costs only that clip."""
 
 import contextlib
-import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -33,13 +32,13 @@ class ConversionJob:
 class Converted:
     """Result of one job: a file of ``frames`` samples and ``size`` bytes, or the ``reason`` why there is none.
 
-    ``lost_seconds`` of the source could not be decoded.
+    ``md5`` is that of the samples; ``lost_seconds`` of the source could not be decoded.
     """
 
     id: str
     frames: int = 0
     size: int = 0
-    digest: str = ""
+    md5: str = ""
     lost_seconds: float = 0.0
     reason: str = ""
     message: str = ""
@@ -111,9 +110,8 @@ def _convert(job):
         steps = quantise(codecs.load(job.source, job.min_seconds, job.max_seconds, lost))
     except AudioError as error:
         return Converted(job.id, reason=error.reason, message=str(error))
-    codecs.write(job.target, steps)
-    digest = hashlib.blake2b(steps.tobytes(), digest_size=16).hexdigest()
-    return Converted(job.id, len(steps), os.stat(job.target).st_size, digest, sum(loss.seconds for loss in lost))
+    written = codecs.write(job.target, steps)
+    return Converted(job.id, len(steps), written.size, written.md5, sum(loss.seconds for loss in lost))
 
 
 def _lost(id_, message):

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from accent_plugin.errors import DataError, ManifestError
 CARD_JSON = "accent_plugin.json"
 _LISTING = "dataset_dict.json"
 _STATE = "state.json"
+_ROWS_PER_SLICE = 64
 
 
 def read_json(path, error=ManifestError, first_line=False):
@@ -214,7 +216,19 @@ def _text(value, classes=None):
 
 def audio_bytes_or_path(data, columns, number):
     """One clip's bytes, or its path where none are embedded."""
-    cell = data[number : number + 1][columns["audio"]][0].as_py()
+    return next(read_audio(data, columns, [number]))
+
+
+def read_audio(data, columns, numbers):
+    """Yield the bytes, or the path, of the clips with these row numbers, which ascend."""
+    # A slice of one row takes as long as one of many, whose audio stays on the disk.
+    for _, group in itertools.groupby(numbers, key=lambda number: number // _ROWS_PER_SLICE):
+        block = list(group)
+        cells = data[block[0] : block[-1] + 1][columns["audio"]]
+        yield from (_bytes_or_path(cells[number - block[0]].as_py()) for number in block)
+
+
+def _bytes_or_path(cell):
     cell = cell if isinstance(cell, dict) else {"bytes": None, "path": cell}
     return cell["bytes"] if cell["bytes"] is not None else cell["path"] or b""
 

@@ -1,7 +1,7 @@
 """Decode the selected clips, with a journal from which an interrupted preparation is resumed."""
 
 import contextlib
-import dataclasses
+import itertools
 import json
 import logging
 
@@ -49,7 +49,7 @@ class Journal:
         """Record a finished clip."""
         # Failures are tried again: a disk that was not mounted may be mounted next time.
         if not outcome.reason:
-            self._file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+            self._file.write(json.dumps(vars(outcome)) + "\n")
             self._file.flush()
 
 
@@ -67,9 +67,13 @@ def decode_clips(wanted, loaded, columns, data_folder, folder, choices, journal,
         (folder / AUDIO_FOLDER / prefix).mkdir(parents=True, exist_ok=True)
 
     def jobs():
-        for row in waiting:
-            sound = _sound(row, loaded, columns, data_folder)
-            yield ConversionJob(row.id, sound, str(folder / wav_cell(row.id)), choices.min_seconds, choices.max_seconds)
+        for split, group in itertools.groupby(waiting, key=lambda row: row.split):
+            rows = list(group)
+            sounds = dataset_dict.read_audio(loaded[split], columns[split], [row.row for row in rows])
+            for row, sound in zip(rows, sounds, strict=True):
+                target = str(folder / wav_cell(row.id))
+                source = _absolute(sound, data_folder)
+                yield ConversionJob(row.id, source, target, choices.min_seconds, choices.max_seconds)
 
     allowed, unreadable = choices.max_unreadable_share * len(wanted), []
     converted = convert_files(jobs(), worker_count(workers, len(waiting)))
@@ -84,7 +88,9 @@ def decode_clips(wanted, loaded, columns, data_folder, folder, choices, journal,
                 break
     if len(unreadable) > allowed:
         shown = "\n".join(f"  {selection.place(wanted[o.id])}: {o.reason}: {o.message}" for o in unreadable[:5])
-        moved = dataset_dict.moved_audio(_sound(wanted[o.id], loaded, columns, data_folder) for o in unreadable)
+        rows = [wanted[outcome.id] for outcome in unreadable]
+        sounds = (dataset_dict.audio_bytes_or_path(loaded[row.split], columns[row.split], row.row) for row in rows)
+        moved = dataset_dict.moved_audio(_absolute(sound, data_folder) for sound in sounds)
         raise DataError(
             f"{len(unreadable)} of {len(wanted)} clips cannot be read: more than max_unreadable_fraction"
             f" {choices.max_unreadable_share:g} allows\n{shown}\n"
@@ -94,9 +100,8 @@ def decode_clips(wanted, loaded, columns, data_folder, folder, choices, journal,
     return outcomes
 
 
-def _sound(row, loaded, columns, data_folder):
+def _absolute(sound, data_folder):
     """A clip's bytes, or its absolute path."""
-    sound = dataset_dict.audio_bytes_or_path(loaded[row.split], columns[row.split], row.row)
     return sound if isinstance(sound, bytes) else str(data_folder / sound)
 
 

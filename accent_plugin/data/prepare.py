@@ -278,12 +278,12 @@ def _without_failures(layouts, outcomes, choices, notes):
             out.add(id_)
             notes.dropped[outcome.reason] += 1
             failures.append({"reason": outcome.reason, "id": selection.place(rows[id_]), "message": outcome.message})
-        elif outcome.digest in first_of:
+        elif outcome.md5 in first_of:
             out.add(id_)
-            message = f"sounds exactly like {selection.place(rows[first_of[outcome.digest]])}"
+            message = f"sounds exactly like {selection.place(rows[first_of[outcome.md5]])}"
             notes.drop(selection.DUPLICATE, clip=rows[id_], message=message)
         else:
-            first_of[outcome.digest] = id_
+            first_of[outcome.md5] = id_
     notes.examples = (failures + notes.examples)[:_EXAMPLES]
     if not out:
         return layouts

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import io
 import os
 import pickle
@@ -195,7 +196,34 @@ def test_convert_files_yields_a_result_for_each_clip(tmp_path, workers):
     assert sorted(outcomes) == [f"clip{i}" for i in range(5)]
     assert {outcome.frames for outcome in outcomes.values()} == {16_000}
     assert all(os.path.getsize(tmp_path / f"{i}.flac") == outcomes[f"clip{i}"].size for i in range(5))
-    assert len({outcome.digest for outcome in outcomes.values()}) == 5
+    assert len({outcome.md5 for outcome in outcomes.values()}) == 5
+
+
+def test_a_written_clip_has_its_size_and_the_md5_of_its_samples(tmp_path):
+    steps = quantise(noise(2.0))
+    written = codecs.write(tmp_path / "a.flac", steps)
+    assert written.size == os.path.getsize(tmp_path / "a.flac")
+    assert written.md5 == hashlib.md5(soundfile.read(tmp_path / "a.flac", dtype="int16")[0].tobytes()).hexdigest()
+
+
+def test_clips_are_written_at_the_fastest_level(tmp_path):
+    codecs.write(tmp_path / "a.flac", noise(2.0))
+    # STREAMINFO begins with the smallest block size; levels from 3 on use 4096 samples.
+    assert int.from_bytes((tmp_path / "a.flac").read_bytes()[8:10], "big") == 1152
+
+
+def test_a_clip_is_opened_once_to_read_and_once_to_write(tmp_path, monkeypatch):
+    original, opened = soundfile.SoundFile.__init__, []
+
+    def counted(self, file, mode="r", *args, **options):
+        opened.append(mode)
+        original(self, file, mode, *args, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "__init__", counted)
+    encoded = encode(noise(2.0, 48_000), 48_000, "MP3", None)
+    opened.clear()
+    list(convert_files([ConversionJob("a", encoded, str(tmp_path / "a.flac"), 0.5, 30)]))
+    assert opened == ["r", "w"]
 
 
 def test_an_error_on_writing_in_a_worker_is_raised(tmp_path):

@@ -18,8 +18,8 @@ import soundfile
 from helpers.dataset_dicts import dataset, encode, noise, rows, save, shared_data, three_splits
 
 from accent_plugin.audio import codecs
+from accent_plugin.data import dataset_dict, selection
 from accent_plugin.data import prepare as data_prepare
-from accent_plugin.data import selection
 from accent_plugin.data.manifests import COLUMNS, load_prepared, read_manifest
 from accent_plugin.data.prepare import default_prepared_folder, preparation_fingerprint, prepare_data
 from accent_plugin.errors import ConfigError, DataError, ManifestError
@@ -496,8 +496,8 @@ def test_interrupted_it_goes_on(corpus, tmp_path, monkeypatch):
     def dies(path, samples):
         if len(written) == 10:
             raise KeyboardInterrupt
-        original(path, samples)
         written.append(path)
+        return original(path, samples)
 
     monkeypatch.setattr(codecs, "write", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -516,12 +516,40 @@ def test_interrupted_it_goes_on(corpus, tmp_path, monkeypatch):
     assert everything(tmp_path / "out") == whole
 
 
+def test_clips_in_the_journal_of_an_older_version_are_decoded_again(corpus, tmp_path, monkeypatch):
+    # It has another digest of the samples, which cannot be compared with the MD5 of other clips.
+    made, original, written = prepare(corpus, tmp_path / "out"), codecs.write, []
+    whole = everything(made.folder)
+    (made.folder / "prepare.json").unlink()
+    journal = made.folder / "audio.jsonl"
+    journal.write_text(journal.read_text().replace('"md5"', '"digest"', 3))
+    monkeypatch.setattr(codecs, "write", lambda path, samples: written.append(path) or original(path, samples))
+    prepare(corpus, made.folder)
+    assert len(written) == 3
+    assert everything(made.folder) == whole
+
+
+def test_clips_are_read_from_the_table_many_at_a_time():
+    table = [{"audio": {"bytes": bytes([n]) if n % 2 else None, "path": f"{n}.mp3"}} for n in range(200)]
+    data, slices = dataset(table).with_format("arrow"), []
+
+    class Counted:
+        def __getitem__(self, place):
+            slices.append(place)
+            return data[place]
+
+    numbers = [0, 1, 5, 63, 64, 65, 199]
+    sounds = list(dataset_dict.read_audio(Counted(), {"audio": "audio"}, numbers))
+    assert sounds == ["0.mp3", b"\x01", b"\x05", b"\x3f", "64.mp3", b"\x41", b"\xc7"]
+    assert slices == [slice(0, 64), slice(64, 66), slice(199, 200)]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_it_goes_on(corpus, tmp_path):
     code = (
         "import time; from accent_plugin.audio import codecs; from accent_plugin.data.prepare import prepare_data\n"
         "write = codecs.write\n"
-        "def slow(path, samples): write(path, samples); time.sleep(0.2)\n"
+        "def slow(path, samples): return (write(path, samples), time.sleep(0.2))[0]\n"
         "codecs.write = slow\n"
         f"prepare_data({str(corpus)!r}, {str(tmp_path / 'out')!r}, accents=['us', 'england'], seed=7, workers=1)"
     )
@@ -714,8 +742,8 @@ def test_a_full_disk_keeps_what_was_written(corpus, tmp_path, monkeypatch):
     def full(path, samples):
         if len(written) == 5:
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(path, samples)
         written.append(path)
+        return original(path, samples)
 
     with monkeypatch.context() as patch:
         patch.setattr(codecs, "write", full)
