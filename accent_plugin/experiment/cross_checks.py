@@ -29,6 +29,9 @@ def _adapter_problems(values):
 
 
 def _feature_problems(values):
+    changed = values["augment"] or values["crop_seconds"] is not None
+    if values["augment_copies"] is not None and not changed:
+        yield "augment_copies is given, but clips are not changed: give augment or crop_seconds"
     if not values["cache_features"] or values["method"] != "fine_tuning":
         return
     if not values["freeze_wav2vec2"]:

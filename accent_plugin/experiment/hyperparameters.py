@@ -350,6 +350,7 @@ GROUPS = {
         _new("augment_clipping", _or_nothing(_fractions), "[0, 0.1]", "range of the fraction of clipped samples"),
         _new("augment_packet_loss", _or_nothing(_fractions), "[0, 0.2]", "range of the fraction of packets lost"),
         _new("augment_formants", _or_nothing(_range(0)), "[0.9, 1.1]", "range of McAdams coefficients"),
+        _new("augment_copies", _or_nothing(_whole(1)), "5", "copies per clip, augmented or cropped; null: unlimited"),
     ),
 }
 

@@ -160,6 +160,8 @@ def read_settings(argv, root, look_at_data=True):
         key = RENAMED.get(typed, typed)
         if key not in known or key not in TABLE:
             problems.append(_unknown(f"--{typed}"))
+        elif key in added:
+            problems.append(f"{hparams_file} does not use {key}: it was written for an older version")
         elif not words:
             problems.append(f"--{typed} was given without a value")
         elif typed != key and key in own:

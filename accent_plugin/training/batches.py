@@ -1,7 +1,8 @@
 """Dynamic batching by seconds of audio; clips are read, cropped and augmented in the loader's workers.
 
-All randomness of a clip is seeded by (seed, epoch, clip), and the composition of the batches by (seed, epoch). It
-depends neither on the number of workers nor on interruptions.
+All randomness of a clip is seeded by (seed, epoch, clip), or by (seed, copy, clip) if there is a fixed number of
+augmented copies, and the composition of the batches by (seed, epoch). It depends neither on the number of workers nor
+on interruptions.
 
 All processes make the same plan of batches; each of N processes takes every N-th batch. An unreadable clip is skipped,
 and its batch holds the reason. A batch may be empty as a result.
@@ -9,6 +10,7 @@ and its batch holds the reason. A batch may be empty as a result.
 
 import atexit
 import contextlib
+import copy
 import errno
 import functools
 import logging
@@ -133,18 +135,32 @@ class ClipDataset(Dataset):
     degrade : callable
         (samples, generator, voices) -> as many samples, applied before the augmentation, such as one of
         `accent_plugin.audio.degradations.DEGRADATIONS`; None for none. `voices` is as for an `Augmentation`.
+    copies : int
+        Number of copies of each clip with different crops and augmentation; each epoch uses the next copy. None makes a
+        new one in every epoch.
     """
 
-    def __init__(self, clips, accents, crop_seconds=None, augmentation=None, seed=0, degrade=None):
-        self.clips = clips
+    def __init__(self, clips, accents, crop_seconds=None, augmentation=None, seed=0, degrade=None, copies=None):
+        self.clips = self.voices = clips
         self.accents = {accent: label for label, accent in enumerate(accents)}
         self.crop = None if crop_seconds is None else round(crop_seconds * SAMPLE_RATE)
         self.augmentation = augmentation
         self.seed = seed
         self.degrade = degrade
+        self.copies = copies
 
     def __len__(self):
         return len(self.clips)
+
+    def with_clips(self, clips):
+        """The same data set with other clips; babble stays that of the clips so far."""
+        other = copy.copy(self)
+        other.clips = clips
+        return other
+
+    def copy(self, epoch):
+        """Number of the copy of each clip that an epoch, counted from 1, uses; copies are counted from 1 too."""
+        return epoch if self.copies is None else (epoch - 1) % self.copies + 1
 
     def seconds(self):
         """Maximum length of each clip after augmentation, in seconds: (clips,) np.ndarray."""
@@ -155,7 +171,7 @@ class ClipDataset(Dataset):
     def __getitem__(self, key):
         index, epoch = key
         clip = self.clips[index]
-        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(clip.id.encode())])
+        rng = np.random.default_rng([self.seed, self.copy(epoch), zlib.crc32(clip.id.encode())])
         try:
             samples = self._read(clip, rng)
         except AudioError as error:
@@ -187,8 +203,8 @@ class ClipDataset(Dataset):
         """Read parts, at most `samples` long, of clips of speakers other than `clip`'s; leave unreadable ones out."""
         voices = []
         # A corpus may have few other speakers, or none.
-        for place in rng.integers(0, len(self.clips), size=4 * number):
-            other = self.clips[int(place)]
+        for place in rng.integers(0, len(self.voices), size=4 * number):
+            other = self.voices[int(place)]
             if (other.client_id or other.id) != (clip.client_id or clip.id) and len(voices) < number:
                 with contextlib.suppress(AudioError):
                     voices.append(_random_part(other, samples, rng))

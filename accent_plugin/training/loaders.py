@@ -41,6 +41,8 @@ class LoadingOptions:
         For training clips; None for none. A module is wrapped in a `SpeechBrainAugmentation`.
     num_workers : int
         Number of processes that read audio.
+    augment_copies : int
+        Number of copies of each training clip with different crops and augmentation; None makes a new one every epoch.
     """
 
     accents: list
@@ -50,6 +52,7 @@ class LoadingOptions:
     crop_seconds: float | None
     augmentation: object
     num_workers: int
+    augment_copies: int | None = None
 
 
 def read_clips(paths, accents):
@@ -78,7 +81,10 @@ def read_clips(paths, accents):
 
 def training_clips(clips, options):
     """Make a loader of clips in random batches, with the crops and augmentation of `options`, a `LoadingOptions`."""
-    dataset = ClipDataset(clips, options.accents, options.crop_seconds, augmentation_of(options), options.seed)
+    dataset = ClipDataset(
+        *(clips, options.accents, options.crop_seconds, augmentation_of(options), options.seed),
+        copies=options.augment_copies,
+    )
     weights = None
     if options.balance == "sampler":
         labels = dataset.labels()

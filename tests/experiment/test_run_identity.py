@@ -86,6 +86,7 @@ CHANGES = {
     "augment_noise_snr": ([0.0, 5.0], AUGMENTED),
     "augment_band": ([1000.0, 2000.0], AUGMENTED),
     "augment_mask_seconds": (0.1, AUGMENTED),
+    "augment_copies": (1, AUGMENTED | {"number_of_epochs": 2}),
 }
 # They compute the same in another order; of a gradient that is only rounding, Adam makes a whole step all the same.
 ROUNDED = {"cache_features", "attn_implementation", "gradient_checkpointing"}

@@ -96,6 +96,7 @@ KEPT = ("--cache_features", "True", "--freeze_wav2vec2", "True")
         ([*KEPT, "--projector_size", "8", "--projector_activation", "True"], "projector_activation False"),
         ([*KEPT, "--augment", "True"], "whole, unchanged clips: augment must be False"),
         ([*KEPT, "--crop_seconds", "3"], "crop_seconds null"),
+        (["--augment_copies", "3"], "clips are not changed: give augment or crop_seconds"),
         (["--lora_rank", "0"], "lora_rank is 0; it should be a whole number, at least 1, or null"),
         (["--lora_rank", "4", "--lora_alpha", "0"], "lora_alpha is 0; it should be a number above 0"),
         (["--lora_rank", "4", "--lora_dropout", "1"], "lora_dropout is 1; it should be a number at least 0"),
@@ -157,6 +158,15 @@ def test_a_start_takes_the_place_of_the_encoders_source(read, tiny_bundle, monke
     monkeypatch.chdir(tiny_bundle.parent)
     values = read("--from_bundle", tiny_bundle.name, "--wav2vec2_hub", "./nowhere").values
     assert values["from_bundle"] == str(tiny_bundle)
+
+
+def test_a_hyperparameter_that_an_older_yaml_does_not_use(read, tmp_path):
+    lines = Path(HPARAMS).read_text(encoding="utf-8").splitlines(keepends=True)
+    older = tmp_path / "older.yaml"
+    older.write_text("".join(line for line in lines if "augment_copies" not in line), encoding="utf-8")
+    assert read(hparams=str(older)).values["augment_copies"] is None
+    found = "\n".join(problems(read, "--augment_copies", "2", "--augment", "True", hparams=str(older)))
+    assert re.search("older.yaml does not use augment_copies: it was written for an older version", found)
 
 
 def test_adapters_without_peft(read, monkeypatch):

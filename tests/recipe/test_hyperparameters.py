@@ -31,6 +31,7 @@ WITH = {
     "fold": ("--n_folds", "3"),
     "out_of_set_folder": ("--out_of_set", "[scotland]"),
     "cache_features": ("--freeze_wav2vec2", "True"),
+    "augment_copies": ("--augment", "True"),
     "lora_alpha": LORA,
     "lora_dropout": LORA,
     "whitening_passes": ("--freeze_wav2vec2", "True"),

@@ -152,6 +152,20 @@ def test_no_clip_is_longer_than_its_maximum(clips):
                 assert len(dataset[(index, number)][1]) <= limit * 16000 + 1
 
 
+def test_epochs_repeat_a_fixed_number_of_copies(clips):
+    augmentation = make_augmentation(True, 1.0, noise_snr=[10, 10])
+
+    def epochs(copies):
+        dataset = ClipDataset(clips, ["a", "b"], crop_seconds=0.5, augmentation=augmentation, copies=copies)
+        return [dataset[0, epoch][1] for epoch in range(1, 6)]
+
+    unlimited, two, many = epochs(None), epochs(2), epochs(5)
+    for epoch, samples in enumerate(two):
+        assert np.array_equal(samples, unlimited[epoch % 2])
+    for samples, others in zip(many, unlimited, strict=True):
+        assert np.array_equal(samples, others)
+
+
 def test_clips_are_degraded_after_reading_and_before_augmentation(clips):
     def halve(samples, rng, voices):
         calls.append((len(samples), rng.random()))
