@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from accent_plugin.encoder import lora
-from accent_plugin.pooling import make_pooling
+from accent_plugin.encoder.masking import valid_frames
+from accent_plugin.pooling import SUMMARIES, make_pooling
 
 
 class AccentModel(nn.Module):
@@ -58,7 +59,16 @@ class AccentModel(nn.Module):
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
 
-    def embed(self, wavs, wav_lens=None, pooled_states=None):
+    @property
+    def summary(self):
+        """What suffices of a clip's hidden states to compute its output: a choice of `pooling.summarise`."""
+        summary = SUMMARIES.get(type(self.pooling), "frames")
+        if self.projector is None or (summary == "mean" and len(self.projector) == 1):
+            return summary
+        # Only means pass through a linear layer unchanged; a variance after it depends on all covariances.
+        return "frames"
+
+    def embed(self, wavs, wav_lens=None, states=None, frame_counts=None):
         """Compute one vector per clip: (batch, features) torch.Tensor.
 
         Arguments
@@ -67,23 +77,24 @@ class AccentModel(nn.Module):
             16 kHz, padded at the end.
         wav_lens : (batch,) torch.Tensor
             Length of each clip as a fraction of the longest; None if nothing is padded.
-        pooled_states : (batch, states, features) torch.Tensor
-            Pooled states cached by `accent_plugin.training.feature_cache`, used instead of the waveforms unless None.
+        states : (batch, frames, states, features) torch.Tensor
+            Hidden states cached by `accent_plugin.training.feature_cache`, used instead of the waveforms unless None.
+        frame_counts : (batch,) torch.Tensor
+            Number of frames of each clip in `states`.
         """
-        if pooled_states is None:
+        if states is None:
             frames, valid = self.wav2vec2(wavs, wav_lens)
         else:
-            # Each state is one frame, its mean over time. This is exact: the weighted sum and the projector are linear.
-            frames = self.wav2vec2.combine(pooled_states.unsqueeze(2).unbind(1))
-            valid = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
+            frames = self.wav2vec2.combine(states.float().unbind(2))
+            valid = valid_frames(frame_counts, frames.shape[1])
         if self.projector is not None:
             frames = self.projector(frames)
         pooled = self.pooling(frames, valid)
         return pooled if self.whitening is None else self.whitening(pooled)
 
-    def forward(self, wavs, wav_lens=None, pooled_states=None):
+    def forward(self, wavs, wav_lens=None, states=None, frame_counts=None):
         """Return (batch, classes) log-probabilities in float32; arguments as in `embed`."""
-        scores = self.classifier(self.dropout(self.embed(wavs, wav_lens, pooled_states)))
+        scores = self.classifier(self.dropout(self.embed(wavs, wav_lens, states, frame_counts)))
         return torch.log_softmax(scores.float(), dim=-1)
 
     def head_parameters(self):

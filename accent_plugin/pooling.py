@@ -125,6 +125,58 @@ _CLASSES = (MeanPooling, StatisticsPooling, AttentivePooling, AttentiveStatistic
 POOLINGS = dict(zip(POOLING_NAMES, _CLASSES, strict=True))
 
 
+# Pooling -> the choice of `summarise` that keeps its output; any other pooling needs all frames. Subclasses are not
+# looked up: they may weight the frames.
+SUMMARIES = {MeanPooling: "mean", StatisticsPooling: "moments"}
+
+
+def summarise(states, summary):
+    """Replace the frames of a clip by few frames for which a pooling of `SUMMARIES` returns the same.
+
+    The moments of a weighted sum of states depend on the covariances between the states. So "moments" returns one frame
+    more than there are states: the corners of a simplex, transformed so that their mean and covariances are those of
+    all frames, for each feature.
+
+    Arguments
+    ---------
+    states : (frames, states, features) torch.Tensor
+        Every frame of one clip, without padding.
+    summary : str
+        "mean", "moments" or "frames", which returns the frames as they are.
+
+    Returns
+    -------
+    (few, states, features) torch.Tensor
+        In float32, except with "frames".
+
+    Example
+    -------
+    >>> frames = torch.tensor([1.0, 2.0, 6.0]).view(3, 1, 1)
+    >>> summarise(frames, "mean").flatten(), summarise(frames, "moments").flatten()
+    (tensor([3.]), tensor([5.1602, 0.8398]))
+    """
+    if summary == "frames":
+        return states
+    if summary == "mean":
+        return states.float().mean(dim=0, keepdim=True)
+    # Some accelerators have no float64.
+    states = states.cpu().double()
+    mean = states.mean(dim=0)
+    centred = (states - mean).permute(2, 1, 0)
+    variances, axes = torch.linalg.eigh(centred @ centred.mT / len(states))
+    deviations = axes * variances.clamp(min=0.0).sqrt().unsqueeze(1)
+    corners = _simplex(states.shape[1])
+    return (mean + torch.einsum("dsk,ck->csd", deviations, corners)).float()
+
+
+def _simplex(dimensions):
+    """Corners of a simplex with zero mean and unit covariance: (dimensions + 1, dimensions) torch.Tensor of float64."""
+    place, corner = torch.meshgrid(torch.arange(1, dimensions + 1), torch.arange(dimensions + 1), indexing="ij")
+    # Rows of a Helmert matrix: `place` ones, then minus `place`, then zeros.
+    rows = (corner < place).double() - place * (corner == place)
+    return (rows * torch.sqrt((dimensions + 1.0) / (place * (place + 1)))).T
+
+
 def make_pooling(name, features):
     """Create a pooling from its name.
 

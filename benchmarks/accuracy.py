@@ -91,8 +91,8 @@ def run_ours(options, seed, cached=False, num_layers=None):
         started = time.perf_counter()
         if cached:
             keep = (folder, hparams["wav2vec2"], loading, brain.device)
-            train = feature_cache.cached(train, *keep, brain.precision)
-            valid = feature_cache.cached(valid, *keep, brain.eval_precision)
+            train = feature_cache.cached(train, *keep, brain.precision, hparams["model"].summary)
+            valid = feature_cache.cached(valid, *keep, brain.eval_precision, hparams["model"].summary)
         brain.fit(hparams["epoch_counter"], train, valid)
 
 

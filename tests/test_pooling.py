@@ -2,12 +2,20 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
 
 from accent_plugin.errors import ConfigError
-from accent_plugin.pooling import POOLINGS, AttentivePooling, AttentiveStatisticsPooling, MeanPooling, make_pooling
+from accent_plugin.pooling import (
+    POOLINGS,
+    AttentivePooling,
+    AttentiveStatisticsPooling,
+    MeanPooling,
+    make_pooling,
+    summarise,
+)
 
 FRAMES = torch.tensor([[[1.0, 10.0], [3.0, 20.0], [99.0, -99.0]]])
 VALID = torch.tensor([[True, True, False]])
@@ -25,6 +33,26 @@ def test_mean_by_hand():
 
 def test_statistics_by_hand():
     assert torch.allclose(make_pooling("statistics", 2)(FRAMES, VALID), torch.tensor([[2.0, 15.0, 1.0, 5.0]]))
+
+
+@pytest.mark.parametrize(("frames", "scale"), [(50, 1.0), (50, 100.0), (2, 1.0), (1, 1.0)])
+@pytest.mark.parametrize("states", [1, 2, 7])
+def test_moments_are_those_of_all_frames(frames, scale, states):
+    generator = torch.Generator().manual_seed(states)
+    clip = scale * torch.randn(frames, states, 3, generator=generator).cumsum(dim=1)
+    few = summarise(clip, "moments")
+    assert few.shape == (states + 1, states, 3) and few.dtype == torch.float32
+    for feature in range(3):
+        wanted, found = (part[:, :, feature].double().numpy().T for part in (clip, few))
+        assert found.mean(axis=1) == pytest.approx(wanted.mean(axis=1), abs=1e-6 * scale)
+        wanted, found = (np.cov(part, bias=True) for part in (wanted, found))
+        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5 * scale**2)
+
+
+def test_the_mean_is_that_of_all_frames_and_frames_are_kept():
+    clip = torch.tensor([[[1.0, 2.0]], [[3.0, 8.0]]])
+    assert torch.equal(summarise(clip, "mean"), torch.tensor([[[2.0, 5.0]]]))
+    assert summarise(clip, "frames") is clip
 
 
 def test_attention_by_hand():

@@ -39,7 +39,7 @@ def layer_means(encoder, loader, device="cpu", progress=True):
     for batch, means in feature_cache.encode(encoder, loader, device, every_state=True, progress=progress):
         require_all(dict(batch.lost))
         found.update(zip(batch.ids, means, strict=True))
-    return np.stack([found[clip.id] for clip in loader.dataset.clips])
+    return np.concatenate([found[clip.id] for clip in loader.dataset.clips])
 
 
 def require_all(lost):

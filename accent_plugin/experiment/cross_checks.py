@@ -36,10 +36,11 @@ def _feature_problems(values):
         return
     if not values["freeze_wav2vec2"]:
         yield "cache_features caches the output of a frozen encoder: freeze_wav2vec2 must be True"
-    if values["pooling"] != "mean" or values["projector_activation"]:
-        yield "cache_features caches the mean over a clip: pooling must be mean and projector_activation False"
-    if values["augment"] or values["crop_seconds"] is not None:
-        yield "cache_features caches features of whole, unchanged clips: augment must be False and crop_seconds null"
+    if changed and values["augment_copies"] is None:
+        yield (
+            "cache_features cannot cache clips that are cropped or augmented anew in every epoch: give augment_copies, "
+            "the number of versions of each clip, such as 5"
+        )
 
 
 def contradictions(values, run_opts):

@@ -175,8 +175,9 @@ class Run:
         self._initialise_head()
         if features_folder is not None:
             keep = (features_folder, brain.hparams.wav2vec2, self.loading, brain.device)
-            loader = feature_cache.cached(loader, *keep, brain.precision)
-            valid = feature_cache.cached(valid, *keep, brain.eval_precision)
+            summary = brain.hparams.model.summary
+            loader = feature_cache.cached(loader, *keep, brain.precision, summary)
+            valid = feature_cache.cached(valid, *keep, brain.eval_precision, summary)
         _fit_whitening(brain, loader, whitening_passes, whitening_shrinkage)
         brain.fit(brain.hparams.epoch_counter, loader, valid)
 
@@ -306,9 +307,12 @@ class Run:
         device = self.settings.run_opts.device or infer_device()
         if features_folder is None:
             return baseline.layer_means(encoder, whole_clips(clips, self.loading), device)
-        store, lost = feature_cache.fill_store(features_folder, encoder, clips, self.loading, device, every_state=True)
-        baseline.require_all(lost)
-        return np.stack([store[store.row(feature_cache.key(clip))] for clip in clips])
+        dataset = ClipDataset(clips, self.loading.accents)
+        store, lost = feature_cache.fill_store(
+            features_folder, encoder, dataset, self.loading, device, every_state=True
+        )
+        baseline.require_all({name: why for (name, _), why in lost.items()})
+        return np.concatenate([store[store.row(feature_cache.key(clip))] for clip in clips])
 
 
 def _prepare(prepare, arguments):
@@ -349,7 +353,7 @@ def _fit_whitening(brain, loader, passes, shrinkage):
             for batch in tqdm(loader, desc="whitening", unit="batch", disable=brain.noprogressbar):
                 if len(batch):
                     batch = batch.to(brain.device)
-                    vectors.append(model.embed(batch.wavs, batch.wav_lens, batch.pooled_states).cpu())
+                    vectors.append(model.embed(batch.wavs, batch.wav_lens, batch.states, batch.frame_counts).cpu())
                     labels.append(batch.labels.cpu())
     vectors, labels = ([item for part in distributed.all_gather(own) for item in part] for own in (vectors, labels))
     if not vectors:

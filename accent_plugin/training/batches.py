@@ -58,8 +58,10 @@ class Batch:
     labels : (batch,) torch.Tensor of int64
     lost : tuple of (str, str)
         Id of each unreadable clip, and the reason.
-    pooled_states : (batch, states, features) torch.Tensor or None
-        Features of `accent_plugin.training.feature_cache` in place of the waveforms, which are then empty.
+    states : (batch, frames, states, features) torch.Tensor or None
+        Hidden states of `accent_plugin.training.feature_cache` in place of the waveforms, which are then empty.
+    frame_counts : (batch,) torch.Tensor of int64, or None
+        Number of frames of each clip in `states`.
     """
 
     ids: tuple
@@ -67,16 +69,15 @@ class Batch:
     wav_lens: torch.Tensor | None
     labels: torch.Tensor
     lost: tuple = ()
-    pooled_states: torch.Tensor | None = None
+    states: torch.Tensor | None = None
+    frame_counts: torch.Tensor | None = None
 
     def __len__(self):
         return len(self.ids)
 
     def _map(self, function):
-        lens, pooled_states = (None if one is None else function(one) for one in (self.wav_lens, self.pooled_states))
-        return replace(
-            self, wavs=function(self.wavs), wav_lens=lens, labels=function(self.labels), pooled_states=pooled_states
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
     def to(self, device):
         """The same batch on another device."""

@@ -93,7 +93,7 @@ class AccentBrain(sb.Brain):
         batch = batch.to(self.device)
         # Outside training the processes may have different numbers of batches; DistributedDataParallel would hang.
         model = self.modules.model if stage == sb.Stage.TRAIN else self._model()
-        return model(batch.wavs, batch.wav_lens, batch.pooled_states)
+        return model(batch.wavs, batch.wav_lens, batch.states, batch.frame_counts)
 
     def _model(self):
         """The `AccentModel`, without the DistributedDataParallel wrapper."""

@@ -389,13 +389,29 @@ def test_a_run_goes_on_in_the_precision_that_it_found_fastest_when_it_began(trai
     assert trained_in("fp32", "--overwrite", "True") == "fp32"
 
 
-def test_a_head_on_kept_features_is_the_head_on_the_encoder(train, words, tmp_path, monkeypatch):
+# A fixed number of versions of each clip.
+COPIES = ("--augment", "True", "--crop_seconds", "1", "--augment_copies", "2")
+
+
+@pytest.mark.parametrize(
+    ("options", "passes", "again"),
+    [
+        # Training and validation.
+        (("--whitening_passes", "1"), 2, ("--seed", "3")),
+        # Two copies for training, and validation.
+        (("--pooling", "attentive_statistics", *COPIES), 3, ("--lr_head", "0.02")),
+    ],
+    ids=["means", "augmented frames"],
+)
+def test_a_head_on_kept_features_is_the_head_on_the_encoder(
+    train, words, tmp_path, monkeypatch, options, passes, again
+):
     from accent_plugin.training import feature_cache
 
     def history(folder, *more):
         frozen = ("--freeze_wav2vec2", "True", "--weighted_layers", "all", "--normalize_layers", "True")
         given = ("--output_folder", tmp_path / folder, "--features_folder", tmp_path / "features")
-        assert train(*words, *frozen, "--whitening_passes", "1", *given, *more).code == 0
+        assert train(*words, *frozen, *options, *given, *more).code == 0
         return json.loads((tmp_path / folder / "save/history.json").read_text(encoding="utf-8"))
 
     encoded, original = [], feature_cache.encode
@@ -403,9 +419,20 @@ def test_a_head_on_kept_features_is_the_head_on_the_encoder(train, words, tmp_pa
     for plain, kept in zip(history("plain"), history("kept", "--cache_features", "True"), strict=True):
         assert kept["train_loss"] == pytest.approx(plain["train_loss"], abs=1e-4)
         assert kept["valid_loss"] == pytest.approx(plain["valid_loss"], abs=1e-4)
-    assert len(encoded) == 2  # training and validation
-    history("again", "--cache_features", "True", "--seed", "3")
-    assert len(encoded) == 2
+    assert len(encoded) == passes
+    history("again", "--cache_features", "True", *again)
+    assert len(encoded) == passes
     kept, plain = (metrics_of(tmp_path / name)["clip"] for name in ("kept", "plain"))
     for name in ("accuracy", "macro_f1", "log_loss"):
         assert kept[name]["value"] == pytest.approx(plain[name]["value"], abs=1e-4)
+
+
+def test_a_resumed_run_uses_the_cached_copies_of_its_epochs(train, words, tmp_path):
+    steady = ("--warmup_fraction", "0", "--lr_schedule", "none", "--freeze_wav2vec2", "True", "--pooling", "statistics")
+    kept = ("--cache_features", "True", "--features_folder", tmp_path / "features", *COPIES)
+    for folder, epochs in (("whole", 3), ("parts", 2), ("parts", 3)):
+        last = ("--output_folder", tmp_path / folder, "--number_of_epochs", epochs)
+        assert train(*words, *steady, *kept, *last).code == 0
+    whole, parts = ((tmp_path / name / "save/history.json").read_text(encoding="utf-8") for name in ("whole", "parts"))
+    losses = [[row["train_loss"] for row in json.loads(text)] for text in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 3

@@ -1,14 +1,17 @@
-"""The cache of a frozen encoder's pooled states."""
+"""The cache of a frozen encoder's hidden states."""
 
 import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from accent_plugin.audio import codecs
+from accent_plugin.audio.augment import Augmentation
 from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.data.manifests import Clip
 from accent_plugin.encoder.factory import make_encoder
@@ -39,9 +42,10 @@ def encoder(tiny_encoder):
     return make_encoder(str(tiny_encoder("wav2vec2-group")), freeze=True)
 
 
-def load(clips):
-    dataset = ClipDataset(clips, ACCENTS)
-    return make_loader(dataset, BucketBatchSampler(dataset.seconds(), 2.0, shuffle=False))
+def load(dataset, copy):
+    sampler = BucketBatchSampler(dataset.seconds(), 2.0, shuffle=False)
+    sampler.set_epoch(copy)
+    return make_loader(dataset, sampler)
 
 
 def store_of(folder, encoder, precision="fp32", **how):
@@ -50,12 +54,13 @@ def store_of(folder, encoder, precision="fp32", **how):
 
 def filled(folder, encoder, clips, **how):
     store = store_of(folder, encoder, **how)
-    assert feature_cache.fill(store, encoder, clips, load, progress=False) == {}
+    assert feature_cache.fill(store, encoder, ClipDataset(clips, ACCENTS), load, progress=False) == {}
     return store
 
 
 def values(store, clips):
-    return np.stack([store[store.row(feature_cache.key(clip))] for clip in clips])
+    """Means of each clip: (clips, states, features)."""
+    return np.concatenate([store[store.row(feature_cache.key(clip))] for clip in clips])
 
 
 @pytest.fixture
@@ -72,20 +77,37 @@ def encoded(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"weighted_layers": [0, 2]}, {"weighted_layers": "all", "standardise_layers": True}],
-    ids=["last", "sum", "standardised sum"],
-)
-@pytest.mark.parametrize("projector", [None, 5])
-def test_cached_features_give_the_same_output_as_audio(tiny_encoder, clips, tmp_path, options, projector):
+SUMS = {
+    "last": {},
+    "sum": {"weighted_layers": [0, 2]},
+    "standardised sum": {"weighted_layers": "all", "standardise_layers": True},
+}
+HEADS = {
+    "mean": ({}, "mean"),
+    "mean, projector": ({"projector_size": 5}, "mean"),
+    "mean, GELU": ({"projector_size": 5, "projector_activation": True}, "frames"),
+    "statistics": ({"pooling": "statistics"}, "moments"),
+    "statistics, projector": ({"pooling": "statistics", "projector_size": 5}, "frames"),
+    "attentive": ({"pooling": "attentive"}, "frames"),
+    "attentive statistics": ({"pooling": "attentive_statistics", "projector_size": 5}, "frames"),
+}
+
+
+@pytest.mark.parametrize("options", SUMS.values(), ids=SUMS)
+@pytest.mark.parametrize(("head", "summary"), HEADS.values(), ids=HEADS)
+def test_cached_features_give_the_same_output_as_audio(tiny_encoder, clips, tmp_path, options, head, summary):
     encoder = make_encoder(str(tiny_encoder("wav2vec2-group")), freeze=True, **options)
-    model = AccentModel(encoder, ACCENTS, projector_size=projector).eval()
+    model = AccentModel(encoder, ACCENTS, **head).eval()
+    # A large output layer, so that differences of the pooled vectors are not lost in the scores.
+    torch.nn.init.normal_(model.classifier.weight)
     if options:
         torch.nn.init.normal_(encoder.layer_weights)
-    store = filled(tmp_path / "kept", encoder, clips)
+    assert model.summary == summary
+    store = filled(tmp_path / "kept", encoder, clips, summary=summary)
+    dataset = feature_cache.CachedDataset(ClipDataset(clips, ACCENTS), store, {})
     with torch.no_grad():
-        kept = model(torch.zeros(len(clips), 0), None, torch.from_numpy(values(store, clips)))
+        batch = feature_cache.collate([dataset[index, 1] for index in range(len(clips))])
+        kept = model(batch.wavs, None, batch.states, batch.frame_counts)
         for clip, scores in zip(clips, kept, strict=True):
             assert torch.allclose(model(torch.from_numpy(codecs.read(clip.wav))[None])[0], scores, atol=1e-5)
 
@@ -170,7 +192,7 @@ def test_damaged_values_are_recomputed(encoder, clips, tmp_path, encoded, row, c
     store = filled(tmp_path, encoder, clips)
     before, which = values(store, clips), [clip.id for clip in clips if store.row(feature_cache.key(clip)) == row]
     encoded.clear()
-    path = store.folder / "means.f32"
+    path = store.folder / "features.bin"
     content = bytearray(path.read_bytes())
     content[row * len(content) // 6 + 5] ^= 1
     path.write_bytes(content)
@@ -184,7 +206,7 @@ def test_damaged_values_are_recomputed(encoder, clips, tmp_path, encoded, row, c
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.2, 0.5, 0.99])
-@pytest.mark.parametrize("name", ["means.f32", "index.csv"])
+@pytest.mark.parametrize("name", ["features.bin", "index.csv"])
 def test_a_truncated_store_is_completed(encoder, clips, tmp_path, name, cut):
     store = filled(tmp_path, encoder, clips)
     before, path = values(store, clips), store.folder / name
@@ -198,13 +220,13 @@ def test_a_truncated_store_is_completed(encoder, clips, tmp_path, name, cut):
 def test_an_unreadable_clip_is_reported_and_skipped(encoder, clips, tmp_path):
     (tmp_path / "2.flac").write_bytes(b"no audio")
     store = store_of(tmp_path / "kept", encoder)
-    lost = feature_cache.fill(store, encoder, clips, load, progress=False)
-    assert list(lost) == ["a,2"] and "2.flac" in lost["a,2"]
-    dataset = feature_cache.PooledStatesDataset(ClipDataset(clips, ACCENTS), store, lost)
+    lost = feature_cache.fill(store, encoder, ClipDataset(clips, ACCENTS), load, progress=False)
+    assert list(lost) == [("a,2", 0)] and "2.flac" in lost["a,2", 0]
+    dataset = feature_cache.CachedDataset(ClipDataset(clips, ACCENTS), store, lost)
     batch = feature_cache.collate([dataset[index, 1] for index in range(6)])
-    assert batch.lost == (("a,2", lost["a,2"]),)
+    assert batch.lost == (("a,2", lost["a,2", 0]),)
     assert batch.ids == ("a,0", "a,1", "a,3", "a,4", "a,5") and batch.labels.tolist() == [0, 1, 1, 0, 1]
-    assert batch.pooled_states.shape == (5, 1, encoder.width)
+    assert batch.states.shape == (5, 1, 1, encoder.width) and batch.frame_counts.tolist() == [1] * 5
 
 
 def test_a_batch_of_unreadable_clips_has_no_features(clips):
@@ -222,7 +244,7 @@ def test_clips_added_by_another_process_are_used(encoder, clips, tmp_path, encod
     early = store_of(tmp_path, encoder)
     filled(tmp_path, encoder, clips[:3])
     encoded.clear()
-    feature_cache.fill(early, encoder, clips, load, progress=False)
+    feature_cache.fill(early, encoder, ClipDataset(clips, ACCENTS), load, progress=False)
     assert sorted(encoded) == [clip.id for clip in clips[3:]]
     assert len(values(early, clips)) == 6
 
@@ -234,6 +256,132 @@ def test_the_folder_contains_no_paths(encoder, clips, tmp_path):
 
 
 def test_a_batch_carries_its_features_to_a_device():
-    batch = feature_cache.Batch(("a",), torch.zeros(1, 0), None, torch.zeros(1), (), torch.ones(1, 2, 3))
-    assert batch.to("meta").pooled_states.device.type == "meta"
-    assert dataclasses.replace(batch, pooled_states=None).to("meta").pooled_states is None
+    batch = feature_cache.collate([("a", np.ones((2, 1, 3), dtype=np.float16), 0)]).to("meta")
+    assert batch.states.device.type == batch.frame_counts.device.type == "meta"
+
+
+AUGMENTED = Augmentation(SAMPLE_RATE, 1.0, speed=(0.8, 1.2), noise_snr=(5.0, 20.0), mask_seconds=0.1)
+
+
+def augmented(clips, copies=2, seed=1, **how):
+    return ClipDataset(
+        clips, ACCENTS, seed=seed, copies=copies, **{"augmentation": AUGMENTED, "crop_seconds": 0.6} | how
+    )
+
+
+def filled_with(folder, encoder, dataset, summary="frames"):
+    store = store_of(folder, encoder, summary=summary, changes=feature_cache.changes(dataset))
+    assert feature_cache.fill(store, encoder, dataset, load, progress=False) == {}
+    return store
+
+
+@pytest.mark.parametrize("how", [{}, {"augmentation": None}, {"crop_seconds": None}], ids=["both", "crops", "changes"])
+def test_cached_copies_are_the_augmented_clips_of_their_epochs(encoder, clips, tmp_path, how):
+    dataset = augmented(clips, **how)
+    cached = feature_cache.CachedDataset(dataset, filled_with(tmp_path / "kept", encoder, dataset), {})
+    with torch.no_grad():
+        for epoch in (1, 2, 3, 4):
+            for index in range(len(clips)):
+                _, samples, label = dataset[index, epoch]
+                name, features, cached_label = cached[index, epoch]
+                frames, _ = encoder(torch.from_numpy(samples)[None])
+                assert name == clips[index].id and cached_label == label
+                assert features[:, 0] == pytest.approx(frames[0].numpy(), abs=1e-5)
+    assert not np.array_equal(cached[5, 1][1], cached[5, 2][1])
+
+
+def test_more_copies_keep_the_first_ones(encoder, clips, tmp_path, encoded):
+    filled_with(tmp_path, encoder, augmented(clips, copies=2))
+    assert len(encoded) == 12
+    filled_with(tmp_path, encoder, augmented(clips, copies=3))
+    assert len(encoded) == 18
+    filled_with(tmp_path, encoder, augmented(clips, copies=1))
+    assert len(encoded) == 18
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"seed": 2}, {"crop_seconds": 0.5}, {"augmentation": dataclasses.replace(AUGMENTED, mask_seconds=0.2)}],
+    ids=["seed", "crop", "augmentation"],
+)
+def test_copies_of_another_augmentation_are_not_used(encoder, clips, tmp_path, encoded, how):
+    filled_with(tmp_path, encoder, augmented(clips))
+    encoded.clear()
+    filled_with(tmp_path, encoder, augmented(clips, **how))
+    assert len(encoded) == 12
+
+
+def test_clips_that_differ_in_every_epoch_are_not_cached(encoder, clips, tmp_path):
+    with pytest.raises(FeatureError, match="cropped or augmented anew in every epoch"):
+        filled_with(tmp_path, encoder, augmented(clips, copies=None))
+
+
+def test_a_copy_that_cannot_be_read_is_reported_in_its_epochs(encoder, clips, tmp_path):
+    dataset = augmented(clips)
+    store = filled_with(tmp_path / "kept", encoder, dataset)
+    cached = feature_cache.CachedDataset(dataset, store, {("a,2", 2): "why"})
+    assert [isinstance(cached[2, epoch], feature_cache.Lost) for epoch in (1, 2, 3, 4)] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("package", ["torch", "numpy", "accent_plugin"])
+def test_features_of_other_versions_are_not_used(encoder, clips, tmp_path, encoded, monkeypatch, package):
+    filled(tmp_path, encoder, clips)
+    encoded.clear()
+    others = feature_cache.installed_versions() | {package: "0.0"}
+    monkeypatch.setattr(feature_cache, "installed_versions", lambda: others)
+    filled(tmp_path, encoder, clips)
+    assert len(encoded) == len(clips)
+
+
+def test_another_recording_of_the_same_size_is_encoded_again(encoder, clips, tmp_path, encoded):
+    samples = codecs.read(clips[0].wav)
+    for sign in (1, -1):
+        path = tmp_path / "same.wav"
+        soundfile.write(path, sign * samples, SAMPLE_RATE)
+        filled(tmp_path / "kept", encoder, [dataclasses.replace(clips[0], wav=str(path))])
+    assert len(encoded) == 2
+
+
+def test_frames_of_a_16_bit_encoder_are_kept_as_float16(encoder, clips, tmp_path):
+    exact = filled(tmp_path, encoder, clips, summary="frames")
+    short = filled(tmp_path, encoder, clips, summary="frames", precision="bf16")
+    sizes = [(store.folder / "features.bin").stat().st_size for store in (exact, short)]
+    assert sizes[0] == 2 * sizes[1] == values(exact, clips).nbytes
+    assert values(short, clips).dtype == np.float16
+    batches = feature_cache.encode(
+        *(encoder, load(ClipDataset(clips, ACCENTS), 0), "cpu", "bf16"), summary="frames", progress=False
+    )
+    encoded = {name: clip for batch, features in batches for name, clip in zip(batch.ids, features, strict=True)}
+    wanted = np.concatenate([encoded[clip.id] for clip in clips])
+    assert values(short, clips) == pytest.approx(wanted, rel=2**-11, abs=2**-24)
+
+
+def test_a_state_too_large_for_float16_is_an_error(encoder, clips, tmp_path, monkeypatch):
+    batches = list(feature_cache.encode(encoder, load(ClipDataset(clips, ACCENTS), 0), progress=False))
+    large = [(batch, [1e6 * clip for clip in features]) for batch, features in batches]
+    monkeypatch.setattr(feature_cache, "encode", lambda *_: large)
+    with pytest.raises(FeatureError, match="more than float16 holds\ntrain with --precision fp32"):
+        filled(tmp_path, encoder, clips, summary="frames", precision="bf16")
+
+
+@pytest.mark.parametrize("summary", ["mean", "moments", "frames"])
+@pytest.mark.parametrize("options", [{}, {"weighted_layers": [0, 2]}], ids=["last", "sum"])
+@pytest.mark.parametrize("every_state", [False, True])
+def test_the_size_is_estimated_beforehand(tiny_encoder, clips, tmp_path, summary, options, every_state):
+    encoder = make_encoder(str(tiny_encoder("wav2vec2-group")), freeze=True, **options)
+    seconds = [clip.duration for clip in clips]
+    estimate = store_of(tmp_path, encoder, summary=summary, every_state=every_state).require_space(encoder, seconds)
+    store = filled(tmp_path, encoder, clips, summary=summary, every_state=every_state)
+    assert estimate == (store.folder / "features.bin").stat().st_size
+
+
+def test_a_disk_without_space_is_an_error_before_the_encoder_runs(encoder, clips, tmp_path, encoded, monkeypatch):
+    whole = store_of(tmp_path, encoder).require_space(encoder, [clip.duration for clip in clips])
+    free = [whole]
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[0]))
+    filled(tmp_path / "enough", encoder, clips)
+    encoded.clear()
+    free[0] -= 1
+    with pytest.raises(FeatureError, match=r"6 clips need 0.0 MB, but .* has 0.0 MB left\nfree disk space"):
+        filled(tmp_path / "short", encoder, clips)
+    assert encoded == []
