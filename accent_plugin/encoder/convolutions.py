@@ -219,7 +219,8 @@ def _products(conv, kind):
     """Return a (channels out, stride * channels in) matrix per stride of a convolution's kernel, and its bias."""
     weight = conv.weight.detach().to(kind).permute(0, 2, 1)
     stride = conv.stride[0]
-    parts = [weight[:, at : at + stride].flatten(1) for at in range(0, weight.shape[1], stride)]
+    # Contiguous: otherwise torch copies the matrix for each product.
+    parts = [weight[:, at : at + stride].flatten(1).contiguous() for at in range(0, weight.shape[1], stride)]
     return parts, None if conv.bias is None else conv.bias.detach().to(kind)
 
 

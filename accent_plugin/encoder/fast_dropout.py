@@ -1,11 +1,14 @@
-"""Dropout and attention for training on a CPU, where PyTorch's versions take longer than the matrix products.
+"""Dropout, attention and long convolutions for training on a CPU, where PyTorch's take longer than matrix products.
 
-On a CPU, `torch.nn.functional.dropout` draws numbers one by one in a single thread, and attention with dropout falls
-back to fp32. This module draws 16 bits per element from a generator that is seeded from PyTorch's, so
-`torch.manual_seed` and checkpoints still control the noise. The distribution is PyTorch's, with the probability rounded
-to a multiple of 2^-16; the random numbers differ. In evaluation, on other devices, and while a model is compiled or
+On a CPU, `torch.nn.functional.dropout` draws numbers one by one in a single thread, attention with dropout falls back
+to fp32, and a convolution with a long kernel is slow, above all in the backward pass. This module draws 16 bits per
+element from a generator that is seeded from PyTorch's, so `torch.manual_seed` and checkpoints still control the noise.
+The distribution is PyTorch's, with the probability rounded to a multiple of 2^-16; the random numbers differ. Long
+convolutions are computed in the frequency domain. In evaluation, on other devices, and while a model is compiled or
 traced, PyTorch's own functions run, on other devices with masks and shapes that its fused kernels accept.
 """
+
+import functools
 
 import numpy as np
 import torch
@@ -24,6 +27,9 @@ _LEVELS = 2**16
 
 # In frames, about ten seconds.
 _SHORT = 512
+
+# In frames. wav2vec 2.0's positional convolution has 128.
+_LONG = 64
 
 
 def dropout(inputs, p=0.5, training=True):
@@ -138,10 +144,114 @@ AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, make_mask)
 
 
+def _convolve_long(convolve, padding, groups, inputs, weight, bias):
+    """Convolve (batch, channels, frames); in training on a CPU by spectra, otherwise with torch's `convolve`.
+
+    In blocks of about the kernel's length, products of spectra are an eighth of the arithmetic.
+    """
+    if not (devices.takes_cpu_path(inputs) and torch.is_grad_enabled() and weight.requires_grad):
+        return convolve(inputs, weight, bias)
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
+    kernel = weight.shape[-1]
+    frames = inputs.shape[-1] + 2 * padding - kernel + 1
+    blocks = max(1, round(frames / kernel))
+    hop = -(-frames // blocks)
+    with torch.autocast("cpu", enabled=False):
+        spare = blocks * hop - frames
+        padded = nn.functional.pad(inputs.transpose(1, 2).float(), (0, 0, padding, padding + spare))
+        outputs = _SpectralProduct.apply(padded, weight.float(), blocks, hop, groups)[:, :frames]
+        return (outputs if bias is None else outputs + bias).to(kind).transpose(1, 2)
+
+
+class _SpectralProduct(torch.autograd.Function):
+    """Valid cross-correlation over time, by products of the spectra of overlapping blocks (overlap-save).
+
+    Spectra are computed as matrix products with sines and cosines: their frequencies then come first in memory, as the
+    products over channels need them, and a block is short. Everything is in float32.
+    """
+
+    @staticmethod
+    def forward(context, padded, weight, blocks, hop, groups):
+        """Convolve (batch, blocks * hop + kernel - 1, channels) to (batch, blocks * hop, outputs).
+
+        The weight is that of an nn.Conv1d: (outputs, channels / groups, kernel).
+        """
+        batch, _, channels = padded.shape
+        outputs, own, kernel = weight.shape
+        size = hop + kernel - 1
+        analysis, synthesis = _waves(size)
+        windows = padded.unfold(1, size, hop).transpose(2, 3).reshape(batch * blocks, size, channels)
+        spectra = _by_frequency(analysis @ windows, groups)
+        kernels = (analysis[:, :kernel] @ weight.reshape(-1, kernel).T).view(2, -1, outputs // groups, own)
+        # Times the complex conjugate of the kernel. Real and imaginary parts of the clips are rows below each other.
+        products, crossed = (spectra @ part.mT for part in kernels)
+        half = batch * blocks
+        products[:, :half] += crossed[:, half:]
+        products[:, half:] -= crossed[:, :half]
+        context.save_for_backward(spectra, kernels)
+        context.sizes = blocks, hop, groups, kernel, size, padded.shape, weight.shape
+        return (synthesis[:hop] @ _by_block(products, groups)).view(batch, blocks * hop, outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context, gradient):
+        """Gradients of the padded input and of the weight."""
+        spectra, kernels = context.saved_tensors
+        blocks, hop, groups, kernel, size, shape, weight_shape = context.sizes
+        analysis, synthesis = _waves(size)
+        half = gradient.shape[0] * blocks
+        gradient = _by_frequency(synthesis[:hop].T @ gradient.reshape(half, hop, -1), groups)
+        crossed = torch.cat([-gradient[:, half:], gradient[:, :half]], dim=1)
+        of_weight = torch.stack([gradient.mT @ spectra, crossed.mT @ spectra]).view(len(analysis), -1)
+        of_weight = (of_weight.T @ analysis[:, :kernel]).view(weight_shape)
+        if not context.needs_input_grad[0]:
+            return None, of_weight, None, None, None
+        of_spectra = torch.baddbmm(gradient @ kernels[0], crossed, kernels[1])
+        of_windows = (analysis.T @ _by_block(of_spectra, groups)).view(shape[0], blocks, size, shape[2])
+        of_input = of_windows.new_zeros(shape)
+        for block in range(blocks):
+            of_input[:, block * hop : block * hop + size] += of_windows[:, block]
+        return of_input, of_weight, None, None, None
+
+
+@functools.lru_cache(maxsize=64)
+def _waves(size):
+    """Matrices of the Fourier transform of `size` real numbers to real and imaginary parts, and of its inverse.
+
+    The first is (2 * frequencies, size), real parts first, the second (size, 2 * frequencies); both are float32.
+    """
+    frequencies = torch.arange(size // 2 + 1)
+    # Reduced as integers, for precision.
+    angles = (frequencies[:, None] * torch.arange(size) % size).double() * (2 * torch.pi / size)
+    weight = torch.full((len(frequencies), 1), 2.0 / size)
+    weight[0] = 1 / size
+    if size % 2 == 0:
+        weight[-1] = 1 / size
+    waves = torch.stack([angles.cos(), -angles.sin()])
+    return waves.flatten(0, 1).float(), (waves * weight).flatten(0, 1).T.float()
+
+
+def _by_frequency(spectra, groups):
+    """(blocks, 2 * frequencies, channels) -> (frequencies * groups, 2 * blocks, channels / groups)."""
+    blocks, frequencies, channels = spectra.shape
+    split = spectra.view(blocks, 2, frequencies // 2, groups, channels // groups)
+    return split.permute(2, 3, 1, 0, 4).reshape(-1, 2 * blocks, channels // groups)
+
+
+def _by_block(spectra, groups):
+    """Invert `_by_frequency`."""
+    _, blocks, channels = spectra.shape
+    split = spectra.view(-1, groups, 2, blocks // 2, channels)
+    return split.permute(3, 2, 0, 1, 4).reshape(blocks // 2, -1, groups * channels)
+
+
 def use_cpu_kernels(model, attention=True):
-    """Make a Hugging Face model use `Dropout` and, with `attention`, `attend` in place of PyTorch's attention."""
+    """Make a Hugging Face model use this module's dropout and long convolutions and, with `attention`, `attend`."""
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
+        elif isinstance(module, nn.Conv1d) and module.kernel_size[0] >= _LONG and module.stride == (1,):
+            convolve = functools.partial(_convolve_long, module._conv_forward, module.padding[0], module.groups)
+            module._conv_forward = convolve
     if attention and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)

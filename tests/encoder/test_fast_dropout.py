@@ -1,4 +1,7 @@
-"""Dropout and attention for training on a processor."""
+"""Dropout, attention and long convolutions for training on a CPU."""
+
+import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,3 +275,79 @@ def test_an_attention_that_was_asked_for_is_kept(tiny_encoder, chosen):
     encoder = make_encoder(str(tiny_encoder("wav2vec2-group")), attn_implementation=chosen)
     assert encoder.model.config._attn_implementation == chosen
     assert make_encoder(str(tiny_encoder("wav2vec2-group"))).model.config._attn_implementation == fast_dropout.ATTENTION
+
+
+def long_convolution(kernel=64, channels=8, groups=4):
+    """A convolution in a model that uses the kernels for CPUs, and the same one with PyTorch's."""
+    torch.manual_seed(0)
+    theirs = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=groups)
+    ours = nn.Sequential(copy.deepcopy(theirs))
+    ours.config = SimpleNamespace(_attn_implementation="eager")
+    use_cpu_kernels(ours)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("frames", [1, 40, 64, 97, 200, 333])
+@pytest.mark.parametrize(("kernel", "channels", "groups"), [(64, 8, 4), (65, 6, 1), (128, 4, 4)])
+def test_a_long_convolution_trains_with_the_gradients_of_pytorchs(frames, kernel, channels, groups):
+    ours, theirs = long_convolution(kernel, channels, groups)
+    inputs = torch.randn(3, channels, frames, requires_grad=True)
+    outputs, wanted = ours(inputs), theirs(inputs)
+    torch.testing.assert_close(outputs, wanted, atol=2e-6, rtol=1e-5)
+    gradient = torch.randn_like(wanted)
+    found = torch.autograd.grad(outputs, (inputs, *ours.parameters()), gradient)
+    for one, other in zip(found, torch.autograd.grad(wanted, (inputs, *theirs.parameters()), gradient), strict=True):
+        torch.testing.assert_close(one, other, atol=5e-6 * float(other.abs().max()), rtol=0)
+
+
+def test_a_long_convolution_trains_without_gradients_of_its_input():
+    ours, theirs = long_convolution()
+    inputs = torch.randn(2, 8, 100)
+    for model in (ours, theirs):
+        model(inputs).square().sum().backward()
+    torch.testing.assert_close(ours[0].weight.grad, theirs.weight.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_only_training_avoids_pytorchs_convolution():
+    ours, theirs = long_convolution()
+    inputs = torch.randn(2, 8, 100)
+    with Calls() as training:
+        ours(inputs).sum().backward()
+    assert not {name for name in training.names if "conv" in name}
+    with torch.no_grad(), Calls() as evaluation:
+        assert torch.equal(ours(inputs), theirs(inputs))
+    assert "convolution" in evaluation.names
+    ours.requires_grad_(False)
+    assert torch.equal(ours(inputs), theirs(inputs))
+
+
+def test_a_long_convolution_returns_the_type_of_autocast():
+    ours, theirs = long_convolution()
+    inputs = torch.randn(2, 8, 100)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, wanted = ours(inputs), theirs(inputs)
+    assert outputs.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(outputs, wanted, atol=0.05, rtol=0.05)
+
+
+def test_short_and_strided_convolutions_stay_pytorchs():
+    model = nn.Sequential(nn.Conv1d(4, 4, 63), nn.Conv1d(4, 4, 127, stride=64))
+    model.config = SimpleNamespace(_attn_implementation="eager")
+    use_cpu_kernels(model)
+    with Calls() as training:
+        model[0](torch.randn(1, 4, 300)), model[1](torch.randn(1, 4, 300))
+    assert "bmm" not in training.names and "convolution" in training.names
+
+
+def test_wav2vec2s_positional_convolution_is_trained_by_spectra():
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = Wav2Vec2Model(Wav2Vec2Config(**small, conv_dim=[8] * 7, num_conv_pos_embedding_groups=4))
+    plain = copy.deepcopy(model.encoder.pos_conv_embed)
+    use_cpu_kernels(model)
+    inputs = torch.randn(2, 50, 16)
+    with Calls() as training:
+        outputs = model.encoder.pos_conv_embed(inputs)
+    assert "convolution" not in training.names
+    torch.testing.assert_close(outputs, plain(inputs), atol=1e-5, rtol=1e-5)
