@@ -392,6 +392,22 @@ def test_one_process_cannot_resume_with_fewer_batches_per_step(finished, alone, 
     assert "batches_per_step: 2 in the folder, 1 now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_two_processes_train_from_one_cache_like_one_process(words, alone, tmp_path):
+    cached = ("--freeze_wav2vec2", "True", "--cache_features", "True", "--features_folder", str(tmp_path / "features"))
+    cached += ("--pooling", "attentive", "--augment_copies", "2", "--dropout", "0.0", "--number_of_epochs", "3")
+    two, one = tmp_path / "two", tmp_path / "one"
+    done = torchrun(two, recipe=words(two, *cached))
+    assert done.code == 0, done.err[-3000:]
+    # Training and validation, by the first process.
+    assert (two / "out/log.txt").read_text(encoding="utf-8").count("computing the features of") == 2
+    assert alone(recipe=words(one, *cached, "--grad_accumulation_factor", "2")) == 0
+    assert "computing the features of" not in (one / "out/log.txt").read_text(encoding="utf-8")
+    for row, wanted in zip(*(read(folder / "out/save/history.json") for folder in (two, one)), strict=True):
+        row.pop("peak_memory_bytes"), wanted.pop("peak_memory_bytes")
+        assert row == pytest.approx(wanted, abs=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------- misuse
 
 
