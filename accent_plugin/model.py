@@ -77,7 +77,7 @@ class AccentModel(nn.Module):
             16 kHz, padded at the end.
         wav_lens : (batch,) torch.Tensor
             Length of each clip as a fraction of the longest; None if nothing is padded.
-        states : (batch, frames, states, features) torch.Tensor
+        states : (states, batch, frames, features) torch.Tensor
             Hidden states cached by `accent_plugin.training.feature_cache`, used instead of the waveforms unless None.
         frame_counts : (batch,) torch.Tensor
             Number of frames of each clip in `states`.
@@ -85,7 +85,8 @@ class AccentModel(nn.Module):
         if states is None:
             frames, valid = self.wav2vec2(wavs, wav_lens)
         else:
-            frames = self.wav2vec2.combine(states.float().unbind(2))
+            with torch.autocast(states.device.type, enabled=False):
+                frames = self.wav2vec2.combine(states.float())
             valid = valid_frames(frame_counts, frames.shape[1])
         if self.projector is not None:
             frames = self.projector(frames)

@@ -211,10 +211,12 @@ class InvariantEncoder:
         return self.combine(states), valid
 
     def combine(self, states):
-        """Sum a list of (batch, frames, features) torch.Tensor with the learned weights; returns the same shape."""
+        """Sum states, a list of (batch, frames, features) torch.Tensor or their stack, with the learned weights."""
         if self.weighted_layers is None:
             return states[0]
         weights = torch.softmax(self.layer_weights, dim=0)
+        if isinstance(states, torch.Tensor):
+            return torch.tensordot(weights, states, dims=1)
         return sum(weight * state for weight, state in zip(weights, states, strict=True))
 
     def hidden_states(self, wavs, wav_lens=None, used_only=False):

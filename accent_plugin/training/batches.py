@@ -58,7 +58,7 @@ class Batch:
     labels : (batch,) torch.Tensor of int64
     lost : tuple of (str, str)
         Id of each unreadable clip, and the reason.
-    states : (batch, frames, states, features) torch.Tensor or None
+    states : (states, batch, frames, features) torch.Tensor or None
         Hidden states of `accent_plugin.training.feature_cache` in place of the waveforms, which are then empty.
     frame_counts : (batch,) torch.Tensor of int64, or None
         Number of frames of each clip in `states`.

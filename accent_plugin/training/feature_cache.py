@@ -435,7 +435,9 @@ def collate(items):
         return Batch((), nothing, None, torch.zeros(0, dtype=torch.int64), lost)
     ids, features, labels = zip(*items, strict=True)
     counts = [len(clip) for clip in features]
-    states = np.zeros((len(items), max(counts), *features[0].shape[1:]), dtype=features[0].dtype)
-    for row, clip in zip(states, features, strict=True):
-        row[: len(clip)] = clip
+    _, number, width = features[0].shape
+    states = np.zeros((number, len(items), max(counts), width), dtype=features[0].dtype)
+    for row, clip in enumerate(features):
+        # The states first: their weighted sum is then one product.
+        states[:, row, : len(clip)] = clip.swapaxes(0, 1)
     return Batch(ids, nothing, None, torch.tensor(labels), lost, torch.from_numpy(states), torch.tensor(counts))

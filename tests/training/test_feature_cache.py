@@ -226,7 +226,7 @@ def test_an_unreadable_clip_is_reported_and_skipped(encoder, clips, tmp_path):
     batch = feature_cache.collate([dataset[index, 1] for index in range(6)])
     assert batch.lost == (("a,2", lost["a,2", 0]),)
     assert batch.ids == ("a,0", "a,1", "a,3", "a,4", "a,5") and batch.labels.tolist() == [0, 1, 1, 0, 1]
-    assert batch.states.shape == (5, 1, 1, encoder.width) and batch.frame_counts.tolist() == [1] * 5
+    assert batch.states.shape == (1, 5, 1, encoder.width) and batch.frame_counts.tolist() == [1] * 5
 
 
 def test_a_batch_of_unreadable_clips_has_no_features(clips):
