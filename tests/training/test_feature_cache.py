@@ -207,13 +207,15 @@ def test_damaged_values_are_recomputed(encoder, clips, tmp_path, encoded, row, c
 
 @pytest.mark.parametrize("cut", [0.0, 0.2, 0.5, 0.99])
 @pytest.mark.parametrize("name", ["features.bin", "index.csv"])
-def test_a_truncated_store_is_completed(encoder, clips, tmp_path, name, cut):
-    store = filled(tmp_path, encoder, clips)
+@pytest.mark.parametrize("summary", ["mean", "frames"])
+def test_a_truncated_store_is_completed(encoder, clips, tmp_path, name, cut, summary):
+    store = filled(tmp_path, encoder, clips, summary=summary)
     before, path = values(store, clips), store.folder / name
     os.truncate(path, int(cut * path.stat().st_size))
-    assert np.allclose(values(filled(tmp_path, encoder, clips), clips), before, atol=1e-6)
+    after = values(filled(tmp_path, encoder, clips, summary=summary), clips)
+    assert after.shape == before.shape and np.allclose(after, before, atol=1e-6)
     # The next store finds all features.
-    again = store_of(tmp_path, encoder)
+    again = store_of(tmp_path, encoder, summary=summary)
     assert all(feature_cache.key(clip) in again for clip in clips)
 
 
