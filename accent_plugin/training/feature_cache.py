@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from accent_plugin import devices, files
+from accent_plugin.audio.augment import Augmentation
 from accent_plugin.audio.samples import SAMPLE_RATE
 from accent_plugin.errors import FeatureError
 from accent_plugin.pooling import summarise
@@ -86,10 +87,20 @@ def identify(encoder, precision, every_state=False, summary="mean", changes=None
 
 def changes(dataset):
     """Describe how a `ClipDataset` crops and augments its clips, as JSON values; None if it does not."""
-    if dataset.crop is None and dataset.augmentation is None:
+    augmentation = dataset.augmentation
+    if dataset.crop is None and augmentation is None:
         return None
-    augmentation = None if dataset.augmentation is None else dataclasses.asdict(dataset.augmentation)
-    return {"crop": dataset.crop, "augmentation": augmentation, "seed": dataset.seed}
+    if not isinstance(augmentation, Augmentation | None):
+        raise FeatureError(
+            f"a {type(augmentation).__name__} does not tell all that its output depends on, so it cannot be cached\n"
+            "train without cache_features, or with this package's own augmentation"
+        )
+    found = {"crop": dataset.crop, "augmentation": augmentation and dataclasses.asdict(augmentation)}
+    if augmentation and augmentation.babble_snr:
+        # Every clip may be heard in the others.
+        keys = "\n".join(key(clip) for clip in dataset.voices)
+        found["voices"] = hashlib.blake2b(keys.encode(), digest_size=20).hexdigest()
+    return found | {"seed": dataset.seed}
 
 
 def encode(encoder, loader, device="cpu", precision="fp32", every_state=False, summary="mean", progress=True):
@@ -216,7 +227,7 @@ class Store:
         return self._values[self._ends[row] : self._ends[row + 1]]
 
     def forget_damaged(self, keys):
-        """Compare the checksums of the clips with these keys, and forget damaged ones, which are then recomputed."""
+        """Forget clips with these keys whose values do not match their checksum; return the keys of those."""
         damaged = [
             key for key in keys if key in self and zlib.crc32(self[self._rows[key]]) != self._sums[self._rows[key]]
         ]
@@ -224,6 +235,7 @@ class Store:
             del self._rows[key]
         if damaged:
             logger.warning("%s: recomputing the damaged features of %d clips", self.folder, len(damaged))
+        return damaged
 
     @contextlib.contextmanager
     def adding(self, keys):
@@ -291,15 +303,12 @@ class Store:
         needed, free = frames * states * encoder.width * self._type.itemsize, shutil.disk_usage(self.folder).free
         if needed > free:
             raise FeatureError(
-                f"the features of {len(seconds)} clips need {_size(needed)}, but {self.folder} has {_size(free)} left\n"
+                f"the features of {len(seconds)} clips need {needed / 1e6:,.1f} MB, but {self.folder} has "
+                f"{free / 1e6:,.1f} MB left\n"
                 "free disk space, choose another features_folder, or keep less: fewer weighted_layers or "
                 "augment_copies, or pooling mean or statistics without a projector, which need no frames"
             )
         return needed
-
-
-def _size(number):
-    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 def key(clip, copy=0):
@@ -315,7 +324,7 @@ def key(clip, copy=0):
 
 def copies_of(dataset):
     """Numbers of the copies of each clip of a `ClipDataset`; [0] if the clips are not changed."""
-    if changes(dataset) is None:
+    if dataset.crop is None and dataset.augmentation is None:
         return [0]
     if dataset.copies is None:
         raise FeatureError("clips that are cropped or augmented anew in every epoch cannot be cached: set copies")
@@ -338,10 +347,8 @@ def fill(store, encoder, dataset, load, device="cpu", progress=True):
     """
     keys = {(clip.id, copy): key(clip, copy) for copy in copies_of(dataset) for clip in dataset.clips}
     lost, identity = {}, store.identity
-    if all(one in store for one in keys.values()):
-        store.forget_damaged(keys.values())
-        if all(one in store for one in keys.values()):
-            return lost
+    if all(one in store for one in keys.values()) and not store.forget_damaged(keys.values()):
+        return lost
     with store.adding(keys.values()) as add:
         # Another process may have added clips while this one waited for the lock.
         missing = {
@@ -350,8 +357,8 @@ def fill(store, encoder, dataset, load, device="cpu", progress=True):
         }
         seconds = np.concatenate([part.seconds() for part in missing.values()])
         logger.info(
-            *("computing the features of %d of %d clips in %s: about %s", len(seconds), len(keys), store.folder),
-            _size(store.require_space(encoder, seconds)),
+            *("computing the features of %d of %d clips in %s: about %.1f MB", len(seconds), len(keys), store.folder),
+            store.require_space(encoder, seconds) / 1e6,
         )
         how = (device, identity["precision"], identity["states"] == "all", identity["summary"], progress)
         for copy, part in missing.items():

@@ -313,6 +313,27 @@ def test_copies_of_another_augmentation_are_not_used(encoder, clips, tmp_path, e
     assert len(encoded) == 12
 
 
+def test_babble_of_copies_is_that_of_all_clips(encoder, clips, tmp_path, encoded):
+    babble = {"augmentation": Augmentation(SAMPLE_RATE, 1.0, babble_snr=(0.0, 5.0)), "crop_seconds": None}
+    dataset, fewer = augmented(clips, **babble), augmented(clips[:4], **babble)
+    filled_with(tmp_path / "kept", encoder, fewer)
+    store = filled_with(tmp_path / "kept", encoder, dataset)
+    # The voices of other clips are different ones.
+    assert len(encoded) == 8 + 12
+    (store.folder / "index.csv").write_text("")
+    store = filled_with(tmp_path / "kept", encoder, dataset.with_clips(clips[:3]))
+    cached = feature_cache.CachedDataset(dataset, filled_with(tmp_path / "kept", encoder, dataset), {})
+    assert len(encoded) == 20 + 12
+    frames, _ = encoder(torch.from_numpy(dataset[5, 2][1])[None])
+    assert cached[5, 2][1][:, 0] == pytest.approx(frames[0].detach().numpy(), abs=1e-5)
+
+
+def test_an_augmentation_that_cannot_be_compared_is_not_cached(encoder, clips, tmp_path):
+    other = augmented(clips, augmentation=SimpleNamespace(slowest=1.0, fastest=1.0))
+    with pytest.raises(FeatureError, match="a SimpleNamespace does not tell all that its output depends on"):
+        filled_with(tmp_path, encoder, other)
+
+
 def test_clips_that_differ_in_every_epoch_are_not_cached(encoder, clips, tmp_path):
     with pytest.raises(FeatureError, match="cropped or augmented anew in every epoch"):
         filled_with(tmp_path, encoder, augmented(clips, copies=None))
