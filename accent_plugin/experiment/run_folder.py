@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from accent_plugin import files
+from accent_plugin.audio.augment import DEFAULT
 from accent_plugin.bundle import config as bundle_config
 from accent_plugin.errors import ConfigError
 from accent_plugin.experiment.hyperparameters import RENAMED, TABLE
@@ -76,6 +77,10 @@ def run_identity(values, fold=None, processes=1):
     }
     chosen["batches_per_step"] = chosen.pop("grad_accumulation_factor") * processes
     chosen["fold"] = fold
+    probability = chosen["augment_probability"]
+    if isinstance(probability, dict) and probability.keys() == {DEFAULT}:
+        # Version 0.1.0 had one number for all kinds.
+        chosen["augment_probability"] = probability[DEFAULT]
     if values["skip_prep"]:
         chosen = {key: value for key, value in chosen.items() if key not in _OF_DATA}
     if not values["warmup_fraction"] and values["lr_schedule"] == "none":

@@ -81,11 +81,23 @@ CHANGES = {
     "selection": ("last", WORSE | {"selection": "loss"}),
     "early_stopping": (0, STILL),
     "num_workers": (1, {}),
-    "augment_probability": (1.0, {"augment": True}),
+    "augment_probability": ({"speed": 1.0}, {"augment": True}),
     "augment_speed": (None, AUGMENTED),
     "augment_noise_snr": ([0.0, 5.0], AUGMENTED),
     "augment_band": ([1000.0, 2000.0], AUGMENTED),
     "augment_mask_seconds": (0.1, AUGMENTED),
+    **{
+        f"augment_{kind}": (value, AUGMENTED)
+        for kind, value in {
+            "babble_snr": [0.0, 5.0],
+            "reverberation": [0.2, 0.3],
+            "codecs": ["mu-law"],
+            "gain": [-9.0, 3.0],
+            "clipping": [0.1, 0.2],
+            "packet_loss": [0.5, 0.6],
+            "formants": [0.8, 0.9],
+        }.items()
+    },
     "augment_copies": (1, AUGMENTED | {"number_of_epochs": 2}),
 }
 # They compute the same in another order; of a gradient that is only rounding, Adam makes a whole step all the same.
@@ -199,3 +211,13 @@ def test_a_hyperparameter_counts_where_it_changes_what_is_trained(key, run):
     counts = run_folder.differences(before.identity, now.identity) != []
     differs = before.data != now.data or not same(before.outcome, now.outcome, exact=key not in ROUNDED)
     assert counts == differs
+
+
+def test_one_probability_of_augmentation_is_the_same_as_a_number_or_a_mapping():
+    """Version 0.1.0 had a number."""
+    identities = [
+        run_folder.run_identity(read_settings([str(ROOT / "hparams/wav2vec2_base.yaml"), *words], ROOT, False).values)
+        for words in ([], ["--augment_probability", "0.5"], ["--augment_probability", "{speed: 0.5}"])
+    ]
+    assert run_folder.differences(identities[0], identities[1]) == []
+    assert run_folder.differences(identities[0], identities[2]) != []
