@@ -23,11 +23,19 @@ DATA_ROOT = "$data_root"
 PREPARE_JSON = "prepare.json"
 FORMAT_VERSION = 1
 AUDIO_FOLDER = "audio"
+# Beside the manifest of the test split, if its sentences are known. Not columns of the manifest: its bytes identify the
+# data of a run.
+SEEN_FILE = "test_seen.csv"
+SEEN_COLUMNS = ("ID", "words_seen", "sentence_seen")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One row of a manifest; ``wav`` is an absolute path, ``duration`` in seconds."""
+    """One row of a manifest; ``wav`` is an absolute path, ``duration`` in seconds.
+
+    ``words_seen`` and ``sentence_seen`` compare the text of a test clip with training, as in
+    `accent_plugin.data.splits.seen_in_training`; "" if unknown.
+    """
 
     id: str
     duration: float
@@ -36,6 +44,8 @@ class Clip:
     client_id: str
     gender: str
     age: str
+    words_seen: str = ""
+    sentence_seen: str = ""
 
 
 class Clips(Sequence):
@@ -198,9 +208,9 @@ def read_manifest(csv_path, data_root=None):
         data_root = path.parent.parent if (path.parent.parent / PREPARE_JSON).exists() else path.parent
     data_root, ids = Path(data_root).absolute().as_posix(), set()
 
-    def clips(table):
+    def clips(table, seen):
         for row in table:
-            clip = _clip(row, data_root)
+            clip = _clip(row, data_root, seen.get(row["ID"], ("", "")))
             if clip.id in ids:
                 raise ManifestError(f"{path} has the ID {clip.id} more than once")
             ids.add(clip.id)
@@ -212,7 +222,7 @@ def read_manifest(csv_path, data_root=None):
             missing = [name for name in COLUMNS if name not in (table.fieldnames or ())]
             if missing:
                 raise ManifestError(f"{path} lacks column(s) {', '.join(missing)}; it has {table.fieldnames}")
-            return Clips(clips(table))
+            return Clips(clips(table, _read_seen(path)))
     except (OSError, ValueError, csv.Error, AttributeError, TypeError) as error:
         raise ManifestError(f"{path} cannot be read as a manifest: {error}") from None
 
@@ -228,7 +238,23 @@ def write_manifest(path, rows, outcomes):
             table.writerow((row.id, duration, f"{DATA_ROOT}/{wav_cell(row.id)}", *cells))
 
 
-def _clip(row, data_root):
+def write_seen(path, seen):
+    """Write the result of `accent_plugin.data.splits.seen_in_training`."""
+    with files.atomic_write(path) as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(SEEN_COLUMNS)
+        table.writerows((id_, *texts) for id_, texts in seen.items())
+
+
+def _read_seen(manifest):
+    path = manifest.with_name(SEEN_FILE)
+    if manifest.name != f"{data_splits.TEST}.csv" or not path.is_file():
+        return {}
+    with open(path, newline="", encoding="utf-8") as file:
+        return {row[SEEN_COLUMNS[0]]: tuple(row[name] for name in SEEN_COLUMNS[1:]) for row in csv.DictReader(file)}
+
+
+def _clip(row, data_root, seen):
     wav = row["wav"]
     if not wav.startswith(DATA_ROOT + "/"):
         raise ValueError(f"wav '{wav}' does not begin with {DATA_ROOT}/")
@@ -240,6 +266,7 @@ def _clip(row, data_root):
         client_id=_unescape(row["client_id"]),
         gender=_unescape(row["gender"]),
         age=_unescape(row["age"]),
+        **dict(zip(SEEN_COLUMNS[1:], seen, strict=True)),
     )
 
 

@@ -4,6 +4,7 @@ The files in ``prepared_folder``::
 
     audio/3f/3f...e1.flac    one clip: 16 kHz, mono, 16 bit
     train.csv valid.csv test.csv, or with folds fold_1/train.csv ... fold_5/test.csv
+    test_seen.csv            which words and sentences of test are in train, if the sentences are known
     prepare.json             arguments, source, counts, dropped clips by reason; written last
     audio.jsonl              the result of each decoded clip, from which an interrupted run is resumed
 
@@ -28,10 +29,12 @@ from accent_plugin.data.manifests import (
     AUDIO_FOLDER,
     FORMAT_VERSION,
     PREPARE_JSON,
+    SEEN_FILE,
     escape_cell,
     load_prepared,
     manifest_paths,
     write_manifest,
+    write_seen,
 )
 from accent_plugin.errors import DataError, ManifestError
 
@@ -298,6 +301,11 @@ def _write(folder, data_folder, layouts, outcomes, choices, header, columns, not
         (folder / below).mkdir(exist_ok=True)
         for split, path in manifest_paths(folder / below).items():
             write_manifest(path, parts[split], outcomes)
+            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+        seen = splits.seen_in_training(parts[splits.TEST], parts[splits.TRAIN])
+        if seen and parts[splits.TRAIN]:
+            path = folder / below / SEEN_FILE
+            write_seen(path, seen)
             sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
         counts[below] = {split: _count(parts[split], outcomes) for split in splits.SPLITS}
     card = dataset_dict.card(data_folder)

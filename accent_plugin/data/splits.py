@@ -266,6 +266,34 @@ def normalise_sentence(text):
     return " ".join(re.findall(r"\w+", text.replace("'", "").replace("\u2019", "")))
 
 
+def seen_in_training(tested, training):
+    """Compare the sentences of tested items with those of training items.
+
+    Arguments
+    ---------
+    tested, training : iterable of Item
+
+    Returns
+    -------
+    dict
+        Id of a tested item with a sentence -> ("11/12", "no"): how many of its words are in training, of how many, and
+        whether the whole sentence is ("yes" or "no").
+
+    Example
+    -------
+    >>> seen_in_training([Item("a", "us", sentence="a red bag")], [Item("b", "us", sentence="a bag")])
+    {'a': ('2/3', 'no')}
+    """
+    sentences = {item.sentence for item in training}
+    words = {word for sentence in sentences for word in sentence.split()}
+    seen = {}
+    for item in tested:
+        if own := item.sentence.split():
+            found = sum(word in words for word in own)
+            seen[item.id] = f"{found}/{len(own)}", "yes" if item.sentence in sentences else "no"
+    return seen
+
+
 def rank(seed, *names):
     """A number in [0, 2**64) that depends on the seed and the names only."""
     text = "\0".join((str(seed), *names)).encode("utf-8", "surrogatepass")

@@ -45,6 +45,7 @@ from accent_plugin.evaluation.confidence import (
 )
 from accent_plugin.evaluation.scores import BINS, f1s, precisions, recalls, safe_ratio
 from accent_plugin.evaluation.selective import COVERAGE_TENTHS, USUAL_COVERAGE, CoverageTenths, risk_coverage
+from accent_plugin.evaluation.text_overlap import text_groups, text_overlap
 
 SMALL = 5  # speakers; groups with fewer are marked
 UNKNOWN = "unknown"
@@ -84,6 +85,7 @@ def _groups(p):
             np.fromiter((index[text] for text in column), dtype=np.int64, count=len(column)),
         )
     yield "duration", [name for _, name in _DURATIONS], np.digitize(p.seconds, [bound for bound, _ in _DURATIONS[:-1]])
+    yield from text_groups(p, UNKNOWN)
 
 
 def evaluate(predictions, draws=1000, seed=0, threshold=None):
@@ -104,8 +106,8 @@ def evaluate(predictions, draws=1000, seed=0, threshold=None):
         "clip", "speaker" (None if unknown), "per_accent", "confusion", "risk_coverage" (by clip: "threshold",
         "coverage", "risk", "area", and "surest": accuracy of the 50, 80 and 90 % of clips with the largest
         probabilities), "confidence" (by clip: "threshold", "threshold_given", "coverage",
-        "confidence_minus_accuracy", "auroc"), "groups", "absent_accents", "notes", "warnings"; every figure is
-        {"value", "low", "high", "n"}, never NaN.
+        "confidence_minus_accuracy", "auroc"), "groups", "text" (from `accent_plugin.evaluation.text_overlap`),
+        "absent_accents", "notes", "warnings"; every figure is {"value", "low", "high", "n"}, never NaN.
 
     Example
     -------
@@ -167,6 +169,7 @@ def evaluate(predictions, draws=1000, seed=0, threshold=None):
             "auroc": confidence_auroc(items[0], tenths, sure, len(units)),
         },
         "groups": {kind: {} for kind in ("gender", "age", "duration")},
+        "text": text_overlap(p),
         "absent_accents": [labels[a] for a in np.flatnonzero(units.per_accent == 0)],
     }
     for kind, values, group in groups:

@@ -33,6 +33,8 @@ class ScoredClips:
         Duration of each clip.
     gender, age : tuple of str, or None
         Optional columns of text, with one value per clip, as in the data; empty if unknown.
+    words_seen, sentence_seen : tuple of str, or None
+        Optional: "11/12" if training had 11 of the 12 words of the clip, and "yes" or "no" for its whole sentence.
 
     Raises
     ------
@@ -54,6 +56,8 @@ class ScoredClips:
     seconds: np.ndarray
     gender: tuple | None = None
     age: tuple | None = None
+    words_seen: tuple | None = None
+    sentence_seen: tuple | None = None
 
     def __post_init__(self):  # noqa: D105
         def put(name, value):

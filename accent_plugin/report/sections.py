@@ -56,6 +56,8 @@ def report_blocks(metrics, rows, images):
     yield accents_table(metrics["per_accent"])
 
     yield "heading", 2, "Recall by accent and group"
+    if metrics.get("text"):
+        yield "text", _text_in_training(metrics["text"])
     yield "picture", images["recall"], "Recall of each accent and group with its interval"
     cells = [
         [kind, name, format_figure(v["unweighted_average_recall"]), f"{v['clips']:,}", count_cell(v["speakers"]),
@@ -119,6 +121,14 @@ def report_blocks(metrics, rows, images):
             yield "table", [name, ""], list(table_rows(table))
     if metrics["command"]:
         yield "code", metrics["command"]
+
+
+def _text_in_training(text):
+    return (
+        f"Training has {text['words_in_training']:,} of the {text['words']:,} words of the test clips, and the whole "
+        f"sentence of {text['sentences_in_training']:,} of {text['clips']:,} clips. On words that training does not "
+        "have, expect the lower figures of the table below."
+    )
 
 
 def _calibration_by_group(metrics):

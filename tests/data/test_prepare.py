@@ -96,6 +96,33 @@ def test_layout(corpus, tmp_path):
     assert saved["columns"]["train"]["client"] == "client_id"
 
 
+def test_the_text_of_test_clips_is_compared_with_training(tmp_path):
+    tables = three_splits()
+    for split, table in tables.items():
+        for number, row in enumerate(table):
+            row["sentence"] = f"Only {split} $read number {number}."
+    tables["train"][0]["sentence"] = tables["test"][0]["sentence"]
+    data = save(tmp_path / "data", **tables)
+    made = prepare(data, tmp_path / "out", disjoint_sentences=False, balance="none")
+    seen = Counter((clip.words_seen, clip.sentence_seen) for clip in clips_of(made)["test"])
+    # "test" is a word of one training clip. Numbers 0 to 7 of test are among the numbers 0 to 15 of training.
+    assert seen == {("5/5", "no"): 7, ("5/5", "yes"): 1}
+    apart = prepare(data, tmp_path / "apart", balance="none")
+    assert Counter((clip.words_seen, clip.sentence_seen) for clip in clips_of(apart)["test"]) == {
+        ("4/5", "no"): 7,
+        # Without the clip that it shared with test, training has no number 0.
+        ("3/5", "no"): 1,
+    }
+    assert {clip.words_seen for split in ("train", "valid") for clip in clips_of(apart)[split]} == {""}
+    assert "test_seen.csv" in report(tmp_path / "apart")["files"]
+
+
+def test_without_sentences_nothing_is_said_about_them(tmp_path):
+    made = prepare(save(tmp_path / "data", **three_splits(sentences=False)), tmp_path / "out")
+    assert {(clip.words_seen, clip.sentence_seen) for clip in clips_of(made)["test"]} == {("", "")}
+    assert "test_seen.csv" not in report(tmp_path / "out")["files"]
+
+
 def test_damaged_clips_are_used_and_counted(tmp_path):
     tables = three_splits()
     for number, row in enumerate(tables["train"][:2]):

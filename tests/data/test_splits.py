@@ -291,3 +291,18 @@ def test_items_without_speaker_stand_for_themselves():
     parts = splits.by_speaker(items, valid_fraction=0.2, test_fraction=0.2, seed=1)
     assert {split: len(part) for split, part in parts.items()} == {"train": 6, "valid": 2, "test": 2}
     assert splits.cap(items, 1, 1).dropped == ()
+
+
+def test_words_and_sentences_of_test_are_looked_up_in_training():
+    training = [Item("a", "us", sentence="the cat sat"), Item("b", "england", sentence="a dog"), Item("c", "us")]
+    tested = [
+        Item("same", "us", sentence="a dog"),
+        Item("words", "us", sentence="the dog sat the cat"),
+        Item("some", "us", sentence="the catalogue"),
+        Item("unknown", "us"),
+    ]
+    assert splits.seen_in_training(tested, training) == {
+        "same": ("2/2", "yes"),
+        "words": ("5/5", "no"),
+        "some": ("1/2", "no"),
+    }

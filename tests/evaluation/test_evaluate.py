@@ -200,7 +200,7 @@ def test_an_impossible_answer_has_a_finite_log_loss():
 def test_a_report_has_the_documented_structure():
     metrics = evaluate(simulate(), draws=20)
     assert list(metrics) == ["clip", "speaker", "per_accent", "confusion", "risk_coverage", "confidence", "groups",
-                             "absent_accents", "notes", "warnings"]  # fmt: skip
+                             "text", "absent_accents", "notes", "warnings"]  # fmt: skip
     assert list(metrics["clip"]) == list(metrics["speaker"]) == list(FIGURES)
     assert set(metrics["clip"]["accuracy"]) == {"value", "low", "high", "n"}
     assert list(metrics["per_accent"]) == list(LABELS)

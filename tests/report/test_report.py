@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -132,8 +133,11 @@ def test_any_text_and_any_probability_come_back(tmp_path_factory, text, log_prob
 def test_columns_are_those_of_the_design(tmp_path):
     write_predictions(tmp_path / "p.csv", build([[0.25, 0.75]], [0], ["a,b"], labels=("us", "england")))
     header, row = csv.reader((tmp_path / "p.csv").open(newline=""))
-    assert header == ["ID", "client_id", "accent", "predicted", "p_us", "p_england", "gender", "age", "seconds"]
-    assert row == ["clip0000", "a,b", "us", "england", "0.25", "0.75", "", "", "5.0"]
+    assert header == [
+        *("ID", "client_id", "accent", "predicted", "p_us", "p_england"),
+        *("gender", "age", "words_seen", "sentence_seen", "seconds"),
+    ]
+    assert row == ["clip0000", "a,b", "us", "england", "0.25", "0.75", "", "", "", "", "5.0"]
 
 
 def test_predictions_without_client_ids_come_back(tmp_path):
@@ -186,6 +190,7 @@ def test_metrics_are_strict_json_with_the_keys_of_the_design(whole):
     assert read == metrics
     wanted = {"data", "clip", "speaker", "per_accent", "confusion", "groups", "model", "versions", "command"}
     assert set(read) == wanted | {
+        "text",
         "risk_coverage",
         "confidence",
         "absent_accents",
@@ -406,6 +411,17 @@ def test_calibration_and_coverage_are_told_for_every_accent_and_group(tmp_path):
         f"AUROC of the probability between right and wrong answers: {metrics['confidence']['auroc']['value']:.3f}"
         in (section)
     )
+
+
+def test_words_and_sentences_that_training_had_are_told(tmp_path):
+    words, sentences = ["4/4"] * 12 + ["3/4"] * 24 + [""] * 12, ["yes"] * 12 + ["no"] * 24 + [""] * 12
+    predictions = replace(simulate(speakers=12), words_seen=words, sentence_seen=sentences)
+    write(tmp_path, predictions)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Training has 120 of the 144 words of the test clips, and the whole sentence of 12 of 36 clips." in text
+    rows = [line for line in text.splitlines() if line.startswith(("| words |", "| sentence |"))]
+    assert len(rows) == 2 * (3 + 3)
+    assert read_predictions(tmp_path).words_seen == tuple(words)
 
 
 def test_a_threshold_of_the_test_clips_is_told_as_such(tmp_path):
