@@ -24,12 +24,13 @@ def _wav2vec2(nodes, encoder):
     for layer in model.feature_extractor.conv_layers:
         kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
         counts, samples = (nodes.convolved(each, kernel, stride) for each in (counts, samples))
-        hidden = nodes.conv(hidden, layer.conv)
         norm = getattr(layer, "layer_norm", None)
         if isinstance(norm, nn.GroupNorm):
-            hidden = nodes.group_norm(hidden, norm, nodes.valid(counts, samples))
-        elif norm is not None:
-            hidden = _transposed(nodes, nodes.norm(_transposed(nodes, hidden), norm))
+            hidden = _normed_conv(nodes, hidden, layer.conv, norm, counts, nodes.valid(counts, samples))
+        else:
+            hidden = nodes.conv(hidden, layer.conv)
+            if norm is not None:
+                hidden = _transposed(nodes, nodes.norm(_transposed(nodes, hidden), norm))
         hidden = nodes.activation(hidden, config.feat_extract_activation)
     nodes.frames, valid = samples, nodes.valid(counts, samples)
     hidden = nodes.in_rows(_transposed(nodes, hidden))
@@ -65,6 +66,36 @@ def _wav2vec2(nodes, encoder):
         # A weighted sum has the output of the last layer, without the norm above it.
         states[-1] = nodes.norm(hidden, model.encoder.layer_norm)
     return states, valid
+
+
+def _normed_conv(nodes, waves, conv, norm, counts, valid):
+    """The first convolution and its masked norm, (clips, 1, samples) -> (clips, channels, frames), as one product.
+
+    The mean and variance of a channel follow from those of the samples under the kernel, as in
+    `accent_plugin.encoder.convolutions`, so that nothing but the product has the size of the output.
+    """
+    if norm.num_groups != norm.num_channels or conv.in_channels != 1 or conv.groups != 1 or conv.padding != (0,):
+        raise UnsupportedError("the group norm of its first convolution covers several channels")
+    (kernel,) = conv.kernel_size
+    mask, counts = nodes("Unsqueeze", valid, [1]), nodes("Unsqueeze", counts, [1, 2])
+    windows = nodes("Conv", waves, np.eye(kernel, dtype=np.float32)[:, None], strides=conv.stride)
+    total = nodes("ReduceSum", nodes("Where", mask, windows, 0.0), [2])
+    mean = nodes("Div", total, nodes("Cast", counts, to=nodes.FLOAT))
+    centred = nodes("Where", mask, nodes("Sub", windows, mean), 0.0)
+    # In float64: neighbouring samples are so similar that differences of their products lose digits.
+    exact = nodes("Cast", centred, to=nodes.DOUBLE)
+    products = nodes("MatMul", exact, nodes("Transpose", exact, perm=[0, 2, 1]))
+    covariance = nodes("Div", products, nodes("Cast", counts, to=nodes.DOUBLE))
+    weight = nodes("Squeeze", nodes.weight(conv.weight), [1])
+    precise = nodes("Cast", weight, to=nodes.DOUBLE)
+    variance = nodes("ReduceSum", nodes("Mul", nodes("MatMul", precise, covariance), precise), [2])
+    deviation = nodes("Sqrt", nodes("Add", nodes("Cast", variance, to=nodes.FLOAT), float(norm.eps)))
+    gain, shift = (nodes("Unsqueeze", nodes.weight(each), [1]) for each in (norm.weight, norm.bias))
+    scale = nodes("Div", gain, deviation)
+    # The last column is multiplied with ones. The norm cancels the bias of the convolution, if it has one.
+    shifts = nodes("Add", nodes("Sub", scale, scale), shift)
+    kernels = nodes("Concat", nodes("Mul", scale, weight), shifts, axis=2)
+    return nodes("MatMul", kernels, nodes("Concat", centred, nodes("Cast", mask, to=nodes.FLOAT), axis=1))
 
 
 def _positions(nodes, encoder, frames, mask):

@@ -23,8 +23,8 @@ class Nodes:
         The owner of all weights.
     """
 
-    # ONNX's number of float32.
-    FLOAT = 1
+    # ONNX's numbers of float32 and float64.
+    FLOAT, DOUBLE = 1, 11
 
     def __init__(self, model):
         self.made = []

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import soundfile
 import torch
@@ -89,6 +90,38 @@ def test_the_states_of_every_kind_of_encoder_have_torchs_scores(tmp_path, tiny_e
 def test_every_head_has_torchs_scores(tmp_path, tiny_encoder, name, head):
     model = make_model(tiny_encoder("moonshine"), pooling=name, **head)
     require_torchs_scores(written(tmp_path / "graph.onnx", model), model)
+
+
+def test_nothing_but_the_first_convolution_and_its_activation_has_that_size(tmp_path, tiny_encoder):
+    """Masks and norms of this size took a tenth of the time."""
+    model = make_model(tiny_encoder("wav2vec2-group"))
+    graph = make_graph(model)
+    kinds = {node.output[0]: node.op_type for node in graph.graph.node}
+    del graph.graph.output[:]
+    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in kinds)
+    waves = 0.1 * np.random.default_rng(0).standard_normal((2, 16_000)).astype(np.float32)
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    found = session.run(list(kinds), {"waves": waves, "lengths": np.array([16_000, 9_000])})
+    channels, frames = model.wav2vec2.config.conv_dim[0], (16_000 - 10) // 5 + 1
+    large = [kind for kind, value in zip(kinds.values(), found, strict=True) if value.size >= 2 * channels * frames]
+    assert large == ["MatMul", "Gelu"]
+
+
+def test_low_frequencies_have_torchs_scores(tmp_path, tiny_encoder):
+    """The second differences of a slow wave are a thousandth of it, but the norm makes them large."""
+    model = make_model(tiny_encoder("wav2vec2-group"))
+    with torch.no_grad():
+        weight = model.wav2vec2.model.feature_extractor.conv_layers[0].conv.weight
+        shapes = 1e3 * torch.randn(weight[..., :8].shape)
+        weight.zero_()
+        for place, value in enumerate((1, -2, 1)):
+            weight[..., place : place + 8] += value * shapes
+    clip = torch.sin(torch.arange(16_000) * (2 * torch.pi * 100 / 16_000))[None]
+    session = open_graph(written(tmp_path / "graph.onnx", model))
+    scores = session.run(["log_probabilities"], {"waves": clip.numpy(), "lengths": np.array([16_000])})[0]
+    with torch.inference_mode():
+        # Of scores up to 9. With a covariance in float32 they are NaN.
+        np.testing.assert_allclose(scores, model(clip), atol=0.01)
 
 
 def test_partial_rotary_embeddings_have_torchs_scores(tmp_path, tiny_encoder):
