@@ -39,6 +39,8 @@ class OnnxAccentClassifier(RecordingClassifier):
             raise ConfigError("\n".join(problems))
         self._set_up(config, chosen)
         self._session = session
+        # On a CPU, the products of one window use all cores as well as those of several, and need no padding.
+        self._one_by_one = session.get_providers()[0] == "CPUExecutionProvider"
         self._speeds = config["model"]["speeds"]
         limits = config["onnx"] if config["weights"]["file"] == ONNX_FILE else config["graph"]
         self._least, self._most = limits["minimum_samples"], limits.get("maximum_samples")
@@ -92,15 +94,19 @@ class OnnxAccentClassifier(RecordingClassifier):
     def _at_speed(self, waves, speed):
         """Log-probabilities (batch, classes) of (samples,) arrays played faster by `speed`."""
         waves = waves if speed == 1 else [change_speed(wave, speed) for wave in waves]
-        lengths = np.array([len(wave) for wave in waves], dtype=np.int64)
-        if self._most is not None and lengths.max() > self._most:
+        if self._most is not None and max(map(len, waves)) > self._most:
             raise AudioError(
                 TOO_LONG,
                 f"window_seconds is {self.window_seconds:g}, too long for this encoder: it takes at most "
                 f"{self._most / SAMPLE_RATE:g} s",
             )
+        batches = [[wave] for wave in waves] if self._one_by_one else [waves]
+        return np.concatenate([self._run(batch) for batch in batches]).astype(np.float64)
+
+    def _run(self, waves):
+        """Run the graph on one batch."""
+        lengths = np.array([len(wave) for wave in waves], dtype=np.int64)
         padded = np.zeros((len(waves), max(self._least, *lengths)), dtype=np.float32)
         for row, wave in zip(padded, waves, strict=True):
             row[: len(wave)] = wave
-        scores = self._session.run([LOG_PROBABILITIES], {WAVES: padded, LENGTHS: lengths})[0]
-        return scores.astype(np.float64)
+        return self._session.run([LOG_PROBABILITIES], {WAVES: padded, LENGTHS: lengths})[0]
