@@ -5,8 +5,8 @@ the same scores alone and in any batch. It is written in fp32 or in a lower prec
 
 * ``fp16``, ``bf16``: weights are stored in half the bytes and converted to fp32 on loading. ONNX Runtime computes in
   fp32, because it has no CPU kernels for these types.
-* ``int8``: weights of linear layers are stored in a quarter of the bytes and multiplied in integers, with dynamic
-  quantisation of the inputs. Convolutions stay in fp32.
+* ``int8``: weights of the linear layers below the classifier are stored in a quarter of the bytes, with a scale for
+  each output feature, and multiplied in integers, with dynamic quantisation of the inputs. Convolutions stay in fp32.
 
 A lower precision changes answers, so the model is compared with fp32 on labelled speech before it is kept.
 """
@@ -126,10 +126,22 @@ def _in_int8(path):
     import_onnxruntime()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    graph = onnx.load(path)
+    exact = []
+    for node in graph.graph.node:
+        node.name = node.output[0]
+        # Gemm is used for the weights of linear layers only; the quantisation replaces it by this MatMul.
+        if node.op_type == "MatMul":
+            exact.append(node.name)
+        elif "classifier.weight" in node.input:
+            exact.append(f"{node.name}_MatMul")
     target = path.with_name("quantised.onnx")
     try:
         with _quiet():
-            quantize_dynamic(path, target, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+            quantize_dynamic(
+                graph, target, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, per_channel=True,
+                nodes_to_exclude=exact,
+            )  # fmt: skip
         return onnx.load(target)
     finally:
         target.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from helpers.encoders import TINY
 from accent_plugin.bundle import load
 from accent_plugin.bundle.config import weights_identity
 from accent_plugin.bundle.load import load_bundle
+from accent_plugin.bundle.session import open_graph
 from accent_plugin.bundle.write import write_bundle
 from accent_plugin.cli import models
 from accent_plugin.cli.parser import make_parser
@@ -80,6 +81,35 @@ def test_a_clip_scores_the_same_alone_and_in_a_batch(exported):
     waves = [noise(seconds, seed) for seed, seconds in enumerate((2.0, 1.8, 1.7, 1.9))]
     alone = scores([classifier.predict(wave, 16_000) for wave in waves])
     np.testing.assert_allclose(scores(classifier.predict_batch(waves)), alone, atol=1e-5)
+
+
+class Recorder:
+    """A session that records the shapes of its inputs."""
+
+    def __init__(self, session, provider):
+        self._session, self._provider, self.shapes = session, provider, []
+
+    def get_providers(self):
+        return [self._provider, "CPUExecutionProvider"]
+
+    def run(self, names, inputs):
+        self.shapes.append(inputs["waves"].shape)
+        return self._session.run(names, inputs)
+
+
+@pytest.mark.parametrize(
+    ("provider", "shapes"),
+    [
+        ("CPUExecutionProvider", [(1, 32_000), (1, 30_000), (1, 28_000)]),
+        ("CUDAExecutionProvider", [(3, 32_000)]),
+    ],
+)
+def test_windows_are_scored_one_by_one_without_padding_on_a_cpu(exported, provider, shapes):
+    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    session = Recorder(open_graph(exported / "model.onnx"), provider)
+    classifier = OnnxAccentClassifier(session, config)
+    classifier.predict_batch([noise(seconds, seed) for seed, seconds in enumerate((1.75, 2.0, 1.875))])
+    assert session.shapes == shapes
 
 
 def test_files_windows_and_abstaining_match_torch(exported, tiny_bundle, tmp_path):
@@ -170,6 +200,21 @@ def test_a_lower_precision_gives_similar_scores(exported, tiny_bundle, tmp_path,
     ours = scores(OnnxAccentClassifier.from_bundle(smaller).predict_batch(waves))
     exact = scores(OnnxAccentClassifier.from_bundle(exported).predict_batch(waves))
     assert 0 < np.abs(np.exp(ours) - np.exp(exact)).max() < 0.05
+
+
+def test_int8_has_a_scale_for_each_output_and_an_exact_classifier(tmp_path, tiny_encoder):
+    folder = make_bundle(tmp_path / "bundle", tiny_encoder("moonshine"))
+    out = onnx_export.export(folder, tmp_path / "onnx", "int8", unchecked=True)
+    graph = onnx.load(out / "model.onnx").graph
+    shapes = {each.name: tuple(each.dims) for each in graph.initializer}
+    quantised = {
+        name.removesuffix("_Transposed_quantized"): shape for name, shape in shapes.items() if "_quantized" in name
+    }
+    encoder = load_bundle(folder).model.wav2vec2
+    linear = {f"wav2vec2.{key}" for key, each in encoder.named_modules() if isinstance(each, torch.nn.Linear)}
+    # Neither the classifier, nor the constant that rotates queries and keys.
+    assert {name.removesuffix(".weight") for name in quantised} == linear
+    assert [shapes[f"{name}_Transposed_scale"] for name in quantised] == [shape[1:] for shape in quantised.values()]
 
 
 def test_quantisation_leaves_the_root_logger_alone(exported, tmp_path, monkeypatch):
