@@ -185,10 +185,61 @@ class WaveformConvolutions(nn.Module):
         parameters = [parameter for conv in convolutions for parameter in conv.parameters()]
         if any(parameter.requires_grad for parameter in parameters):
             return [_products(conv, kind) for conv in convolutions]
-        state = [(p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
+        state = _versions(parameters)
         if self._matrices.get(kind, (None,))[0] != state:
             self._matrices[kind] = state, [_products(conv, kind) for conv in convolutions]
         return self._matrices[kind][1]
+
+
+class PositionalConvolution(nn.Module):
+    """Replaces the positional convolution of wav2vec 2.0, HuBERT and WavLM; same state-dict keys.
+
+    Its kernels are so long (128 frames) that a frozen one is computed by Fourier transforms on a CPU: blocks of frames
+    are transformed, and a matrix product per frequency mixes the channels of a group (overlap-save).
+
+    Arguments
+    ---------
+    embedding : torch.nn.Module
+        Hugging Face's module, with the layers `conv`, `padding` and `activation`.
+    """
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.conv, self.padding, self.activation = embedding.conv, embedding.padding, embedding.activation
+        self._spectrum = None, None
+
+    def forward(self, frames):
+        """Convolve (batch, frames, features); returns the same shape."""
+        learning = any(parameter.requires_grad for parameter in self.conv.parameters())
+        if learning or (torch.is_grad_enabled() and frames.requires_grad) or not devices.takes_cpu_path(frames):
+            return self.activation(self.padding(self.conv(frames.transpose(1, 2)))).transpose(1, 2)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return self.activation(self._convolve(frames))
+
+    def _convolve(self, frames):
+        batch, length, channels = frames.shape
+        groups, kernel, before = self.conv.groups, self.conv.kernel_size[0], self.conv.padding[0]
+        size = _transform_size(kernel)
+        step = size - kernel + 1
+        blocks = -(-length // step)
+        after = (blocks - 1) * step + size - before - length
+        rows = nn.functional.pad(frames.float().transpose(1, 2), (before, after)).unfold(2, size, step)
+        spectrum = torch.fft.rfft(rows).view(batch, groups, -1, blocks, size // 2 + 1)
+        spectrum = spectrum.permute(4, 1, 0, 3, 2).flatten(2, 3).flatten(0, 1)
+        mixed = torch.bmm(spectrum, self._kernel_spectrum(size))
+        mixed = mixed.view(-1, groups, batch, blocks, channels // groups).permute(2, 3, 1, 4, 0)
+        rows = torch.fft.irfft(mixed.flatten(2, 3), n=size)[..., :step]
+        output = rows.transpose(2, 3).reshape(batch, blocks * step, channels)[:, :length]
+        return (output + self.conv.bias).to(frames.dtype)
+
+    def _kernel_spectrum(self, size):
+        """(frequencies * groups, channels in, channels out) of a group, cached while the weights do not change."""
+        state = _versions(self.conv.parameters())
+        if self._spectrum[0] != state:
+            weight = torch.fft.rfft(self.conv.weight.float(), n=size).conj()
+            weight = weight.view(self.conv.groups, -1, *weight.shape[1:]).permute(3, 0, 2, 1)
+            self._spectrum = state, weight.flatten(0, 1).resolve_conj().contiguous()
+        return self._spectrum[1]
 
 
 class PositionalConvolutions(nn.Module):
@@ -213,6 +264,16 @@ class PositionalConvolutions(nn.Module):
         for layer in self.layers:
             frames = layer(frames.masked_fill(padding, 0.0))
         return frames.transpose(1, 2)
+
+
+def _versions(parameters):
+    """Return a list that changes when the parameters do."""
+    return [(p.data_ptr(), None if p.is_inference() else p._version) for p in parameters]
+
+
+def _transform_size(kernel):
+    """Samples of a Fourier transform: a power of two that is at least twice as long as the kernel."""
+    return 1 << (2 * kernel - 1).bit_length()
 
 
 def _products(conv, kind):

@@ -5,7 +5,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from accent_plugin.encoder.base import InvariantEncoder
-from accent_plugin.encoder.convolutions import PositionalConvolutions, WaveformConvolutions
+from accent_plugin.encoder.convolutions import PositionalConvolution, PositionalConvolutions, WaveformConvolutions
 from accent_plugin.encoder.masking import MaskedGroupNorm, valid_frames
 from accent_plugin.errors import EncoderError
 
@@ -60,8 +60,11 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         if isinstance(layers[0].layer_norm, nn.GroupNorm):
             layers[0].layer_norm = MaskedGroupNorm.replacing(layers[0].layer_norm)
         self.model.feature_extractor = WaveformConvolutions(layers, self.config)
-        if positional := getattr(self.model.encoder.pos_conv_embed, "layers", None):
-            self.model.encoder.pos_conv_embed = PositionalConvolutions(positional)
+        positional = self.model.encoder.pos_conv_embed
+        stacked = getattr(positional, "layers", None)
+        self.model.encoder.pos_conv_embed = (
+            PositionalConvolutions(stacked) if stacked else PositionalConvolution(positional)
+        )
         if self._norm_is_last:
             self.model.encoder.layer_norm = DeferredLayerNorm.replacing(self.model.encoder.layer_norm)
         # Hugging Face's method derives the mask from a sample mask, and waits for the GPU.

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Wav2Vec2Config, Wav2Vec2Model
+from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2PositionalConvEmbedding
 
 from accent_plugin import devices
 from accent_plugin.encoder import convolutions
-from accent_plugin.encoder.convolutions import WaveformConvolutions
+from accent_plugin.encoder.convolutions import PositionalConvolution, WaveformConvolutions
 
 NORMS = {
     "group": {"feat_extract_norm": "group", "conv_bias": False},
@@ -201,3 +202,69 @@ def test_on_an_accelerator_only_two_tensors_have_the_size_of_the_first_layer(mon
     frames = (40_000 - 10) // 5 + 1
     sizes = [storage.nbytes() for storage in made.storages.values()]
     assert sum(size >= 2 * frames * 256 * 2 for size in sizes) == 2
+
+
+# ---------------------------------------------------------------------------------------------- positional convolution
+
+
+def make_positional(kernel=128, frozen=True):
+    """A positional convolution with random weights, and Hugging Face's, from which it was made."""
+    torch.manual_seed(0)
+    config = Wav2Vec2Config(hidden_size=96, num_conv_pos_embeddings=kernel, num_conv_pos_embedding_groups=4)
+    theirs = Wav2Vec2PositionalConvEmbedding(config).eval()
+    torch.nn.init.normal_(theirs.conv.bias)
+    ours = PositionalConvolution(copy.deepcopy(theirs)).eval()
+    return ours.requires_grad_(not frozen), theirs
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """Count torch's convolutions."""
+    calls, forward = [], torch.nn.Conv1d.forward
+    monkeypatch.setattr(torch.nn.Conv1d, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
+    return calls
+
+
+@pytest.mark.parametrize("kernel", [128, 16, 19])
+@pytest.mark.parametrize("frames", [1, 129, 130, 300])
+def test_transforms_are_the_positional_convolution(kernel, frames, direct):
+    ours, theirs = make_positional(kernel)
+    inputs = torch.randn(2, frames, 96)
+    with torch.no_grad():
+        output = ours(inputs)
+        assert not direct
+        torch.testing.assert_close(output, theirs(inputs), atol=3e-6, rtol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = ours(inputs.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), output, atol=0.03, rtol=0.02)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_a_positional_convolution_that_learns_is_hugging_faces(direct):
+    ours, theirs = make_positional(frozen=False)
+    inputs = torch.randn(1, 40, 96)
+    output = ours(inputs)
+    output.square().sum().backward()
+    assert direct and all(parameter.grad is not None for parameter in ours.parameters())
+    assert torch.equal(output, theirs(inputs))
+    ours.requires_grad_(False)
+    # Frozen, with trained layers below it.
+    below = inputs.requires_grad_()
+    ours(below).sum().backward()
+    assert below.grad is not None
+
+
+def test_positional_kernels_are_transformed_once_for_the_same_weights(monkeypatch):
+    ours, theirs = make_positional()
+    inputs, transformed, rfft = torch.randn(2, 40, 96), [], torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda rows, **size: transformed.append(rows.shape) or rfft(rows, **size))
+    with torch.no_grad():
+        for _ in range(3):
+            ours(inputs)
+        assert transformed.count(ours.conv.weight.shape) == 1
+        for parameter in ours.parameters():
+            parameter.mul_(1.5)
+        theirs.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(ours(inputs), theirs(inputs), atol=5e-6, rtol=1e-5)
+    assert transformed.count(ours.conv.weight.shape) == 2
