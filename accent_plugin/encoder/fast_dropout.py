@@ -1,11 +1,12 @@
-"""Dropout, attention and long convolutions for training on a CPU, where PyTorch's take longer than matrix products.
+"""Dropout, attention and long convolutions for a CPU, where PyTorch's take longer than matrix products.
 
 On a CPU, `torch.nn.functional.dropout` draws numbers one by one in a single thread, attention with dropout falls back
 to fp32, and a convolution with a long kernel is slow, above all in the backward pass. This module draws 16 bits per
 element from a generator that is seeded from PyTorch's, so `torch.manual_seed` and checkpoints still control the noise.
 The distribution is PyTorch's, with the probability rounded to a multiple of 2^-16; the random numbers differ. Long
-convolutions are computed in the frequency domain. In evaluation, on other devices, and while a model is compiled or
-traced, PyTorch's own functions run, on other devices with masks and shapes that its fused kernels accept.
+convolutions are computed in the frequency domain in training. Short clips in bf16 use this attention in evaluation,
+too. On other devices, and while a model is compiled or traced, PyTorch's own functions run, with masks and shapes that
+its fused kernels accept.
 """
 
 import functools
@@ -84,9 +85,8 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None,
     output : (batch, frames, heads, features) torch.Tensor
     weights : None
     """
-    # PyTorch's backward pass in bf16 is slow as long as the products fit the cache.
-    learning = torch.is_grad_enabled() and query.requires_grad
-    short = learning and query.dtype == torch.bfloat16 and query.shape[2] <= _SHORT
+    # PyTorch's kernel is slow in bf16 as long as the products fit the cache.
+    short = query.dtype == torch.bfloat16 and query.shape[2] <= _SHORT
     if devices.takes_cpu_path(query) and (dropout or short):
         return _attend_by_products(query, key, value, attention_mask, dropout, scaling), None
     arguments = {"attention_mask": attention_mask, "dropout": dropout, "scaling": scaling, **keywords}

@@ -155,7 +155,8 @@ def test_without_dropout_attention_is_pytorchs(heads):
     [
         (torch.bfloat16, 512, True, True),
         (torch.bfloat16, 513, True, False),
-        (torch.bfloat16, 512, False, False),
+        (torch.bfloat16, 512, False, True),
+        (torch.bfloat16, 513, False, False),
         (torch.float32, 512, True, False),
     ],
 )
