@@ -1,5 +1,6 @@
 """Devices: availability, fastest precision and peak memory."""
 
+import concurrent.futures
 import contextlib
 import functools
 import os
@@ -101,6 +102,56 @@ def bf16_is_faster(device_type):
         torch.set_num_threads(threads)
     # If the times are similar, prefer the exact precision.
     return best[True] < 0.8 * best[False]
+
+
+# Number of threads -> the executor of `map_on_cores`.
+_executors: dict[int, concurrent.futures.ThreadPoolExecutor] = {}
+_executors_lock = threading.Lock()
+
+
+def map_on_cores(work, items):
+    """Map a function that computes with PyTorch over items, one item per core.
+
+    Threads that share one operation wait for each other in each of its parts. Threads with an item each do not wait,
+    and lose little where other processes delay one of them.
+
+    Arguments
+    ---------
+    work : function
+        Maps one item to a result.
+    items : list
+        Longest first, so that no core waits long at the end.
+
+    Returns
+    -------
+    list
+        The results, in order.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return list(map(work, items))
+    return list(_executor(threads).map(work, items))
+
+
+def _executor(threads):
+    with _executors_lock:
+        if threads not in _executors:
+            ready = threading.Barrier(threads + 1)
+            executor = concurrent.futures.ThreadPoolExecutor(threads, "accent_plugin", _use_one_thread, (ready,))
+            for _ in range(threads):
+                executor.submit(bool)
+            ready.wait()
+            # PyTorch also takes the last number for threads to come.
+            torch.set_num_threads(threads)
+            _executors[threads] = executor
+    return _executors[threads]
+
+
+def _use_one_thread(ready):
+    # A thread takes the number for all threads when it is first asked, which would be too late.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+    ready.wait()
 
 
 # Process in which a model was first loaded with PyTorch.

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -120,3 +121,30 @@ def test_a_card_that_pytorch_is_not_compiled_for_is_refused_although_it_has_memo
     monkeypatch.setattr(torch, "ones", without_kernel)
     with pytest.raises(ConfigError, match="'cuda:0' cannot be used here: CUDA error: no kernel image .* device;"):
         devices.require_device("cuda:0")
+
+
+def test_each_core_has_an_item_of_its_own():
+    """Threads that share an operation wait for each other; the caller's number of threads stays."""
+    before, here = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        met = threading.Barrier(3, timeout=60)
+
+        def work(item):
+            met.wait()
+            # PyTorch's threads are created by the first operation that uses them.
+            return item, torch.ones(2**16).sum().item(), torch.get_num_threads(), threading.get_ident()
+
+        found = devices.map_on_cores(work, [1, 2, 3])
+        new = threading.Thread(target=lambda: here.append(torch.get_num_threads()))
+        new.start()
+        new.join()
+        assert [torch.get_num_threads(), *here] == [3, 3]
+        assert [(item, total, threads) for item, total, threads, _ in found] == [(n, 2**16, 1) for n in (1, 2, 3)]
+        assert threading.get_ident() not in {thread for *_, thread in found}
+        with pytest.raises(ZeroDivisionError):
+            devices.map_on_cores(lambda item: 1 / item, [1, 0])
+        torch.set_num_threads(1)
+        assert devices.map_on_cores(lambda item: threading.get_ident(), [1, 2]) == [threading.get_ident()] * 2
+    finally:
+        torch.set_num_threads(before)

@@ -114,7 +114,7 @@ class RecordingClassifier:
         """
         if self._batcher is None:
             self._batcher = DynamicBatcher(
-                self._score_batch, lambda lengths: _buckets(lengths, self.batch_seconds * SAMPLE_RATE)
+                self._score_batch, lambda lengths: buckets(lengths, self.batch_seconds * SAMPLE_RATE)
             )
         return self._batcher
 
@@ -299,7 +299,7 @@ class RecordingClassifier:
             batches, score = [jobs], self._batcher.score
         else:
             most = (self.batch_seconds if batch_seconds is None else batch_seconds) * SAMPLE_RATE
-            groups = _buckets([len(job.samples) for job in jobs], most)
+            groups = buckets([len(job.samples) for job in jobs], most)
             batches, score = [[jobs[index] for index in indices] for indices in groups], self._score_batch
         for batch in batches:
             for job, scores in zip(batch, score([job.samples for job in batch]), strict=True):
@@ -380,7 +380,7 @@ def or_failure(source, work, *arguments):
         return Failure(source, error.reason, str(error))
 
 
-def _buckets(lengths, most):
+def buckets(lengths, most):
     """Yield batches of indices of similar lengths, longest first, with at most `most` padded samples or one item."""
     batch, total, longest = [], 0, 0
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):

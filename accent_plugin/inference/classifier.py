@@ -1,25 +1,32 @@
 """Classify speech of any kind and length with a trained bundle; see `accent_plugin.inference.base` for the method."""
 
 import contextlib
+import itertools
 import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from speechbrain.inference.classifiers import EncoderClassifier
 from torch import nn
 
-from accent_plugin.audio.samples import TOO_LONG
+from accent_plugin import devices
+from accent_plugin.audio.samples import SAMPLE_RATE, TOO_LONG
 from accent_plugin.bundle.config import YAML_FILE
 from accent_plugin.bundle.load import load_bundle
 from accent_plugin.bundle.modules import Embedding
 from accent_plugin.devices import bf16_is_faster, exact_fp32, require_device, require_unforked
 from accent_plugin.errors import AudioError, BundleError, ConfigError
 from accent_plugin.files import require_downloaded
-from accent_plugin.inference.base import InferenceOptions, RecordingClassifier
+from accent_plugin.inference.base import InferenceOptions, RecordingClassifier, buckets
 
 PRECISIONS = ("fp32", "bf16", "auto")
+
+# Audio that one core of a CPU computes at a time, in samples; a longer clip is alone. Less would use the weights too
+# rarely for each time that they are read from memory.
+_CORE_SAMPLES = 5 * SAMPLE_RATE
 
 
 class AccentClassifier(RecordingClassifier, EncoderClassifier):
@@ -105,15 +112,29 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
 
     def _log_probabilities(self, waves):
         require_unforked()
+        if self.device_type != "cpu":
+            return self._run_network(waves)
+        units = [[waves[index] for index in indices] for indices in buckets(list(map(len, waves)), _CORE_SAMPLES)]
+        # The rest would leave cores idle: all cores share each of its operations.
+        shared = len(units) % torch.get_num_threads()
+        own, rest = units[: len(units) - shared], units[len(units) - shared :]
+        scores = devices.map_on_cores(self._run_network, own)
+        if rest:
+            scores.append(self._run_network(list(itertools.chain.from_iterable(rest))))
+        return np.concatenate(scores)
+
+    def _run_network(self, waves):
+        """Map (samples,) arrays to log-probabilities in one call of the network."""
         longest = max(map(len, waves))
-        wavs = torch.zeros(len(waves), longest)
+        wavs, lens = torch.zeros(len(waves), longest), None
         for row, wave in zip(wavs, waves, strict=True):
             row[: len(wave)] = torch.from_numpy(wave)
-        lens = torch.tensor([len(wave) / longest for wave in waves])
+        if any(len(wave) < longest for wave in waves):
+            lens = torch.tensor([len(wave) / longest for wave in waves]).to(self.device)
         autocast = torch.autocast(self.device_type, torch.bfloat16, enabled=self.uses_bf16)
         try:
             with self._turn, exact_fp32(), torch.inference_mode(), autocast:
-                embeddings = self.mods["embedding_model"](wavs.to(self.device), lens.to(self.device))
+                embeddings = self.mods["embedding_model"](wavs.to(self.device), lens)
                 log_probabilities = self.mods["classifier"](embeddings).squeeze(1)
         except AudioError as error:
             if error.reason != TOO_LONG:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from accent_plugin.errors import LimitError
-from accent_plugin.inference.base import _buckets
+from accent_plugin.inference.base import buckets
 from accent_plugin.inference.batcher import DynamicBatcher
 
 
@@ -43,7 +43,7 @@ def work():
 
 @pytest.fixture
 def batcher(work):
-    made = DynamicBatcher(work, lambda lengths: _buckets(lengths, 1000))
+    made = DynamicBatcher(work, lambda lengths: buckets(lengths, 1000))
     yield made
     work.go.set()
     made.close()
@@ -149,7 +149,7 @@ def test_nothing_to_do_waits_for_nobody(batcher, work):
 
 
 def test_after_closing_nothing_is_taken(work):
-    made = DynamicBatcher(work, lambda lengths: _buckets(lengths, 1000))
+    made = DynamicBatcher(work, lambda lengths: buckets(lengths, 1000))
     made.close()
     with pytest.raises(RuntimeError, match="closed"):
         made.score([Window("a")])

@@ -30,7 +30,7 @@ from accent_plugin.errors import AudioError, BundleError, ConfigError
 from accent_plugin.evaluation.calibration import describe_calibration
 from accent_plugin.inference import base, prefetch
 from accent_plugin.inference import classifier as inference_classifier
-from accent_plugin.inference.base import _buckets
+from accent_plugin.inference.base import buckets
 from accent_plugin.inference.classifier import AccentClassifier
 from accent_plugin.inference.records import Failure, Prediction, Window
 from accent_plugin.inference.windows import RecordingWindows
@@ -559,11 +559,11 @@ def test_batches_have_similar_lengths_and_answers_their_order():
 
 
 def test_buckets_by_hand():
-    assert list(_buckets([5, 5, 5, 5], 10)) == [[0, 1], [2, 3]]
+    assert list(buckets([5, 5, 5, 5], 10)) == [[0, 1], [2, 3]]
     # With the third, padding would make 30 of 21.
-    assert list(_buckets([1, 10, 10], 100)) == [[1, 2], [0]]
-    assert list(_buckets([50, 60], 10)) == [[1], [0]]
-    assert list(_buckets([], 10)) == []
+    assert list(buckets([1, 10, 10], 100)) == [[1, 2], [0]]
+    assert list(buckets([50, 60], 10)) == [[1], [0]]
+    assert list(buckets([], 10)) == []
 
 
 @settings(max_examples=12, deadline=None)
@@ -792,6 +792,39 @@ def test_three_hours_fit_into_memory(folder, tmp_path):
     seconds, windows, memory = map(float, run.stdout.split())
     assert (seconds, windows) == (10_800, 2159)
     assert memory < 1.5e9
+
+
+# -------------------------------------------------------------------------------------------- what makes a CPU fast
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_cpu_computes_no_padding_while_there_is_a_clip_for_each_core(threads):
+    classifier, before = stub(batch_seconds=60.0), torch.get_num_threads()
+    lengths = [4.0, 3.9, 3.6, 3.5]
+    try:
+        torch.set_num_threads(threads)
+        answers = classifier.predict_batch([tone(seconds, mean=seconds / 10) for seconds in lengths])
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(calls(classifier)) == [(1, 56_000), (1, 57_600), (1, 62_400), (1, 64_000)]
+    for seconds, answer in zip(lengths, answers, strict=True):
+        assert values(answer) == pytest.approx(softmax(0, seconds, -seconds), abs=1e-5)
+
+
+def test_a_cpu_computes_short_clips_together_and_clips_without_a_core_with_all_cores():
+    classifier, before = stub(batch_seconds=60.0), torch.get_num_threads()
+    lengths = [4.0, 3.9, 3.6, 1.2, 1.2, 1.2]
+    try:
+        torch.set_num_threads(3)
+        answers = classifier.predict_batch([tone(seconds, mean=seconds / 10) for seconds in lengths])
+        assert sorted(calls(classifier)) == [(1, 57_600), (1, 62_400), (1, 64_000), (3, 19_200)]
+        calls(classifier).clear()
+        answers += classifier.predict_batch([tone(seconds, mean=seconds / 10) for seconds in lengths[:2]])
+        assert calls(classifier) == [(2, 64_000)]
+    finally:
+        torch.set_num_threads(before)
+    for seconds, answer in zip(lengths + lengths[:2], answers, strict=True):
+        assert values(answer) == pytest.approx(softmax(0, seconds, -seconds), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- what makes bf16 fast
