@@ -17,7 +17,7 @@ each new batch length.
 import torch
 from torch import nn
 
-from accent_plugin import devices
+from accent_plugin import devices, packing
 from accent_plugin.encoder.masking import MaskedGroupNorm, valid_frames
 
 # Output frames per block (2 s). Larger blocks do not fit the cache; smaller ones make inefficient products.
@@ -48,6 +48,10 @@ class WaveformConvolutions(nn.Module):
         channelwise = all(norm.num_groups == norm.num_channels for norm in norms if isinstance(norm, nn.GroupNorm))
         self._has_products = config.feat_extract_activation == "gelu" and channelwise
         self._matrices = {}
+
+    def __getstate__(self):
+        # A packed kernel cannot be copied.
+        return {**super().__getstate__(), "_matrices": {}}
 
     def forward(self, inputs):
         """Convolve.
@@ -151,7 +155,7 @@ class WaveformConvolutions(nn.Module):
             rows = output[start : start + _BLOCK_FRAMES]
             samples = clip[start * hop : (start + len(rows) - 1) * hop + reach].to(output.dtype)
             hidden = samples.unsqueeze(1)
-            kernels = first + self._later_kernels(output.dtype)
+            kernels = first + self._later_kernels(output.dtype, packed=packing.is_available())
             for layer, (products, bias) in zip(self.conv_layers, kernels, strict=True):
                 hidden = _slide(hidden, products, bias, layer.conv.stride[0])
                 norm = getattr(layer, "layer_norm", None)
@@ -179,16 +183,19 @@ class WaveformConvolutions(nn.Module):
         bias = norm.bias - scale * (weight @ mean)
         return [([(weight * scale.unsqueeze(1)).to(kind)], bias.to(kind))]
 
-    def _later_kernels(self, kind):
-        """[(products, bias)] of the other layers, cached while the weights do not change."""
+    def _later_kernels(self, kind, packed=False):
+        """[(products, bias)] of the other layers, cached and on demand packed while the weights do not change."""
         convolutions = [layer.conv for layer in self.conv_layers][1:]
         parameters = [parameter for conv in convolutions for parameter in conv.parameters()]
         if any(parameter.requires_grad for parameter in parameters):
             return [_products(conv, kind) for conv in convolutions]
         state = _versions(parameters)
-        if self._matrices.get(kind, (None,))[0] != state:
-            self._matrices[kind] = state, [_products(conv, kind) for conv in convolutions]
-        return self._matrices[kind][1]
+        if self._matrices.get((kind, packed), (None,))[0] != state:
+            kernels = [_products(conv, kind) for conv in convolutions]
+            if packed:
+                kernels = [([packing.pack(torch.cat(parts, dim=1))], bias) for parts, bias in kernels]
+            self._matrices[kind, packed] = state, kernels
+        return self._matrices[kind, packed][1]
 
 
 class PositionalConvolution(nn.Module):
@@ -207,6 +214,9 @@ class PositionalConvolution(nn.Module):
         super().__init__()
         self.conv, self.padding, self.activation = embedding.conv, embedding.padding, embedding.activation
         self._spectrum = None, None
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_spectrum": (None, None)}
 
     def forward(self, frames):
         """Convolve (batch, frames, features); returns the same shape."""
@@ -286,19 +296,21 @@ def _products(conv, kind):
 
 
 def _slide(frames, products, bias, stride):
-    """Convolve contiguous (frames, channels) or (batch, frames, channels) with matrices of `_products`."""
+    """Convolve contiguous (frames, channels) or (batch, frames, channels) with matrices of `_products`, or packed."""
     *batch, length, channels = frames.shape
     kernel = sum(part.shape[1] for part in products) // channels
     count = (length - kernel) // stride + 1
     multiply, add_product = (torch.bmm, torch.baddbmm) if batch else (torch.mm, torch.addmm)
     output = None
     for number, part in enumerate(products):
-        # Rows start one stride apart and do not overlap, except in the first layer.
+        # Rows start one stride apart and do not overlap, except in the first layer and with a packed kernel.
         rows = frames.as_strided(
             (*batch, count, part.shape[1]),
             (*frames.stride()[:-2], stride * channels, 1),
             frames.storage_offset() + number * stride * channels,
         )
+        if part.is_mkldnn:
+            return packing.multiply(rows, part, bias)
         matrices = part.T.expand(*batch, -1, -1)
         if output is not None:
             add_product(output, rows, matrices, out=output)

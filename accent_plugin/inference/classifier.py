@@ -12,7 +12,7 @@ import torch
 from speechbrain.inference.classifiers import EncoderClassifier
 from torch import nn
 
-from accent_plugin import devices
+from accent_plugin import devices, packing
 from accent_plugin.audio.samples import SAMPLE_RATE, TOO_LONG
 from accent_plugin.bundle.config import YAML_FILE
 from accent_plugin.bundle.load import load_bundle
@@ -21,6 +21,7 @@ from accent_plugin.devices import bf16_is_faster, exact_fp32, require_device, re
 from accent_plugin.errors import AudioError, BundleError, ConfigError
 from accent_plugin.files import require_downloaded
 from accent_plugin.inference.base import InferenceOptions, RecordingClassifier, buckets
+from accent_plugin.packing import PackedLinear
 
 PRECISIONS = ("fp32", "bf16", "auto")
 
@@ -71,8 +72,8 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
         super().__init__(modules=modules, hparams=hparams, run_opts=run_opts, freeze_params=freeze_params)
         self._set_up(config, options, self.device_type)
         self.uses_bf16 = precision == "bf16" or (precision == "auto" and bf16_is_faster(self.device_type))
-        if self.uses_bf16 and isinstance(self.mods["embedding_model"], Embedding):
-            _cast_weights(self.mods["embedding_model"].model.wav2vec2)
+        if isinstance(self.mods["embedding_model"], Embedding):
+            _prepare_weights(self.mods["embedding_model"].model.wav2vec2, self.device_type, self.uses_bf16)
         # On other devices, concurrent batches would add up in memory.
         self._turn = contextlib.nullcontext() if self.device_type == "cpu" else threading.Lock()
 
@@ -145,10 +146,19 @@ class AccentClassifier(RecordingClassifier, EncoderClassifier):
         return log_probabilities.cpu().double().numpy()
 
 
-def _cast_weights(encoder):
-    """Convert the weights of linear layers to bf16; autocast would convert them in every call."""
-    for module in encoder.modules():
-        if isinstance(module, nn.Linear) and not nn.utils.parametrize.is_parametrized(module):
+def _prepare_weights(encoder, device_type, bf16):
+    """Cast the weights of linear layers to bf16, if it is used, and pack them on a CPU.
+
+    Otherwise, autocast would cast them, and oneDNN or MKL rearrange them, in every call.
+    """
+    packs = device_type == "cpu" and packing.is_available()
+    for name, module in list(encoder.named_modules()):
+        if type(module) is not nn.Linear or nn.utils.parametrize.is_parametrized(module):
+            continue
+        # WavLM's attention passes its weights to a function of PyTorch.
+        if packs and not (encoder.config.model_type == "wavlm" and ".attention." in name):
+            encoder.set_submodule(name, PackedLinear(module, torch.bfloat16 if bf16 else torch.float32))
+        elif bf16:
             module.to(torch.bfloat16)
 
 

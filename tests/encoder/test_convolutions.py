@@ -145,6 +145,14 @@ def test_frozen_weights_are_rearranged_once(monkeypatch, path):
     assert len(made) == 3
 
 
+def test_a_model_can_be_copied_after_inference(path):
+    """Cached kernels are left out, because packed ones cannot be copied."""
+    for ours, inputs in ((make()[0], torch.randn(1, 2000)), (make_positional()[0], torch.randn(1, 40, 96))):
+        with torch.no_grad():
+            expected = ours(inputs)
+            assert torch.equal(copy.deepcopy(ours)(inputs), expected)
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_bf16_is_near(norm, path):
     ours, theirs = make(**NORMS[norm])

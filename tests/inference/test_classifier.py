@@ -20,6 +20,7 @@ from helpers.dataset_dicts import encode, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accent_plugin import packing
 from accent_plugin.audio import codecs
 from accent_plugin.audio.levels import frame_levels
 from accent_plugin.bundle import load
@@ -830,12 +831,34 @@ def test_a_cpu_computes_short_clips_together_and_clips_without_a_core_with_all_c
 # ---------------------------------------------------------------------------------------------- what makes bf16 fast
 
 
-def test_weights_are_cast_once(tiny_bundle):
-    """Autocast would cast them in every call; the classifier itself stays exact."""
-    model = AccentClassifier.from_bundle(tiny_bundle, device="cpu", precision="bf16").mods["embedding_model"].model
-    kinds = {type(m).__name__: m.weight.dtype for m in model.wav2vec2.modules() if isinstance(m, torch.nn.Linear)}
-    assert kinds == {"Linear": torch.bfloat16}
-    assert model.classifier.weight.dtype == torch.float32
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("family", ["wav2vec2-layer", "wavlm-group", "moonshine", "whisper"])
+def test_weights_are_cast_and_packed_once(family, packs, precision, tiny_encoder, tmp_path, monkeypatch):
+    """Autocast would cast them in every call, and oneDNN rearrange them; the classifier itself stays exact."""
+    if packs and not packing.is_available():
+        pytest.skip("this CPU has no AVX-512")
+    monkeypatch.setattr(packing, "is_available", lambda: packs)
+    model = AccentModel(make_encoder(str(tiny_encoder(family))), LABELS).eval()
+    folder = write_bundle(tmp_path / "bundle", model, LABELS, encoder_name="tiny", pooling="mean")
+    classifier = AccentClassifier.from_bundle(folder, device="cpu", precision=precision)
+    bundled = classifier.mods["embedding_model"].model
+    layers = [m for m in bundled.wav2vec2.modules() if isinstance(m, torch.nn.Linear | packing.PackedLinear)]
+    kinds = {m.weight.dtype if isinstance(m, torch.nn.Linear) else m.dtype for m in layers}
+    assert kinds == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    plain = {type(m) for m in layers} - {packing.PackedLinear}
+    assert bool(plain) is (not packs or family.startswith("wavlm"))
+    assert bundled.classifier.weight.dtype == torch.float32
+    packed = []
+    monkeypatch.setattr(packing, "pack", lambda weight, pack=packing.pack: packed.append(1) or pack(weight))
+    waves = [noise(seconds, seed=int(10 * seconds)) for seconds in (0.5, 1.3)]
+    for _ in range(2):
+        answers = [np.log(values(answer)) for answer in classifier.predict_batch(waves)]
+    # One for each convolution after the first.
+    assert len(packed) == (6 if packs and family.startswith("wav") else 0)
+    with torch.no_grad():
+        expected = [model(torch.from_numpy(wave)[None])[0].numpy() for wave in waves]
+    assert np.array(answers) == pytest.approx(np.array(expected), abs=0.3 if precision == "bf16" else 1e-5)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "toaster"])
