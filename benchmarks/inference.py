@@ -1,4 +1,4 @@
-"""Files per second of this package's classifier against transformers' pipeline and SpeechBrain's stock interface.
+"""Files per second of this package's torch backend against transformers' pipeline and SpeechBrain's stock interface.
 
 The model is wav2vec2-base with random weights; only the head, whose cost is negligible, differs between peers. All run
 in one process on the same files, in turns on small groups, so that a change in the machine's speed affects all of them.
@@ -62,7 +62,7 @@ def peers(folder):
     found = {"transformers pipeline, defaults": run_pipeline, "SpeechBrain classify_file, one by one": run_stock}
     for precision in ("fp32", "auto"):
         ours = AccentClassifier.from_bundle(folder / "bundle", device="cpu", precision=precision)
-        found[f"accent_plugin, {precision}"] = lambda paths, ours=ours: list(ours.predict_files(paths))
+        found[f"accent_plugin, torch {precision}"] = lambda paths, ours=ours: list(ours.predict_files(paths))
     return found
 
 
