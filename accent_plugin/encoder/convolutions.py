@@ -201,8 +201,8 @@ class WaveformConvolutions(nn.Module):
 class PositionalConvolution(nn.Module):
     """Replaces the positional convolution of wav2vec 2.0, HuBERT and WavLM; same state-dict keys.
 
-    Its kernels are so long (128 frames) that a frozen one is computed by Fourier transforms on a CPU: blocks of frames
-    are transformed, and a matrix product per frequency mixes the channels of a group (overlap-save).
+    Its kernels are so long (128 frames) that Fourier transforms are faster on a CPU, unless gradients are needed.
+    Blocks of frames are transformed, and a matrix product per frequency mixes the channels of a group (overlap-save).
 
     Arguments
     ---------
@@ -220,8 +220,8 @@ class PositionalConvolution(nn.Module):
 
     def forward(self, frames):
         """Convolve (batch, frames, features); returns the same shape."""
-        learning = any(parameter.requires_grad for parameter in self.conv.parameters())
-        if learning or (torch.is_grad_enabled() and frames.requires_grad) or not devices.takes_cpu_path(frames):
+        learning = torch.is_grad_enabled() and (frames.requires_grad or self._is_trained())
+        if learning or not devices.takes_cpu_path(frames):
             return self.activation(self.padding(self.conv(frames.transpose(1, 2)))).transpose(1, 2)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self.activation(self._convolve(frames))
@@ -242,13 +242,19 @@ class PositionalConvolution(nn.Module):
         output = rows.transpose(2, 3).reshape(batch, blocks * step, channels)[:, :length]
         return (output + self.conv.bias).to(frames.dtype)
 
+    def _is_trained(self):
+        return any(parameter.requires_grad for parameter in self.conv.parameters())
+
     def _kernel_spectrum(self, size):
-        """(frequencies * groups, channels in, channels out) of a group, cached while the weights do not change."""
-        state = _versions(self.conv.parameters())
-        if self._spectrum[0] != state:
+        """(frequencies * groups, channels in, channels out) of a group; cached while frozen weights do not change."""
+        state = None if self._is_trained() else _versions(self.conv.parameters())
+        if state is None or self._spectrum[0] != state:
             weight = torch.fft.rfft(self.conv.weight.float(), n=size).conj()
             weight = weight.view(self.conv.groups, -1, *weight.shape[1:]).permute(3, 0, 2, 1)
-            self._spectrum = state, weight.flatten(0, 1).resolve_conj().contiguous()
+            spectrum = weight.flatten(0, 1).resolve_conj().contiguous()
+            if state is None:
+                return spectrum
+            self._spectrum = state, spectrum
         return self._spectrum[1]
 
 

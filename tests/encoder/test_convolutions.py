@@ -249,7 +249,7 @@ def test_transforms_are_the_positional_convolution(kernel, frames, direct):
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
-def test_a_positional_convolution_that_learns_is_hugging_faces(direct):
+def test_a_positional_convolution_with_gradients_is_hugging_faces(direct):
     ours, theirs = make_positional(frozen=False)
     inputs = torch.randn(1, 40, 96)
     output = ours(inputs)
@@ -276,3 +276,15 @@ def test_positional_kernels_are_transformed_once_for_the_same_weights(monkeypatc
         theirs.load_state_dict(ours.state_dict())
         torch.testing.assert_close(ours(inputs), theirs(inputs), atol=5e-6, rtol=1e-5)
     assert transformed.count(ours.conv.weight.shape) == 2
+
+
+def test_trained_positional_kernels_are_those_of_the_last_step():
+    ours, theirs = make_positional(frozen=False)
+    inputs = torch.randn(1, 40, 96)
+    with torch.no_grad():
+        ours(inputs)
+        # As some optimizers do; PyTorch does not count this as a change.
+        ours.conv.bias.data.mul_(2.0)
+        ours.conv.parametrizations.weight.original0.data.mul_(2.0)
+        theirs.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(ours(inputs), theirs(inputs), atol=5e-6, rtol=1e-5)
