@@ -333,7 +333,7 @@ GROUPS = {
     ),
     "Augmentation": (
         _H("augment", _switch, "True", "True: change training waveforms at random"),
-        _H("augment_probability", _probabilities, "1", "of each change; {speed: 0.8, default: 0.2}"),
+        _H("augment_probability", _probabilities, "1", "of each kind; {speed: 0.8, default: 0.2}"),
         _H("augment_speed", _or_nothing(_range(0)), "null", "range of speed factors; null: off"),
         _H("augment_noise_snr", _or_nothing(_range(-100)), "[0, 5]", "range of SNRs in dB; null: off"),
         _H("augment_band", _or_nothing(_range(0)), "[1000, 2000]", "range of the upper cut-off in Hz; null: off"),
