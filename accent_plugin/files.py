@@ -104,8 +104,9 @@ def require_downloaded(path, error_class):
 def atomic_write(path, mode="w"):
     """Open a file under a temporary name and rename it when it is complete; ``mode`` "w" writes UTF-8, "wb" bytes."""
     # Without pathlib, because preparation calls this for each clip.
-    directory, name = os.path.split(path)
-    temporary = os.path.join(directory, f".{name}.{os.getpid()}.tmp")
+    path = os.fspath(path)
+    name = os.path.basename(path)
+    temporary = f"{path.removesuffix(name)}.{name}.{os.getpid()}.tmp"
     newline, encoding = (None, None) if "b" in mode else ("", "utf-8")
     try:
         with open(temporary, mode, newline=newline, encoding=encoding) as file:

@@ -11,8 +11,11 @@ from torch import nn
 _ROWS = 200
 
 
-def is_available():
-    """Whether packed products work on this CPU, and are worthwhile: measured with AVX-512."""
+def is_available(kind=torch.float32):
+    """Whether packed products of a `torch.dtype` work on this CPU, and are worthwhile: measured with AVX-512."""
+    # In float16, oneDNN refuses on many processors.
+    if kind not in (torch.float32, torch.bfloat16):
+        return False
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 

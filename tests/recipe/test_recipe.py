@@ -258,9 +258,10 @@ def test_missing_data_say_how_to_make_them_and_how_to_try_without(train, words, 
     refused(done, tmp_path, "nowhere", "DatasetDict", "make demo")
 
 
-def test_hyperparameters_and_data_are_refused_together(train, words, tmp_path):
-    done = train(*words, "--accents", "[us, englnd]", "--pooling", "stats")
-    refused(done, tmp_path, "2 problems", "englnd", "did you mean 'england'?", "pooling is 'stats'")
+def test_hyperparameters_are_refused_together_and_then_the_data(train, words, tmp_path):
+    done = train(*words, "--accents", "[us, englnd]", "--pooling", "stats", "--lr_head", "fast")
+    refused(done, tmp_path, "2 problems", "lr_head is 'fast'", "pooling is 'stats'")
+    refused(train(*words, "--accents", "[us, englnd]"), tmp_path, "1 problem", "englnd", "did you mean 'england'?")
 
 
 def test_a_dataset_in_place_of_a_datasetdict(train, words, corpus, tmp_path):
