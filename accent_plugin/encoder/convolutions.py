@@ -213,8 +213,6 @@ class PositionalConvolution(nn.Module):
     def __init__(self, embedding):
         super().__init__()
         self.conv, self.padding, self.activation = embedding.conv, embedding.padding, embedding.activation
-        # SEW's positional convolution has a stride.
-        self._has_blocks = (self.conv.stride, self.conv.dilation) == ((1,), (1,))
         self._spectrum = None, None
 
     def __getstate__(self):
@@ -223,7 +221,7 @@ class PositionalConvolution(nn.Module):
     def forward(self, frames):
         """Convolve (batch, frames, features); returns the same shape."""
         learning = torch.is_grad_enabled() and (frames.requires_grad or self._is_trained())
-        if learning or not self._has_blocks or not devices.takes_cpu_path(frames):
+        if learning or not devices.takes_cpu_path(frames):
             return self.activation(self.padding(self.conv(frames.transpose(1, 2)))).transpose(1, 2)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self.activation(self._convolve(frames))

@@ -62,9 +62,11 @@ class Wav2Vec2Encoder(InvariantEncoder, Wav2Vec2):
         self.model.feature_extractor = WaveformConvolutions(layers, self.config)
         positional = self.model.encoder.pos_conv_embed
         stacked = getattr(positional, "layers", None)
-        self.model.encoder.pos_conv_embed = (
-            PositionalConvolutions(stacked) if stacked else PositionalConvolution(positional)
-        )
+        if stacked:
+            self.model.encoder.pos_conv_embed = PositionalConvolutions(stacked)
+        elif positional.conv.stride == (1,):
+            # SEW's has a stride, and other axes.
+            self.model.encoder.pos_conv_embed = PositionalConvolution(positional)
         if self._norm_is_last:
             self.model.encoder.layer_norm = DeferredLayerNorm.replacing(self.model.encoder.layer_norm)
         # Hugging Face's method derives the mask from a sample mask, and waits for the GPU.
