@@ -838,7 +838,7 @@ def test_weights_are_cast_and_packed_once(family, packs, precision, tiny_encoder
     """Autocast would cast them in every call, and oneDNN rearrange them; the classifier itself stays exact."""
     if packs and not packing.is_available():
         pytest.skip("this CPU has no AVX-512")
-    monkeypatch.setattr(packing, "is_available", lambda: packs)
+    monkeypatch.setattr(packing, "is_available", lambda *_: packs)
     model = AccentModel(make_encoder(str(tiny_encoder(family))), LABELS).eval()
     folder = write_bundle(tmp_path / "bundle", model, LABELS, encoder_name="tiny", pooling="mean")
     classifier = AccentClassifier.from_bundle(folder, device="cpu", precision=precision)
