@@ -11,22 +11,15 @@ import numpy as np
 from accent_plugin.audio import changes
 from accent_plugin.audio.samples import SAMPLE_RATE
 
-# Kinds of change in the order in which they are applied: from the speaker through the room to the line.
-KINDS = (
-    *("speed", "formants", "reverberation", "babble_snr", "band", "noise_snr"),
-    *("gain", "clipping", "codecs", "packet_loss", "mask_seconds"),
-)
 DEFAULT = "default"
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random augmentation of a clip; None disables one of the kinds. Values are drawn uniformly from the ranges.
+    """Random augmentation of a clip at 16 kHz; None disables a kind. Values are drawn uniformly from the ranges.
 
     Arguments
     ---------
-    sample_rate : int
-        In hertz.
     probability : float or dict
         Probability of each kind, drawn independently: one for all, or kind -> probability. A kind without one has that
         of `default`, or 0.
@@ -54,7 +47,6 @@ class Augmentation:
         Range of the McAdams coefficient, which moves formants and keeps the pitch.
     """
 
-    sample_rate: int
     probability: float | dict = 0.5
     speed: tuple | None = None
     noise_snr: tuple | None = None
@@ -83,10 +75,10 @@ class Augmentation:
         (samples,) np.ndarray of float32
             A new array; its length differs if the speed was changed.
         """
-        for kind in KINDS:
+        for kind, change in _CHANGES.items():
             value = getattr(self, kind)
             if value and rng.random() < self._probability_of(kind):
-                samples = _CHANGES[kind](samples, value, rng, voices)
+                samples = change(samples, value, rng, voices)
         return samples.astype(np.float32, copy=False)
 
     def _probability_of(self, kind):
@@ -111,23 +103,7 @@ def make_augmentation(enabled, probability, speed=None, noise_snr=None, band=Non
         return None
     kinds |= {"speed": speed, "noise_snr": noise_snr, "band": band, "mask_seconds": mask_seconds}
     kinds = {kind: tuple(value) if isinstance(value, list) else value for kind, value in kinds.items()}
-    return Augmentation(SAMPLE_RATE, probability, **kinds)
-
-
-def _change_speed(samples, factors, rng, voices):
-    return changes.change_speed(samples, rng.uniform(*factors))
-
-
-def _limit_band(samples, edges, rng, voices):
-    return changes.limit_band(samples, rng.uniform(*edges))
-
-
-def _add_noise(samples, snr, rng, voices):
-    return changes.add_noise(samples, rng.uniform(*snr), rng.uniform(0.0, 1.0), rng)
-
-
-def _mask_time(samples, seconds, rng, voices):
-    return changes.mask_time(samples, int(seconds * SAMPLE_RATE), rng)
+    return Augmentation(probability, **kinds)
 
 
 def _add_babble(samples, snr, rng, voices):
@@ -135,40 +111,24 @@ def _add_babble(samples, snr, rng, voices):
     return samples if voices is None else changes.add_babble(samples, snr, voices(rng, number, len(samples)))
 
 
-def _reverberate(samples, seconds, rng, voices):
-    return changes.reverberate(samples, rng.uniform(*seconds), rng.uniform(0.0, 12.0), rng)
-
-
-def _encode(samples, names, rng, voices):
-    return changes.encode_and_decode(samples, names[int(rng.integers(len(names)))])
-
-
-def _change_gain(samples, decibels, rng, voices):
-    return changes.change_gain(samples, rng.uniform(*decibels))
-
-
-def _clip_peaks(samples, fractions, rng, voices):
-    return changes.clip_peaks(samples, rng.uniform(*fractions))
-
-
-def _lose_packets(samples, fractions, rng, voices):
-    return changes.lose_packets(samples, rng.uniform(*fractions), rng)
-
-
-def _move_formants(samples, coefficients, rng, voices):
-    return changes.move_formants(samples, rng.uniform(*coefficients))
-
-
+# Kind -> function of samples, the kind's value, a generator and voices. Arguments are drawn from left to right.
 _CHANGES = {
-    "speed": _change_speed,
-    "formants": _move_formants,
-    "reverberation": _reverberate,
+    "speed": lambda samples, value, rng, _: changes.change_speed(samples, rng.uniform(*value)),
+    "formants": lambda samples, value, rng, _: changes.move_formants(samples, rng.uniform(*value)),
+    "reverberation": lambda samples, value, rng, _: changes.reverberate(
+        samples, rng.uniform(*value), rng.uniform(0.0, 12.0), rng
+    ),
     "babble_snr": _add_babble,
-    "band": _limit_band,
-    "noise_snr": _add_noise,
-    "gain": _change_gain,
-    "clipping": _clip_peaks,
-    "codecs": _encode,
-    "packet_loss": _lose_packets,
-    "mask_seconds": _mask_time,
+    "band": lambda samples, value, rng, _: changes.limit_band(samples, rng.uniform(*value)),
+    "noise_snr": lambda samples, value, rng, _: changes.add_noise(
+        samples, rng.uniform(*value), rng.uniform(0.0, 1.0), rng
+    ),
+    "gain": lambda samples, value, rng, _: changes.change_gain(samples, rng.uniform(*value)),
+    "clipping": lambda samples, value, rng, _: changes.clip_peaks(samples, rng.uniform(*value)),
+    "codecs": lambda samples, value, rng, _: changes.encode_and_decode(samples, value[int(rng.integers(len(value)))]),
+    "packet_loss": lambda samples, value, rng, _: changes.lose_packets(samples, rng.uniform(*value), rng),
+    "mask_seconds": lambda samples, value, rng, _: changes.mask_time(samples, int(value * SAMPLE_RATE), rng),
 }
+
+# In the order in which the changes are applied: from the speaker through the room to the line.
+KINDS = tuple(_CHANGES)

@@ -29,10 +29,10 @@ def change_speed(samples, factor):
     return soxr.resample(samples, factor, 1.0, quality="MQ")
 
 
-def limit_band(samples, edge, sample_rate=SAMPLE_RATE):
+def limit_band(samples, edge):
     """Remove frequencies above `edge` hertz from (samples,)."""
     spectrum = np.fft.rfft(samples)
-    spectrum[np.fft.rfftfreq(len(samples), 1 / sample_rate) > edge] = 0
+    spectrum[np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE) > edge] = 0
     return np.fft.irfft(spectrum, len(samples))
 
 

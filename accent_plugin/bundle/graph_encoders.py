@@ -93,6 +93,7 @@ def _normed_conv(nodes, waves, conv, norm, counts, valid):
     gain, shift = (nodes("Unsqueeze", nodes.weight(each), [1]) for each in (norm.weight, norm.bias))
     scale = nodes("Div", gain, deviation)
     # The last column is multiplied with ones. The norm cancels the bias of the convolution, if it has one.
+    # One shift for each clip: the difference gives them the shape of the scales.
     shifts = nodes("Add", nodes("Sub", scale, scale), shift)
     kernels = nodes("Concat", nodes("Mul", scale, weight), shifts, axis=2)
     return nodes("MatMul", kernels, nodes("Concat", centred, nodes("Cast", mask, to=nodes.FLOAT), axis=1))

@@ -271,9 +271,10 @@ def _calibration(calibration):
         return UNCALIBRATED
     loss, error, curve = (calibration[key] for key in ("log_loss", "expected_calibration_error", "curve"))
     point = operating_point(curve)
+    half = ", half of them augmented copies," if calibration.get("augmented") else ""
     return (
         f"Calibrated by temperature scaling. The temperature, {calibration['temperature']:.3f}, was fitted on "
-        f"{calibration['clips']:,} validation clips and is part of the weights. On these clips, log-loss changed "
+        f"{calibration['clips']:,} validation clips{half} and is part of the weights. On these clips, log-loss changed "
         f"from {loss['before']:.3f} to {loss['after']:.3f}, and the expected calibration error from "
         f"{error['before']:.3f} to {error['after']:.3f}. With a threshold of {point['threshold']:.3f}, "
         f"{point['coverage']:.0%} of these clips would have been answered, {point['risk']:.1%} of them wrongly. "

@@ -333,7 +333,7 @@ GROUPS = {
     ),
     "Augmentation": (
         _H("augment", _switch, "True", "True: change training waveforms at random"),
-        _H("augment_probability", _probabilities, "1", "of each kind; {speed: 0.8, default: 0.2}"),
+        _H("augment_probability", _probabilities, "1", "per kind, or {speed: 0.8, default: 0.2}"),
         _H("augment_speed", _or_nothing(_range(0)), "null", "range of speed factors; null: off"),
         _H("augment_noise_snr", _or_nothing(_range(-100)), "[0, 5]", "range of SNRs in dB; null: off"),
         _H("augment_band", _or_nothing(_range(0)), "[1000, 2000]", "range of the upper cut-off in Hz; null: off"),
@@ -345,7 +345,7 @@ GROUPS = {
         ),
         _new("augment_babble_snr", _or_nothing(_range(-100)), "[0, 5]", "range of SNRs of other speakers in dB"),
         _new("augment_reverberation", _or_nothing(_range(0)), "[0.2, 0.3]", "range of reverberation times in seconds"),
-        _new("augment_codecs", _or_nothing(_codec_list), "[mp3, gsm]", f"of {', '.join(CODECS)}"),
+        _new("augment_codecs", _or_nothing(_codec_list), "[mp3, gsm]", f"any of {', '.join(CODECS)}"),
         _new("augment_gain", _or_nothing(_range(-100)), "[-9, 3]", "range of changes of level in dB"),
         _new("augment_clipping", _or_nothing(_fractions), "[0, 0.1]", "range of the fraction of clipped samples"),
         _new("augment_packet_loss", _or_nothing(_fractions), "[0, 0.2]", "range of the fraction of packets lost"),

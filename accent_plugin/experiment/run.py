@@ -205,6 +205,7 @@ class Run:
         found = describe_calibration(
             np.concatenate([copy.log_probabilities for copy in copies]), np.concatenate([copy.truth for copy in copies])
         )
+        found["augmented"] = augmentation is not None
         logger.info("temperature %.3f, fitted on %d clips of validation", found["temperature"], found["clips"])
         self.calibration = found
 

@@ -242,7 +242,7 @@ KINDS = {
 
 
 def test_every_kind_is_listed_here():
-    assert set(KINDS) == set(Augmentation.__dataclass_fields__) - {"sample_rate", "probability"}
+    assert set(KINDS) == set(Augmentation.__dataclass_fields__) - {"probability"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -216,6 +216,12 @@ def test_calibration_is_told():
     assert "Not calibrated" in model_card.render(config())
 
 
+def test_calibration_on_augmented_copies_is_named(honest):
+    made = calibration.describe_calibration(np.log([[0.9, 0.1]] * 3 + [[0.2, 0.8]]), np.array([0, 0, 1, 1]))
+    texts = [model_card.render(config(calibration=made | more), honest) for more in ({}, {"augmented": True})]
+    assert ["half of them augmented copies" in text for text in texts] == [False, True]
+
+
 def test_calibration_of_one_clip_is_told():
     made = calibration.describe_calibration(np.log([[0.5, 0.3, 0.2]]), [0])
     text = model_card.render(config(calibration=made))

@@ -131,6 +131,7 @@ def test_with_augmentation_the_temperature_is_fitted_on_augmented_copies_too(eva
     augmented, asked = evaluated(augmentation, some_clips(4))
     augmented.calibrate()
     assert asked == [None, augmentation] and augmented.calibration["clips"] == 24
+    assert [run.calibration["augmented"] for run in (plain, augmented)] == [False, True]
     # Two thirds of both are right: the surer ones need a higher temperature.
     assert plain.calibration["temperature"] > augmented.calibration["temperature"] > 1
 

@@ -262,7 +262,7 @@ def test_a_batch_carries_its_features_to_a_device():
     assert batch.states.device.type == batch.frame_counts.device.type == "meta"
 
 
-AUGMENTED = Augmentation(SAMPLE_RATE, 1.0, speed=(0.8, 1.2), noise_snr=(5.0, 20.0), mask_seconds=0.1)
+AUGMENTED = Augmentation(1.0, speed=(0.8, 1.2), noise_snr=(5.0, 20.0), mask_seconds=0.1)
 
 
 def augmented(clips, copies=2, seed=1, **how):
@@ -314,7 +314,7 @@ def test_copies_of_another_augmentation_are_not_used(encoder, clips, tmp_path, e
 
 
 def test_babble_of_copies_is_that_of_all_clips(encoder, clips, tmp_path, encoded):
-    babble = {"augmentation": Augmentation(SAMPLE_RATE, 1.0, babble_snr=(0.0, 5.0)), "crop_seconds": None}
+    babble = {"augmentation": Augmentation(1.0, babble_snr=(0.0, 5.0)), "crop_seconds": None}
     dataset, fewer = augmented(clips, **babble), augmented(clips[:4], **babble)
     filled_with(tmp_path / "kept", encoder, fewer)
     store = filled_with(tmp_path / "kept", encoder, dataset)
